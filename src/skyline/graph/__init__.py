@@ -1,0 +1,7 @@
+"""From a model's plain Python to a Program of bound kernel calls: capture, passes, lowering."""
+
+from skyline.graph.capture import capture
+from skyline.graph.passes import PASSES, run_passes
+from skyline.graph.program import Call, Program, lower
+
+__all__ = ["PASSES", "Call", "Program", "capture", "lower", "run_passes"]

@@ -25,7 +25,7 @@ DEFAULT_TOLERANCE: Tolerance = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least an execution must do: bytes moved to and from memory, each counted once, and floating point operations."""
+    """The least an execution must do: bytes moved (each counted once) and floating point operations."""
 
     bytes: int
     flops: int

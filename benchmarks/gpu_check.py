@@ -1,0 +1,222 @@
+"""Check and time on a CUDA device everything that exists there, and write one JSON record.
+
+    python benchmarks/gpu_check.py --json benchmarks/results/gpu.json
+
+Self-contained: needs torch, msgspec and this checkout (no installation). Without a GPU it says so and exits 0.
+Every op is compared with its reference in float32 on the CPU, then random-weight models of real shapes are stepped
+through the same Program that serves requests. Times are medians of CUDA events; shares are of ceilings measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from skyline.checkpoint.config import load_config
+from skyline.graph import Program, capture, lower, run_passes
+from skyline.models import create_model, kv_caches, randomize
+from skyline.ops import OPS, AttentionBatch, KVCache
+
+CUDA = torch.device("cuda")
+BLOCK_SIZE = 16
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": True, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False,
+        "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 8192},
+    },
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=SHAPES)
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"command": " ".join(sys.argv), "torch": torch.__version__, "host": platform.machine()}
+    if torch.cuda.is_available():
+        record.update(_measure(arguments.models))
+        _print(record)
+    else:
+        record["skipped"] = "torch finds no CUDA device"
+        print("gpu_check: skipped, torch finds no CUDA device")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if any(not row["ok"] for row in record.get("ops", [])) else 0
+
+
+def _measure(models: list[str]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    properties = torch.cuda.get_device_properties(CUDA)
+    ceilings = _ceilings()
+    return {
+        "device": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "ceilings": ceilings,
+        "ops": _check_ops(),
+        "steps": [row for name in models for row in _time_model(name, ceilings)],  # a model is freed before the next
+    }
+
+
+def _ceilings() -> dict[str, float]:
+    """Bytes read plus written per second by a large copy, and bf16 FLOP/s of a large product, both on random data."""
+    source = torch.randn(1 << 30, device=CUDA, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy_s = _time(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+    product_s = _time(lambda: a @ b)
+    return {"copy_bytes_per_s": 2 * 2 * source.numel() / copy_s, "bf16_flops": 2 * 8192**3 / product_s}
+
+
+def _time(run: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds of one run, after warm-up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)
+
+
+def _check_ops() -> list[dict[str, Any]]:
+    """Relative error ‖out − ref‖ / ‖ref‖ of every case of every op, on fresh inputs."""
+    rows = []
+    for op in OPS.values():
+        for dtype in (torch.float32, torch.bfloat16):
+            worst, worst_case, count = 0.0, "", 0
+            for case in op.cases(dtype, torch.Generator().manual_seed(int(time.time()))):
+                expected = _outputs(op.reference, _moved(case.args, torch.device("cpu"), torch.float32))
+                actual = _outputs(op, _moved(case.args, CUDA, dtype))
+                for want, got in zip(expected, actual, strict=True):
+                    error = float((got.double().cpu() - want.double()).norm() / want.double().norm().clamp_min(1e-12))
+                    count += 1
+                    if not error <= worst:  # NaN counts as worst
+                        worst, worst_case = error, case.label
+            limit = 1e-4 if dtype == torch.float32 else 2e-2
+            rows.append(
+                {"op": op.name, "dtype": str(dtype), "outputs": count, "error": worst, "case": worst_case,
+                 "ok": worst <= limit}
+            )  # fmt: skip
+    return rows
+
+
+def _outputs(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    result = run(*arguments)
+    written = [tensor for value in arguments if isinstance(value, KVCache) for tensor in value.tensors]
+    if result is None:
+        return written
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _moved(arguments: tuple[Any, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Copies on another device; floating point ones in another dtype."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            keep = not value.is_floating_point() or value.dtype == torch.float32
+            return value.to(device, None if keep else dtype, copy=True)
+        if isinstance(value, KVCache):
+            k, v = (part.to(device, dtype, copy=True) for part in value.tensors)
+            return dataclasses.replace(value, dtype=dtype, k=k, v=v)
+        if isinstance(value, AttentionBatch):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return AttentionBatch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+        return value
+
+    return tuple(move(value) for value in arguments)
+
+
+def _time_model(name: str, ceilings: dict[str, float]) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[name]))
+        config = load_config(Path(folder))
+    model = create_model(config, torch.bfloat16, CUDA, 8192)
+    randomize(model)
+    graph = capture(model)
+    run_passes(graph)
+    program = lower(graph, model, CUDA, torch.bfloat16)
+    weight_bytes = sum(parameter.numel() * 2 for parameter in model.parameters())
+    caches = kv_caches(model)
+    per_token = sum(cache.bytes_per_token() for cache in caches)
+    rows = []
+    for cell, batch, start, length in (
+        ("decode b1", 1, 1024, 1), ("decode b16", 16, 1024, 1), ("decode b64", 64, 1024, 1),
+        ("prefill 1k", 1, 0, 1024), ("prefill 8k", 1, 0, 8064),
+    ):  # fmt: skip
+        blocks = -(-(start + length) // BLOCK_SIZE)
+        for cache in caches:
+            cache.allocate(batch * blocks, BLOCK_SIZE, CUDA)
+            for part in cache.tensors:
+                part.normal_()
+        seconds = _time(partial(_step, program, batch, start, length, blocks, config.vocab_size), repeats=5)
+        tokens = batch * length
+        moved = weight_bytes + batch * (start + length) * per_token
+        flops = 2 * tokens * weight_bytes // 2
+        rows.append(
+            {
+                "model": name,
+                "cell": cell,
+                "ms": seconds * 1e3,
+                "tokens_per_s": tokens / seconds,
+                "share_of_copy_bandwidth": moved / seconds / ceilings["copy_bytes_per_s"],
+                "share_of_matrix_peak": flops / seconds / ceilings["bf16_flops"],
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
+def _step(program: Program, batch: int, start: int, length: int, blocks: int, vocab: int) -> torch.Tensor:
+    tables = [list(range(row * blocks, (row + 1) * blocks)) for row in range(batch)]
+    meta = AttentionBatch.build(tables, [start] * batch, [length] * batch, BLOCK_SIZE, CUDA)
+    ids = torch.randint(0, vocab, (batch * length,), device=CUDA)
+    positions = torch.arange(start, start + length, device=CUDA).repeat(batch)
+    rows = torch.arange(batch, device=CUDA) * length + length - 1
+    return program(ids, positions, meta, rows).argmax(-1)
+
+
+def _print(record: dict[str, Any]) -> None:
+    ceilings = record["ceilings"]
+    print(f"{record['device']}, {record['memory_gib']} GiB, torch {record['torch']}")
+    print(f"copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 {ceilings['bf16_flops'] / 1e12:.0f} TFLOP/s")
+    for row in record["ops"]:
+        verdict = "ok" if row["ok"] else f"WRONG at {row['case']}"
+        print(f"{row['op']:>16} {row['dtype'].removeprefix('torch.'):>9} {row['error']:.1e} {verdict}")
+    for row in record["steps"]:
+        print(
+            f"{row['model']:>14} {row['cell']:>11} {row['ms']:9.2f} ms {row['tokens_per_s']:10.0f} tok/s "
+            f"{row['share_of_copy_bandwidth']:6.1%} of copy {row['share_of_matrix_peak']:6.1%} of bf16 peak"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

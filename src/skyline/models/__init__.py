@@ -1,0 +1,15 @@
+"""One file an architecture. `create_model` makes the one that a config names."""
+
+from skyline.layers.loading import destinations, ignorable, randomize
+from skyline.models.registry import MODELS, UnsupportedModelError, create_model, kv_caches, resolve
+
+__all__ = [
+    "MODELS",
+    "UnsupportedModelError",
+    "create_model",
+    "destinations",
+    "ignorable",
+    "kv_caches",
+    "randomize",
+    "resolve",
+]

@@ -1,0 +1,84 @@
+"""Which class is which architecture, and what a checkpoint may ask of it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+import torch
+from torch import nn
+
+from skyline.checkpoint.config import ModelConfig
+from skyline.checkpoint.errors import CheckpointError
+from skyline.layers import LayerContext
+from skyline.ops import KVCache
+
+# Name in config.json's "architectures" -> "module:Class". Imported only when a checkpoint asks for it.
+MODELS: dict[str, str] = {
+    "LlamaForCausalLM": "skyline.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "skyline.models.mistral:MistralForCausalLM",
+    "Qwen2ForCausalLM": "skyline.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "skyline.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "skyline.models.qwen3_moe:Qwen3MoeForCausalLM",
+}
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is fine, but this version of Skyline cannot run it. The message says what stands in the way."""
+
+
+def resolve(config: ModelConfig) -> type[nn.Module]:
+    """The model class of config.architecture. Raises UnsupportedModelError, naming the nearest, if there is none."""
+    target = MODELS.get(config.architecture)
+    if target is None:
+        nearest = difflib.get_close_matches(config.architecture, MODELS, n=1, cutoff=0.0)[0]
+        raise UnsupportedModelError(
+            f"architecture {config.architecture!r} is not supported; the nearest supported one is {nearest}. "
+            f"Supported: {', '.join(MODELS)}"
+        )
+    module, _, name = target.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    assert isinstance(found, type) and issubclass(found, nn.Module)
+    return found
+
+
+def create_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_positions: int | None = None
+) -> nn.Module:
+    """The model with uninitialised parameters; fill them by `load(weights, destinations(model))` or `randomize(model)`.
+
+    Its forward takes (input_ids [T] int64, positions [T] int64, AttentionBatch, logit_rows [R] int64) and returns
+    logits [R, vocab]. Positions must be below `max_positions` (default: the checkpoint's max_position_embeddings); more
+    may be asked for, where the rotary embedding allows it. Device "meta" gives shapes without memory.
+
+    Raises UnsupportedModelError if the config asks for something that this version would have to ignore.
+    """
+    model_class = resolve(config)
+    positions = max_positions or config.max_position_embeddings
+    _refuse_unsupported(config, positions)
+    model: nn.Module = model_class(config, LayerContext(dtype, torch.device(device)), positions)
+    return model.eval()
+
+
+def kv_caches(model: nn.Module) -> list[KVCache]:
+    """The KV cache of each layer that has one, in the order of the layers. Their `allocate` is still to be called."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, KVCache)]
+
+
+def _refuse_unsupported(config: ModelConfig, positions: int) -> None:
+    if config.quantization_config is not None:
+        method = config.quantization_config.get("quant_method", "an unnamed method")
+        raise UnsupportedModelError(
+            f"the checkpoint is quantized ({method}), which this version cannot read; use the unquantized checkpoint"
+        )
+    if config.hidden_act not in ("silu", "swish"):  # two names of one function
+        raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; only silu is")
+    if config.rope.partial_rotary_factor != 1.0:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {config.rope.partial_rotary_factor:g} is not supported for {config.architecture}"
+        )
+    if config.rope.type == "dynamic" and positions > config.max_position_embeddings:
+        raise UnsupportedModelError(
+            f"rope type 'dynamic' is supported up to max_position_embeddings = {config.max_position_embeddings} "
+            f"positions, not {positions}: beyond that, old keys would have to be rotated anew for every new length"
+        )

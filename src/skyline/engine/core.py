@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections import deque
@@ -9,6 +10,8 @@ from collections import deque
 from skyline.engine.messages import EngineOutput, EngineRequest, EngineStats, Runner, StepHandle
 from skyline.engine.request import Request
 from skyline.engine.scheduler import Limits, PlannedStep, Scheduler
+
+logger = logging.getLogger(__name__)
 
 # A step that raises fails its own requests; this many in a row mean that the device is lost.
 MAX_FAILED_STEPS = 3
@@ -106,6 +109,7 @@ class EngineCore:
 
     def _fail_step(self, planned: PlannedStep, error: Exception) -> list[EngineOutput]:
         self._failed_steps += 1
+        logger.error("step %d failed", planned.plan.step, exc_info=error)
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise EngineError(f"{MAX_FAILED_STEPS} steps in a row failed, the last with: {error!r}") from error
         message = f"the engine failed on the step of this request ({type(error).__name__}: {error}); try again"

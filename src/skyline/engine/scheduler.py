@@ -20,6 +20,9 @@ from skyline.engine.kv_blocks import BlockPool, block_hash, root_hash
 from skyline.engine.messages import AdmittedRequest, EngineOutput, FinishReason, StepOutput, StepPlan
 from skyline.engine.request import Request
 
+# Prompt log-probabilities need logits for every position: a vocabulary's worth of floats each, so few per step.
+MAX_LOGIT_ROWS = 256
+
 _order = attrgetter("order")
 
 
@@ -31,8 +34,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     enable_prefix_caching: bool = True
-    # Prompt log-probabilities need logits for every position: a vocabulary's worth of floats each, so few per step.
-    max_logit_rows: int = 256
+    max_logit_rows: int = MAX_LOGIT_ROWS
 
     def validate(self) -> None:
         needed = -(-self.max_model_len // self.block_size)
@@ -191,8 +193,8 @@ class Scheduler:
         request.num_computed = cached
         self.prefix_queried_tokens += known
         self.prefix_hit_tokens += cached
-        if not request.reported:
-            request.cached_tokens = min(cached, request.num_prompt)
+        if request.epoch == 0:  # later it may find its own blocks again, which nobody else computed for it
+            request.cached_tokens = cached
         request.slot = self._free_slots.pop()
         insort(self.running, request, key=_order)
         planned.plan.admitted.append(

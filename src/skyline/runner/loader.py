@@ -1,0 +1,138 @@
+"""From a checkpoint folder to a runner that is ready to take plans."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from skyline.checkpoint.config import ModelConfig, effective_eos_token_ids, load_config, load_generation_defaults
+from skyline.checkpoint.weights import SafetensorsWeights, load
+from skyline.engine.config import EngineConfig
+from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
+from skyline.graph import Program, capture, lower, run_passes
+from skyline.models import create_model, destinations, ignorable, kv_caches, randomize
+from skyline.runner.grammar import GrammarCompiler
+from skyline.runner.memory import MemoryPlan, available_bytes, peak_activation_bytes, plan_memory
+from skyline.runner.model_runner import ModelRunner
+from skyline.runner.sampler import Sampler
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    runner: ModelRunner
+    program: Program
+    limits: Limits
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    report: dict[str, str] = field(default_factory=dict)  # what was decided, for the start-up table
+
+
+def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    name = (model.dtype or "bfloat16") if config.dtype == "auto" else config.dtype
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+    if dtype is None:
+        raise ValueError(f"the checkpoint's dtype {name!r} is not supported; choose one with --dtype")
+    return dtype
+
+
+def choose_device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, not {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no usable CUDA device here; use --device cpu or check the driver")
+    return device
+
+
+def build_program(config: EngineConfig, model: torch.nn.Module, dtype: torch.dtype) -> Program:
+    graph = capture(model)
+    run_passes(graph)
+    return lower(graph, model, torch.device(config.device), dtype, batch_invariant=config.batch_invariant)
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Raises CheckpointError, OutOfMemoryError or ValueError with what to do about it."""
+    config.validate()
+    device = choose_device(config.device)
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    folder = Path(config.model)
+    model_config = load_config(folder)
+    dtype = choose_dtype(config, model_config)
+    model = create_model(model_config, dtype, device, config.max_model_len)
+    began = time.perf_counter()
+    if config.load_format == "dummy":
+        randomize(model, config.seed)
+        source = "random weights"
+    else:
+        with SafetensorsWeights(folder) as weights:
+            read = load(weights, destinations(model), ignore=ignorable(model))
+        source = f"{read.bytes / 2**20:,.0f} MiB"
+    load_seconds = time.perf_counter() - began
+
+    began = time.perf_counter()
+    program = build_program(config, model, dtype)
+    capture_seconds = time.perf_counter() - began
+
+    limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+    logits = (limit_rows + MAX_LOGIT_ROWS) * model_config.vocab_size * 4
+    activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits
+    caches = kv_caches(model)
+    memory = plan_memory(config, model_config.max_position_embeddings, caches, activations, available_bytes(device))
+    for cache in caches:
+        cache.allocate(memory.num_blocks, config.block_size, device)
+
+    tokenizer_file = folder / "tokenizer.json"
+    eos = frozenset(effective_eos_token_ids(model_config, load_generation_defaults(folder)))
+    compiler = GrammarCompiler(tokenizer_file.read_text("utf-8"), model_config.vocab_size, sorted(eos))
+    token_ids = torch.zeros((config.max_num_seqs, memory.max_model_len + 1), dtype=torch.int32, device=device)
+    sampler = Sampler(
+        vocab_size=model_config.vocab_size,
+        max_slots=config.max_num_seqs,
+        device=device,
+        token_ids=token_ids,
+        eos_token_ids=sorted(eos),
+        grammar_compiler=compiler,
+    )
+    runner = ModelRunner(program, sampler, token_ids, block_size=config.block_size, device=device)
+    limits = Limits(
+        num_blocks=memory.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=memory.max_model_len,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    report = _report(config, model_config, model, program, memory, dtype, source)
+    report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
+    return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
+
+
+def _report(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    model: torch.nn.Module,
+    program: Program,
+    memory: MemoryPlan,
+    dtype: torch.dtype,
+    source: str,
+) -> dict[str, str]:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    providers = sorted({choice.kernel.provider for choice in program.choices.values()})
+    rows = {
+        "architecture": f"{model_config.architecture}, {parameters / 1e6:,.1f} M parameters, {source}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": f"{config.device}, {torch.get_num_threads()} threads, kernels: {', '.join(providers)}",
+        "program": f"{sum(program.launches().values())} launches a step",
+        "KV cache": f"{memory.num_blocks:,} blocks of {config.block_size} tokens, {memory.kv_bytes / 2**20:,.0f} MiB",
+        "memory": f"{memory.available_bytes / 2**20:,.0f} MiB were available, "
+        f"{memory.activation_bytes / 2**20:,.0f} MiB kept for activations",
+        "limits": f"context {memory.max_model_len:,} tokens, {config.max_num_seqs} requests and "
+        f"{config.max_num_batched_tokens:,} tokens a step",
+    }
+    if memory.note:
+        rows["note"] = memory.note
+    return rows

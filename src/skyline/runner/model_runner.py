@@ -1,0 +1,136 @@
+"""Turns step plans into sampled tokens on one device.
+
+The tokens of every running request live in one buffer on the device, a row a slot. A step reads its inputs from there
+and the sampler writes its results there, so the next step can start before the host has seen them. Plans are executed
+strictly in order by one worker thread; torch releases the interpreter lock while it computes, and the engine plans the
+next step in that time.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skyline.engine.messages import AdmittedRequest, StepOutput, StepPlan, TokenLogprobs
+from skyline.graph import Program
+from skyline.ops import AttentionBatch
+from skyline.runner.sampler import Sampler, SampleResult
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What the runner keeps of a running request."""
+
+    request: AdmittedRequest
+    block_table: list[int]
+
+
+@dataclass(slots=True)
+class _Computed:
+    """A step whose results may still be on their way from the device."""
+
+    plan: StepPlan
+    sampled: SampleResult | None
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
+class _Handle:
+    def __init__(self, future: Future[_Computed]) -> None:
+        self._future = future
+
+    def result(self) -> StepOutput:
+        computed = self._future.result()
+        plan, sampled = computed.plan, computed.sampled
+        output = StepOutput(plan.step, [-1] * len(plan.slots), prompt_logprobs=computed.prompt_logprobs)
+        if sampled is None:
+            return output
+        output.errors = sampled.errors
+        rows = [row for row, samples in enumerate(plan.samples) if samples]
+        for row, token in zip(rows, sampled.token_ids.tolist(), strict=True):
+            output.token_ids[row] = token
+        if sampled.logprobs is not None:
+            output.logprobs = [None] * len(plan.slots)
+            for row, entry in zip(rows, sampled.logprobs, strict=True):
+                output.logprobs[row] = entry
+        return output
+
+
+class ModelRunner:
+    def __init__(
+        self, program: Program, sampler: Sampler, token_ids: Tensor, *, block_size: int, device: torch.device
+    ) -> None:
+        """token_ids [max_num_seqs, max_model_len] int32 on the device, shared with the sampler."""
+        self._program = program
+        self._sampler = sampler
+        self._token_ids = token_ids
+        self._block_size = block_size
+        self._device = device
+        self._slots: dict[int, _Slot] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="runner")
+
+    def submit(self, plan: StepPlan) -> _Handle:
+        return _Handle(self._worker.submit(self._execute, plan))
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    @torch.inference_mode()
+    def _execute(self, plan: StepPlan) -> _Computed:
+        self._apply(plan)
+        tables = [self._slots[slot].block_table for slot in plan.slots]
+        batch = AttentionBatch.build(tables, plan.starts, plan.lengths, self._block_size, self._device)
+        lengths = torch.tensor(plan.lengths)
+        row_slots = torch.tensor(plan.slots).repeat_interleave(lengths)
+        ends = lengths.cumsum(0)
+        shift = torch.tensor(plan.starts) - (ends - lengths)
+        positions = torch.arange(int(ends[-1])) + shift.repeat_interleave(lengths)
+        positions, row_slots = positions.to(self._device), row_slots.to(self._device)
+        input_ids = self._token_ids[row_slots, positions].long()
+
+        sampling = [row for row, samples in enumerate(plan.samples) if samples]
+        logit_rows = [int(end) - 1 for end in ends[sampling]]
+        scored = [row for row, slot in enumerate(plan.slots) if self._slots[slot].request.prompt_logprobs]
+        for row in scored:
+            logit_rows += range(int(ends[row]) - plan.lengths[row], int(ends[row]))
+        rows = torch.tensor(logit_rows, dtype=torch.int64, device=self._device)
+        logits = self._program(input_ids, positions, batch, rows).float()
+
+        prompt_logprobs = {}
+        offset = len(sampling)
+        for row in scored:
+            prompt_logprobs[plan.slots[row]] = self._score_prompt(plan, row, logits[offset:])
+            offset += plan.lengths[row]
+        if not sampling:
+            return _Computed(plan, None, prompt_logprobs)
+        slots = [plan.slots[row] for row in sampling]
+        ends_at = [plan.starts[row] + plan.lengths[row] for row in sampling]
+        sampled = self._sampler.sample(logits[: len(sampling)], slots, ends_at)
+        where = (torch.tensor(slots, device=self._device), torch.tensor(ends_at, device=self._device))
+        self._token_ids.index_put_(where, sampled.token_ids.to(torch.int32))
+        return _Computed(plan, sampled, prompt_logprobs)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.freed:
+            # A request whose step failed before it was admitted here has nothing to free.
+            if self._slots.pop(slot, None) is not None:
+                self._sampler.release(slot)
+        for request in plan.admitted:
+            self._slots[request.slot] = _Slot(request, [])
+            tokens = torch.tensor(request.token_ids, dtype=torch.int32)
+            self._token_ids[request.slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
+            self._sampler.admit(request)
+        for slot, blocks in plan.new_blocks:
+            self._slots[slot].block_table += blocks
+
+    def _score_prompt(self, plan: StepPlan, row: int, logits: Tensor) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt tokens that this chunk's logits predict."""
+        slot, start = plan.slots[row], plan.starts[row]
+        request = self._slots[slot].request
+        count = min(plan.lengths[row], request.num_prompt - 1 - start)
+        if count <= 0 or request.params.prompt_logprobs is None:
+            return []
+        targets = self._token_ids[slot, start + 1 : start + 1 + count].long()
+        return self._sampler.prompt_logprobs(logits[:count], targets, request.params.prompt_logprobs)

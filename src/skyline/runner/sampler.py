@@ -1,0 +1,246 @@
+"""From logits to the next token of each request, whatever mix of sampling parameters a batch holds.
+
+Order of processing, as in vLLM: raw log-probabilities are taken from the model's logits; then allowed_token_ids,
+bad_words, min_tokens, grammar, repetition penalty, frequency and presence penalties, logit_bias, temperature, min_p,
+top_k, top_p, choice. Greedy requests take the argmax before temperature.
+
+A row's token is a function of that row alone: its logits, its parameters, its seed and its position. Neither the batch,
+nor the slot, nor preemption, nor the process changes it (sampling/choose.py and sampling/uniform.py say how).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skyline.engine.grammar_check import GrammarError
+from skyline.engine.messages import AdmittedRequest, TokenLogprobs
+from skyline.runner.grammar import GrammarCompiler, Matcher, apply_bitmask, bitmask_width
+from skyline.runner.sampling import choose
+from skyline.runner.sampling.result import HostCopy, LogprobTensors, SampleResult
+from skyline.runner.sampling.rules import Rules
+from skyline.runner.sampling.uniform import uniform
+
+__all__ = ["SampleResult", "Sampler"]
+
+_GREEDY, _UNSORTED, _TOP_K, _TOP_P, _SORTED = range(5)
+_CPU_CHUNK = 1 << 20  # logits worked on at once on the CPU: their temporaries stay in its cache
+
+
+class Sampler:
+    """Sampling state of `max_slots` requests and the choice of their tokens.
+
+    Not thread-safe: one thread calls it, in the order of the plans.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_slots: int,
+        device: torch.device,
+        token_ids: Tensor,
+        eos_token_ids: Sequence[int],
+        grammar_compiler: GrammarCompiler | None,
+    ) -> None:
+        """vocab_size is the width of the logits, which may exceed the tokenizer's vocabulary.
+
+        token_ids [max_slots, max_model_len] int32 on `device` is the runner's buffer of each slot's prompt and
+        generated tokens; it is only read. With grammar_compiler None, requests with a grammar fail.
+        """
+        self._vocab_size = vocab_size
+        self._device = device
+        self._token_ids = token_ids
+        self._eos = [token for token in eos_token_ids if 0 <= token < vocab_size]
+        self._eos_tensor = torch.tensor(self._eos, dtype=torch.int64, device=device)
+        self._compiler = grammar_compiler
+        self._mode = np.zeros(max_slots, dtype=np.int8)
+        self._numbers = np.zeros((4, max_slots))  # temperature, top_k, top_p, min_p
+        self._seeds = np.zeros(max_slots, dtype=np.uint64)
+        self._num_prompt = [0] * max_slots
+        self._logprobs: list[int | None] = [None] * max_slots
+        self._rules: list[Rules | None] = [None] * max_slots
+        self._matchers: list[Matcher | None] = [None] * max_slots
+        self._failed: list[str | None] = [None] * max_slots
+        self._special = np.zeros(max_slots, dtype=np.bool_)  # slots with any of the four above
+        for slot in range(max_slots):
+            self.release(slot)
+
+    def admit(self, request: AdmittedRequest) -> None:
+        """Take over a slot. Raises nothing for what a user sent: a bad grammar fails the slot's samples."""
+        slot, params = request.slot, request.params
+        self.release(slot)
+        top_k = params.top_k if 0 < params.top_k < self._vocab_size else self._vocab_size
+        if params.greedy:
+            mode = _GREEDY
+        elif top_k <= choose.MAX_TOP_K and top_k < self._vocab_size:
+            mode = _TOP_K
+        elif top_k < self._vocab_size:
+            mode = _SORTED
+        else:
+            mode = _TOP_P if params.top_p < 1.0 else _UNSORTED
+        self._mode[slot] = mode
+        self._numbers[:, slot] = (1.0 if params.greedy else params.temperature, top_k, params.top_p, params.min_p)
+        self._seeds[slot] = request.seed
+        self._num_prompt[slot] = request.num_prompt
+        self._logprobs[slot] = params.logprobs
+        self._rules[slot] = Rules.of(params, self._eos, self._vocab_size, self._device)
+        if params.grammar is not None:
+            try:
+                if self._compiler is None:
+                    raise GrammarError("structured output is not available: the model has no tokenizer")
+                matcher = self._compiler.compile(params.grammar)
+                for token in request.token_ids[request.num_prompt :]:
+                    matcher.accept(token)
+                self._matchers[slot] = matcher
+            except GrammarError as error:
+                self._failed[slot] = str(error)
+        state = (self._logprobs[slot], self._rules[slot], self._matchers[slot], self._failed[slot])
+        self._special[slot] = any(part is not None for part in state)
+
+    def release(self, slot: int) -> None:
+        """Forget everything about a slot. Releasing a free slot does nothing."""
+        self._mode[slot] = _GREEDY
+        self._numbers[:, slot] = (1.0, self._vocab_size, 1.0, 0.0)
+        self._seeds[slot] = 0
+        self._num_prompt[slot] = 0
+        self._logprobs[slot] = None
+        self._rules[slot] = None
+        self._matchers[slot] = None
+        self._failed[slot] = None
+        self._special[slot] = False
+
+    def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampleResult:
+        """Choose one token for each row.
+
+        logits [R, V] float32 on the device, may be overwritten; row r belongs to slots[r], and positions[r] tokens
+        stand before the one to choose. Queues device work and returns, except that rows with a grammar wait for their
+        tokens, and rows with top_p but no top_k wait once for the size of their nucleus.
+        """
+        if logits.shape != (len(slots), self._vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(
+                f"logits must be float32 [{len(slots)}, {self._vocab_size}], not {logits.dtype} {list(logits.shape)}"
+            )
+        special = [row for row, slot in enumerate(slots) if self._special[slot]]
+        wanted = [row for row in special if self._logprobs[slots[row]] is not None]
+        raw = logits[self._index(wanted)] if wanted else None
+        errors = {slots[row]: text for row in special if (text := self._failed[slots[row]]) is not None}
+        constrained = [row for row in special if self._matchers[slots[row]] is not None]
+        if special:
+            self._process(logits, slots, positions, special, constrained, errors)
+        tokens, tops = self._choose(logits, np.asarray(slots, np.int64), np.asarray(positions, np.uint64))
+        if constrained:
+            self._advance(tokens, slots, constrained, errors)
+        host, counts = [tokens, tops], None
+        if raw is not None:
+            counts = [self._logprobs[slot] for slot in slots]
+            most = max(count for count in counts if count is not None)
+            found = LogprobTensors.of(raw, tokens[self._index(wanted)], most)
+            host += [found.ids, found.logprobs, found.ranks]
+        return SampleResult(tokens, list(slots), HostCopy(host), counts, errors)
+
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt's own tokens, each with the k most likely ones; waits for the device.
+
+        logits [M, V] of any float dtype, left as they are; targets [M] integer, the token after each position.
+        """
+        found = LogprobTensors.of(logits, targets, k)
+        ids, logprobs, ranks = HostCopy([found.ids, found.logprobs, found.ranks]).wait()
+        return LogprobTensors.to_messages(ids, logprobs, ranks, [k] * logits.shape[0])
+
+    def _process(
+        self,
+        logits: Tensor,
+        slots: list[int],
+        positions: list[int],
+        special: list[int],
+        constrained: list[int],
+        errors: dict[int, str],
+    ) -> None:
+        """Apply the rules and grammars of the `special` rows to their logits."""
+        ruled = [(row, rules) for row in special if (rules := self._rules[slots[row]]) is not None]
+        for row, rules in ruled:
+            rules.mask(logits[row], self._token_ids[slots[row], self._num_prompt[slots[row]] : positions[row]])
+        if constrained:
+            self._constrain(logits, slots, constrained, errors)
+        for row, rules in ruled:
+            rules.adjust(logits[row], self._token_ids[slots[row], : positions[row]], self._num_prompt[slots[row]])
+
+    def _constrain(self, logits: Tensor, slots: list[int], rows: list[int], errors: dict[int, str]) -> None:
+        bitmask = torch.zeros(
+            (len(rows), bitmask_width(self._vocab_size)), dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
+        for place, row in enumerate(rows):
+            matcher = self._matchers[slots[row]]
+            assert matcher is not None
+            try:
+                matcher.fill_mask(bitmask[place])
+            except GrammarError as error:
+                errors[slots[row]] = str(error)
+                bitmask[place] = -1
+        index = self._index(rows)
+        masked = apply_bitmask(logits[index], bitmask.to(self._device, non_blocking=True))
+        # Other rules may exclude all that the grammar allows: end the text rather than fail the request.
+        stuck = masked.amax(dim=-1, keepdim=True) == float("-inf")
+        masked[:, self._eos_tensor] = masked[:, self._eos_tensor].masked_fill(stuck, 0.0)
+        logits.index_copy_(0, index, masked)
+
+    def _advance(self, tokens: Tensor, slots: list[int], rows: list[int], errors: dict[int, str]) -> None:
+        """Tell the matchers what was chosen: the one place that waits for tokens."""
+        chosen = tokens[self._index(rows)].tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            matcher = self._matchers[slots[row]]
+            if matcher is None or slots[row] in errors:
+                continue
+            try:
+                matcher.accept(token)
+            except GrammarError as error:
+                errors[slots[row]] = str(error)
+
+    def _choose(self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
+        """Tokens [R] int64 and the largest processed logit of each row [R]."""
+        modes = self._mode[slots]
+        if not modes.any():
+            return choose.greedy(logits)
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        tops = torch.empty(len(slots), dtype=torch.float32, device=self._device)
+        numbers = np.concatenate((self._numbers[:, slots], uniform(self._seeds[slots], positions)[None]))
+        for mode in np.unique(modes):
+            rows = np.flatnonzero(modes == mode)
+            for part in self._chunks(rows):
+                whole = len(rows) == len(slots)
+                index = slice(int(part[0]), int(part[-1]) + 1) if whole else self._index(part)
+                tokens[index], tops[index] = self._choose_alike(int(mode), logits[index], numbers[:, part])
+        return tokens, tops
+
+    def _chunks(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        size = len(rows) if self._device.type != "cpu" else max(1, _CPU_CHUNK // self._vocab_size)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+    def _choose_alike(self, mode: int, logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """Choose for rows of one mode; numbers [5, R] float64: temperature, top_k, top_p, min_p, u."""
+        if mode == _GREEDY:
+            return choose.greedy(logits)
+        column = self._to_device(torch.from_numpy(numbers)).unsqueeze(-1)
+        temperature, top_k, top_p, u = column[0].float(), column[1].long(), column[2], column[4]
+        min_p = column[3].float() if numbers[3].any() else None
+        if mode == _UNSORTED:
+            return choose.draw_unsorted(logits, temperature, min_p, u)
+        if mode == _TOP_K:
+            return choose.draw_top_k(logits, temperature, top_k, int(numbers[1].max()), top_p, min_p, u)
+        if mode == _TOP_P:
+            return choose.draw_top_p(logits, temperature, top_p, min_p, u)
+        return choose.draw_sorted(logits, temperature, top_k, top_p, min_p, u)
+
+    def _index(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        return self._to_device(torch.as_tensor(rows, dtype=torch.int64))
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return host.to(self._device)
+        return host.pin_memory().to(self._device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""The parts of the sampler: random numbers, rules that change logits, the choice of a token, log-probabilities."""

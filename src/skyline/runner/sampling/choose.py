@@ -1,0 +1,185 @@
+"""Choosing tokens from processed logits, many rows at once, each row a pure function of itself.
+
+A row's weights are exp(logit - max), rounded down to a multiple of 1/S where S * V <= 2**53. Sums of such numbers are
+exact in float64, so they do not depend on the order of addition: the same row gives the same token alone or in a batch,
+sorted or not, on one thread or many. What the rounding drops is under V/S of the largest weight (4e-6 at V = 151936),
+less than float32 logits are accurate to. A token of weight zero can never be chosen.
+
+Filters mean what they mean in vLLM and transformers, in this order: min_p (Nguyen et al. 2024), top_k, top_p (nucleus,
+Holtzman et al. 2020, over what the first two left). Equal logits are ranked by lower token id first, so top_k keeps
+exactly k tokens. Every function may overwrite its logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_TOP_K = 1024  # the largest top_k found by selection; larger ones sort the row
+NUCLEUS_CANDIDATES = 1024  # top_p looks here first, and sorts the row only if they hold too little mass
+_BLOCK = 256
+
+
+def weight_scale(vocab_size: int) -> float:
+    """S above: the largest power of two, at most 2**40, with S * vocab_size <= 2**53."""
+    return 2.0 ** min(40, 53 - math.ceil(math.log2(max(vocab_size, 2))))
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [R] int64 (lowest id among equals) and their logits [R] of `logits` [R, V]."""
+    values, tokens = logits.max(dim=-1)
+    return tokens, values
+
+
+def draw_unsorted(logits: Tensor, temperature: Tensor, min_p: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF over all tokens in the order of their ids; no sort.
+
+    logits [R, V] float32; temperature, min_p [R, 1] float32 (min_p None: off for all rows); u [R, 1] float64.
+    Returns tokens [R] int64 and each row's largest scaled logit [R]; where that is not finite the token is arbitrary.
+    """
+    logits.div_(temperature)
+    top = logits.amax(dim=-1, keepdim=True)
+    weights = _weights(logits.sub_(top), min_p, logits.shape[1])
+    return _invert_cdf(weights, u), top.squeeze(1)
+
+
+def draw_top_k(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, limit: int, top_p: Tensor, min_p: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `draw_unsorted`, with top_k [R, 1] int64, each at most `limit`, and top_p [R, 1] float64."""
+    logits.div_(temperature)
+    values, ids = top_candidates(logits, min(limit, logits.shape[1]))
+    weights = _weights(values - values[:, :1], min_p, logits.shape[1])
+    weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0.0)
+    tokens, _ = _draw_nucleus(weights, ids, weights.sum(-1, keepdim=True, dtype=torch.float64), top_p, u)
+    return tokens, values[:, 0]
+
+
+def draw_top_p(
+    logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `draw_unsorted`, with top_p [R, 1] float64 and no top_k.
+
+    Looks at the NUCLEUS_CANDIDATES most likely tokens and sorts only rows whose nucleus is larger. Knowing which rows
+    those are is the one place where choosing waits for the device.
+    """
+    vocab_size = logits.shape[1]
+    logits.div_(temperature)
+    values, ids = top_candidates(logits, min(NUCLEUS_CANDIDATES, vocab_size))
+    top = values[:, :1]
+    total = _weights(logits - top, min_p, vocab_size).sum(-1, keepdim=True, dtype=torch.float64)
+    weights = _weights(values - top, min_p, vocab_size)
+    tokens, reached = _draw_nucleus(weights, ids, total, top_p, u)
+    if values.shape[1] < vocab_size:
+        # A NaN row compares false, and is not worth a sort: its token does not matter.
+        rows = (~reached & top.isfinite()).squeeze(1).nonzero().squeeze(1)
+        if rows.numel():
+            values, ids = sort_candidates(logits[rows])
+            weights = _weights(values - values[:, :1], None if min_p is None else min_p[rows], vocab_size)
+            tokens[rows], _ = _draw_nucleus(weights, ids, total[rows], top_p[rows], u[rows])
+    return tokens, top.squeeze(1)
+
+
+def draw_sorted(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `draw_top_k` for any top_k, by sorting the rows."""
+    logits.div_(temperature)
+    values, ids = sort_candidates(logits)
+    weights = _weights(values - values[:, :1], min_p, logits.shape[1])
+    weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0.0)
+    tokens, _ = _draw_nucleus(weights, ids, weights.sum(-1, keepdim=True, dtype=torch.float64), top_p, u)
+    return tokens, values[:, 0]
+
+
+def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of `logits` [R, V] float32: values [R, k] and ids [R, k], by value, lower id first among equals.
+
+    torch.topk promises nothing about equal values. Unique integer keys settle it; on the CPU, where making them costs
+    more than the selection, they are made only if equal values straddle the k-th place (looking is free there).
+    """
+    if k >= logits.shape[1]:
+        return sort_candidates(logits)
+    if logits.device.type == "cpu":
+        values, ids = logits.topk(k + 1, dim=-1)
+        if not bool((values[:, k - 1] == values[:, k]).any()):
+            ids, order = ids[:, :k].sort(dim=-1)
+            values, by_value = values[:, :k].gather(1, order).sort(dim=-1, descending=True, stable=True)
+            return values, ids.gather(1, by_value)
+    ids = _key_ids(_keys(logits).topk(k, dim=-1).values)
+    return logits.gather(1, ids), ids
+
+
+def sort_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`top_candidates` for k = V."""
+    keys = _keys(logits)
+    if logits.device.type == "cpu":
+        # numpy's vectorised integer sort is some twenty times as fast as torch.sort.
+        keys = torch.from_numpy(np.ascontiguousarray(np.sort(keys.numpy(), axis=-1)[:, ::-1]))
+    else:
+        keys = keys.sort(dim=-1, descending=True).values
+    ids = _key_ids(keys)
+    return logits.gather(1, ids), ids
+
+
+def _keys(logits: Tensor) -> Tensor:
+    """int64 keys that order as (value, -id): the float's bits made monotonic above, the complemented id below.
+
+    Adding zero first turns -0.0 into 0.0, which are equal as values.
+    """
+    bits = (logits + 0.0).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    return bits.to(torch.int64).bitwise_left_shift_(32).add_(ids + (0x7FFFFFFF - logits.shape[1] + 1))
+
+
+def _key_ids(keys: Tensor) -> Tensor:
+    return 0x7FFFFFFF - (keys & 0x7FFFFFFF)
+
+
+def _weights(shifted: Tensor, min_p: Tensor | None, vocab_size: int) -> Tensor:
+    """Overwrites logits minus their row's maximum with whole-numbered weights (see the top of this file)."""
+    weights = shifted.exp_()
+    if min_p is not None:
+        weights.masked_fill_(weights < min_p, 0.0)
+    return weights.mul_(weight_scale(vocab_size)).floor_()
+
+
+def _target(total: Tensor, u: Tensor) -> Tensor:
+    # The clamp is for u * total rounding up to total.
+    return torch.minimum((total * u).floor_(), total - 1)
+
+
+def _invert_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """First id whose cumulative weight exceeds floor(u * total): first find its block, then look inside."""
+    vocab_size = weights.shape[1]
+    size = min(_BLOCK, vocab_size)
+    whole = vocab_size // size
+    blocks = weights[:, : whole * size].unflatten(1, (whole, size)).sum(-1, dtype=torch.float64)
+    rest = weights[:, whole * size :].sum(-1, keepdim=True, dtype=torch.float64)
+    blocks = torch.cat((blocks, rest), dim=1)
+    ends = blocks.cumsum(-1)
+    target = _target(ends[:, -1:], u)
+    block = (ends <= target).sum(-1, keepdim=True).clamp_(max=whole)
+    target = target - (ends - blocks).gather(1, block)
+    ids = block * size + torch.arange(size, device=weights.device)
+    inside = weights.gather(1, ids.clamp(max=vocab_size - 1)).masked_fill_(ids >= vocab_size, 0.0)
+    offset = (inside.cumsum(-1, dtype=torch.float64) <= target).sum(-1)
+    return (block.squeeze(1) * size + offset).clamp_(max=vocab_size - 1)
+
+
+def _draw_nucleus(weights: Tensor, ids: Tensor, total: Tensor, top_p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw among the fewest leading candidates that hold `top_p` of `total`.
+
+    weights [R, C] float32, falling; ids [R, C]; total, top_p, u [R, 1] float64. Returns tokens [R] and whether the
+    candidates hold that much [R, 1].
+    """
+    ends = weights.cumsum(-1, dtype=torch.float64)
+    needed = total * top_p
+    kept = (ends - weights < needed).sum(-1, keepdim=True).clamp_(min=1)
+    target = _target(ends.gather(1, kept - 1), u)
+    place = (ends <= target).sum(-1, keepdim=True).clamp_(max=weights.shape[1] - 1)
+    return ids.gather(1, place).squeeze(1), ends[:, -1:] >= needed

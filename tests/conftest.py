@@ -1,0 +1,24 @@
+"""Fixtures that every folder of tests may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from skyline.demo import DEMO_PATH
+from tests.tiny import make_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A servable random Qwen3 checkpoint (2 layers, 512 tokens, context 256). See tests/tiny.py."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-qwen3")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The embedded model's folder; skips the test while the package has none."""
+    if not (DEMO_PATH / "model.safetensors").is_file():
+        pytest.skip("the embedded model is not trained yet")
+    return DEMO_PATH

@@ -163,12 +163,12 @@ class Generation:
             if output.logprobs is not None:
                 update.logprobs = output.logprobs[: len(output.token_ids)]
             if update.finish_reason is not None:
-                if text.stop_reason is None:
-                    update.text += text.finish()
-                    if text.stop_reason is not None:
-                        update.finish_reason, update.stop_reason = "stop", text.stop_reason
-                elif output.finish_reason is None:
+                if output.finish_reason is None:
                     self._llm._engine.abort([stream.request_id])
+                elif text.stop_reason is None:
+                    update.text += text.finish()  # which may complete a stop string
+                    if (stop := text.stop_reason) is not None:
+                        update.finish_reason, update.stop_reason = "stop", stop
                 yield update
                 return
             yield update

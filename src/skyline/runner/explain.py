@@ -22,15 +22,15 @@ from skyline.ops import OPS, AttentionBatch, Cost
 from skyline.runner.loader import build_program, choose_dtype
 
 
-def explain(config: EngineConfig, *, batch: int = 1, context: int = 1024, prefill: int = 512) -> dict[str, Any]:
+def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill: int = 256) -> dict[str, Any]:
     """Plain JSON data: the model, each op with its kernel and the reasons, and the cost of two steps.
 
     The steps are a decode of `batch` requests with `context` tokens each, and a prefill of `prefill` tokens. Their cost
     is the least that must be done (skyline.ops.Cost), with perfect reuse inside each op and none between ops.
     Raises CheckpointError, ValueError or NoKernelError.
     """
-    device = torch.device(config.device)
-    if device.type not in ("cpu", "cuda"):
+    device_type = config.device.partition(":")[0]
+    if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
     model_config = load_config(Path(config.model))
     dtype = choose_dtype(config, model_config)
@@ -70,7 +70,7 @@ def explain(config: EngineConfig, *, batch: int = 1, context: int = 1024, prefil
                 "op": name,
                 "provider": choice.kernel.provider,
                 "reason": choice.reason,
-                "rejected": _rejected(Request(OPS[name], device.type, dtype, config.batch_invariant), choice),
+                "rejected": _rejected(Request(OPS[name], device_type, dtype, config.batch_invariant), choice),
                 "launches": launches[name],
                 "launches_per_layer": launches[name] // layers,
                 "decode": _figures(steps["decode"][name]),

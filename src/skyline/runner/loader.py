@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +57,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     """Raises CheckpointError, OutOfMemoryError or ValueError with what to do about it."""
     config.validate()
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    if config.threads is not None:  # else torch's own choice: the cores of this process, or OMP_NUM_THREADS
+        torch.set_num_threads(config.threads)
     folder = Path(config.model)
     model_config = load_config(folder)
     dtype = choose_dtype(config, model_config)

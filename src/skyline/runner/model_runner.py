@@ -49,7 +49,7 @@ class _Handle:
             return output
         output.errors = sampled.errors
         rows = [row for row, samples in enumerate(plan.samples) if samples]
-        for row, token in zip(rows, sampled.token_ids.tolist(), strict=True):
+        for row, token in zip(rows, sampled.host_token_ids(), strict=True):
             output.token_ids[row] = token
         if sampled.logprobs is not None:
             output.logprobs = [None] * len(plan.slots)

@@ -55,7 +55,7 @@ def draw_top_k(
     weights = _weights(values - values[:, :1], min_p, logits.shape[1])
     weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0.0)
     tokens, _ = _draw_nucleus(weights, ids, weights.sum(-1, keepdim=True, dtype=torch.float64), top_p, u)
-    return tokens, values[:, 0]
+    return tokens, logits.amax(dim=-1)
 
 
 def draw_top_p(
@@ -69,7 +69,7 @@ def draw_top_p(
     vocab_size = logits.shape[1]
     logits.div_(temperature)
     values, ids = top_candidates(logits, min(NUCLEUS_CANDIDATES, vocab_size))
-    top = values[:, :1]
+    top = logits.amax(dim=-1, keepdim=True)
     total = _weights(logits - top, min_p, vocab_size).sum(-1, keepdim=True, dtype=torch.float64)
     weights = _weights(values - top, min_p, vocab_size)
     tokens, reached = _draw_nucleus(weights, ids, total, top_p, u)
@@ -92,25 +92,34 @@ def draw_sorted(
     weights = _weights(values - values[:, :1], min_p, logits.shape[1])
     weights.masked_fill_(torch.arange(weights.shape[1], device=weights.device) >= top_k, 0.0)
     tokens, _ = _draw_nucleus(weights, ids, weights.sum(-1, keepdim=True, dtype=torch.float64), top_p, u)
-    return tokens, values[:, 0]
+    return tokens, logits.amax(dim=-1)
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of `logits` [R, V] float32: values [R, k] and ids [R, k], by value, lower id first among equals.
 
-    torch.topk promises nothing about equal values. Unique integer keys settle it; on the CPU, where making them costs
-    more than the selection, they are made only if equal values straddle the k-th place (looking is free there).
+    Where a NaN comes is not defined, so callers look for one themselves (amax keeps it).
+
+    torch.topk promises nothing about which of equal values it takes. Unique integer keys settle it. On the CPU, where
+    making them costs more than the selection, a few values too many are taken instead: unless all of those equal the
+    k-th, every token that equals it is among them. Looking is free there; on a GPU it would wait for the device.
     """
-    if k >= logits.shape[1]:
-        return sort_candidates(logits)
-    if logits.device.type == "cpu":
-        values, ids = logits.topk(k + 1, dim=-1)
-        if not bool((values[:, k - 1] == values[:, k]).any()):
-            ids, order = ids[:, :k].sort(dim=-1)
-            values, by_value = values[:, :k].gather(1, order).sort(dim=-1, descending=True, stable=True)
-            return values, ids.gather(1, by_value)
-    ids = _key_ids(_keys(logits).topk(k, dim=-1).values)
-    return logits.gather(1, ids), ids
+    taken = k + max(64, k // 4)
+    if taken >= logits.shape[1]:
+        values, ids = sort_candidates(logits)
+        return values[:, :k], ids[:, :k]
+    if logits.device.type != "cpu":
+        ids = _key_ids(_keys(logits).topk(k, dim=-1).values)
+        return logits.gather(1, ids), ids
+    values, ids = logits.topk(taken, dim=-1)
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    values, ids, last = values[:, :k].contiguous(), ids.gather(1, order)[:, :k], values[:, -1]
+    tied = (values[:, -1] == last).nonzero().squeeze(1)
+    if tied.numel():
+        ids[tied] = _key_ids(_keys(logits[tied]).topk(k, dim=-1).values)
+        values[tied] = logits[tied].gather(1, ids[tied])
+    return values, ids
 
 
 def sort_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ def sort_candidates(logits: Tensor) -> tuple[Tensor, Tensor]:
     keys = _keys(logits)
     if logits.device.type == "cpu":
         # numpy's vectorised integer sort is some twenty times as fast as torch.sort.
-        keys = torch.from_numpy(np.ascontiguousarray(np.sort(keys.numpy(), axis=-1)[:, ::-1]))
+        keys = torch.from_numpy(np.sort(keys.numpy(), axis=-1)).flip(-1)
     else:
         keys = keys.sort(dim=-1, descending=True).values
     ids = _key_ids(keys)

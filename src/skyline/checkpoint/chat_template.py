@@ -122,12 +122,17 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template of a checkpoint, or None if it has none. CheckpointError if it does not compile."""
-    if tokenizer.chat_template is None:
+def load_chat_template(tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate | None:
+    """The chat template of a checkpoint, or None if it has none; `source` is used in its place.
+
+    CheckpointError if it does not compile.
+    """
+    tool_use = tokenizer.chat_templates.get("tool_use") if source is None else None
+    source = tokenizer.chat_template if source is None else source
+    if source is None:
         return None
     try:
-        return ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.chat_templates.get("tool_use"))
+        return ChatTemplate(source, tokenizer.special_tokens, tool_use)
     except ChatTemplateError as error:
         raise CheckpointError(f"{tokenizer.path.parent}: {error}") from error
 

@@ -155,20 +155,19 @@ class Generation:
             for count, token in enumerate(output.token_ids[:visible], start=1):
                 update.text += text.push([token])
                 if text.stop_reason is not None:
-                    # Tokens sampled before we saw the stop string are not part of the answer.
-                    del output.token_ids[count:]
-                    update.finish_reason, update.stop_reason = "stop", text.stop_reason
+                    del output.token_ids[count:]  # sampled before we saw the stop string: no part of the answer
                     break
             update.token_ids = output.token_ids
             if output.logprobs is not None:
                 update.logprobs = output.logprobs[: len(output.token_ids)]
-            if update.finish_reason is not None:
+            if output.finish_reason is not None:
+                update.text += text.finish()
+            stop = text.stop_reason
+            if stop is not None:
+                update.finish_reason, update.stop_reason = "stop", stop
                 if output.finish_reason is None:
                     self._llm._engine.abort([stream.request_id])
-                elif text.stop_reason is None:
-                    update.text += text.finish()  # which may complete a stop string
-                    if (stop := text.stop_reason) is not None:
-                        update.finish_reason, update.stop_reason = "stop", stop
+            if update.finish_reason is not None:
                 yield update
                 return
             yield update
@@ -177,7 +176,15 @@ class Generation:
 class AsyncLLM:
     """A model served by an engine process. Create with `await AsyncLLM.start(config)`; `await close()` at the end."""
 
-    def __init__(self, config: EngineConfig, model_name: str, max_queued: int = 4096) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_name: str,
+        max_queued: int = 4096,
+        *,
+        engine: EngineClient | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         """`config.model` is a local folder. Raises CheckpointError if it is not a model."""
         folder = Path(config.model)
         self.config = config
@@ -186,22 +193,35 @@ class AsyncLLM:
         self.model_config = load_config(folder)
         self.generation_defaults = load_generation_defaults(folder)
         self.tokenizer = Tokenizer(folder)
-        self.chat_template = load_chat_template(self.tokenizer)
-        self._engine = EngineClient(config)
+        self.chat_template = load_chat_template(self.tokenizer, chat_template)
+        self._engine = engine or EngineClient(config)
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, revision: str | None = None, model_name: str | None = None, max_queued: int = 4096
+        cls,
+        config: EngineConfig,
+        *,
+        revision: str | None = None,
+        model_name: str | None = None,
+        max_queued: int = 4096,
+        chat_template: str | None = None,
     ) -> AsyncLLM:
-        """Resolve the model (a folder or a hub id), start loading it and return; `wait_ready` for the rest."""
+        """Resolve the model (a folder or a hub id), start loading it and return; `wait_ready` for the rest.
+
+        `chat_template` is Jinja source to use instead of the checkpoint's.
+        """
         name = model_name or config.model
         folder = await asyncio.to_thread(resolve, config.model, revision)
         config = msgspec.structs.replace(config, model=str(folder))
         config.validate()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        llm = cls(config, name, max_queued)
-        await llm._engine.start()
-        return llm
+        engine = EngineClient(config)
+        await engine.start()  # before anything is read here: both processes load at the same time
+        try:
+            return await asyncio.to_thread(cls, config, name, max_queued, engine=engine, chat_template=chat_template)
+        except BaseException:
+            await engine.close()
+            raise
 
     async def wait_ready(self) -> EngineReady:
         """Raises EngineDeadError if the engine cannot start."""

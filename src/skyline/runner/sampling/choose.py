@@ -167,7 +167,7 @@ def _invert_cdf(weights: Tensor, u: Tensor) -> Tensor:
     vocab_size = weights.shape[1]
     size = min(_BLOCK, vocab_size)
     whole = vocab_size // size
-    blocks = weights[:, : whole * size].unflatten(1, (whole, size)).sum(-1, dtype=torch.float64)
+    blocks = torch.unflatten(weights[:, : whole * size], 1, (whole, size)).sum(-1, dtype=torch.float64)
     rest = weights[:, whole * size :].sum(-1, keepdim=True, dtype=torch.float64)
     blocks = torch.cat((blocks, rest), dim=1)
     ends = blocks.cumsum(-1)

@@ -61,7 +61,7 @@ def measure(batch: int, asynchronous: bool, steps: int, warmup: int) -> Row:
     core = EngineCore(limits, NullRunner(), async_scheduling=asynchronous)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     for number in range(batch):
-        # Ids as long as the server's, prompts that share nothing, and lengths that spread the new blocks over the steps.
+        # Ids as long as the server's, prompts that share nothing, and lengths that spread new blocks over the steps.
         prompt = [number * PROMPT + position for position in range(PROMPT - number % BLOCK_SIZE)]
         refused = core.add(EngineRequest(f"{number:032x}-0", prompt, params))
         assert refused is None, refused

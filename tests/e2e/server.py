@@ -34,7 +34,12 @@ class Server:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                return response.status, json.loads(response.read())
+                text = response.read()
+                if response.headers["content-type"].startswith("text/event-stream"):
+                    events = [line[6:] for line in text.splitlines() if line.startswith(b"data: ")]
+                    assert events[-1] == b"[DONE]"
+                    return response.status, {"events": [json.loads(event) for event in events[:-1]]}
+                return response.status, json.loads(text)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 

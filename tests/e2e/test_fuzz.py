@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 
 from tests.e2e.server import Server, serve
 
@@ -24,23 +25,25 @@ def server(tiny_checkpoint: Path) -> Iterator[Server]:
         assert server.get("/health")[0] == 200
 
 
-@pytest.fixture(scope="module")
-def api_schema(server: Server) -> Any:
-    return schemathesis.openapi.from_url(server.url + "/openapi.json")
-
-
-schema = schemathesis.pytest.from_fixture("api_schema")
-
-
-@schema.parametrize()
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_generated_requests(case: schemathesis.Case) -> None:
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_generated_requests(server: Server, mode: GenerationMode) -> None:
     """From the OpenAPI schema: valid and invalid values of every field of every route."""
-    response = case.call(timeout=60)
-    assert response.status_code < 500, response.text
-    if response.status_code >= 400:
-        error = response.json()["error"]
-        assert error["message"] and error["type"]
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) >= 9
+
+    def check(case: schemathesis.Case) -> None:
+        response = case.call(timeout=60)
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            error = response.json()["error"]
+            assert error["message"] and error["type"]
+
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # any path is a string, so nothing could be wrong
+        run = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        run(given(operation.as_strategy(generation_mode=mode))(check))()
 
 
 _VALUES: list[Any] = [

@@ -131,8 +131,8 @@ class BlockPool:
             assert (count > 0) + (block in free) + (block in cached) == 1, f"block {block} is in no or in two states"
             if block in free:
                 assert self._hash_of[block] is None
-            if block in cached or count > 1:
-                assert self._hash_of[block] is not None or count > 1
+            if block in cached:
+                assert self._hash_of[block] is not None
         for digest, block in self._by_hash.items():
             assert self._hash_of[block] == digest
         assert sum(digest is not None for digest in self._hash_of) == len(self._by_hash)

@@ -79,7 +79,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, exclusive_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # smaller ones overflow
         if self.seed is not None:
             _integer("seed", self.seed, -SEED_RANGE, SEED_RANGE - 1)
         if self.max_tokens is not None:

@@ -174,7 +174,7 @@ class EngineClient:
                 self._send(Shutdown())
             else:
                 with contextlib.suppress(ProcessLookupError):
-                    self._process.terminate()
+                    self._process.kill()  # still loading: there is nothing to end in good order
             try:
                 await asyncio.wait_for(self._process.wait(), timeout=10)
             except TimeoutError:
@@ -194,6 +194,12 @@ class EngineClient:
         self._to_engine.send(encoder.encode(message), zmq.NOBLOCK)
 
     async def _receive(self) -> None:
+        try:
+            await self._receive_forever()
+        except (zmq.ZMQError, msgspec.MsgspecError) as error:
+            self._fail(f"the connection to the engine broke: {error}")
+
+    async def _receive_forever(self) -> None:
         while True:
             message = from_engine_decoder.decode(await self._from_engine.recv())
             self._last_heard = time.monotonic()

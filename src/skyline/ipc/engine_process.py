@@ -84,7 +84,9 @@ def _exit_with_parent() -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front end decides what it means
+    # Signals reach the whole process group; the front end decides what they mean, and this process ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=os.environ.get("SKYLINE_LOG_LEVEL", "INFO"), format="%(levelname)s %(name)s: %(message)s")
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

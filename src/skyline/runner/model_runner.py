@@ -92,7 +92,7 @@ class ModelRunner:
 
         sampling = [row for row, samples in enumerate(plan.samples) if samples]
         logit_rows = [int(end) - 1 for end in ends[sampling]]
-        scored = [row for row, slot in enumerate(plan.slots) if self._slots[slot].request.prompt_logprobs]
+        scored = [row for row, slot in enumerate(plan.slots) if self._scores(slot, plan.starts[row])]
         for row in scored:
             logit_rows += range(int(ends[row]) - plan.lengths[row], int(ends[row]))
         rows = torch.tensor(logit_rows, dtype=torch.int64, device=self._device)
@@ -125,12 +125,16 @@ class ModelRunner:
         for slot, blocks in plan.new_blocks:
             self._slots[slot].block_table += blocks
 
+    def _scores(self, slot: int, start: int) -> bool:
+        """Whether a chunk from `start` on predicts tokens of a prompt whose log-probabilities are wanted."""
+        request = self._slots[slot].request
+        return request.prompt_logprobs and start < request.num_prompt - 1
+
     def _score_prompt(self, plan: StepPlan, row: int, logits: Tensor) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that this chunk's logits predict."""
         slot, start = plan.slots[row], plan.starts[row]
         request = self._slots[slot].request
         count = min(plan.lengths[row], request.num_prompt - 1 - start)
-        if count <= 0 or request.params.prompt_logprobs is None:
-            return []
+        assert request.params.prompt_logprobs is not None
         targets = self._token_ids[slot, start + 1 : start + 1 + count].long()
         return self._sampler.prompt_logprobs(logits[:count], targets, request.params.prompt_logprobs)

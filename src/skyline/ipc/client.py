@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import sys
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from skyline.engine.messages import (
     ToEngine,
 )
 from skyline.ipc.protocol import STATS_INTERVAL_S, Launch, encoder, from_engine_decoder
+from skyline.ipc.spawn import ENGINE_COMMAND, start_engine
 
 logger = logging.getLogger("skyline.client")
 
@@ -76,7 +78,7 @@ class RequestStream:
 class EngineClient:
     """Use from one event loop. `start` returns at once; `wait_ready` when the model is loaded."""
 
-    command: Sequence[str] = (sys.executable, "-m", "skyline.ipc.engine_process")
+    command: Sequence[str] = ENGINE_COMMAND
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -98,19 +100,27 @@ class EngineClient:
         self._ready_event = asyncio.Event()
         self._last_heard = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._exited = asyncio.Event()
         self._closing = False
 
     def _address(self, name: str) -> str:
         return f"ipc://{self._folder / name}"
 
     async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(*self.command, stdin=asyncio.subprocess.PIPE)
+        self._process = start_engine(self.command)
         assert self._process.stdin is not None
         launch = Launch(self.config, self._address("requests"), self._address("outputs"))
-        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        await self._process.stdin.drain()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already; `_watch` will say so
+            self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        threading.Thread(target=self._wait_for_exit, args=(asyncio.get_running_loop(),), daemon=True).start()
+
+    def _wait_for_exit(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._process is not None
+        self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
+            loop.call_soon_threadsafe(self._exited.set)
 
     @property
     def pid(self) -> int | None:
@@ -169,17 +179,18 @@ class EngineClient:
     async def close(self) -> None:
         """End the process; streams still open end with an error."""
         self._closing = True
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None and not self._exited.is_set():
             if self.ready is not None:
                 self._send(Shutdown())
             else:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()  # still loading: there is nothing to end in good order
+                self._process.kill()  # still loading: there is nothing to end in good order
             try:
-                await asyncio.wait_for(self._process.wait(), timeout=10)
+                await asyncio.wait_for(self._exited.wait(), timeout=10)
             except TimeoutError:
                 self._process.kill()
-                await self._process.wait()
+                await self._exited.wait()
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
         self._fail("the engine was shut down")
         for task in self._tasks:
             task.cancel()
@@ -219,10 +230,11 @@ class EngineClient:
                 self._fail(message.error)
 
     async def _watch(self) -> None:
-        assert self._process is not None
-        code = await self._process.wait()
+        await self._exited.wait()
         await asyncio.sleep(0.1)  # its last words may still be in the socket
         if not self._closing:
+            assert self._process is not None
+            code = self._process.returncode
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._fail(f"the engine process ended unexpectedly ({ended}); see its log above")
 

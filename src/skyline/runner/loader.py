@@ -39,9 +39,9 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 
 
 def choose_device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no usable CUDA device here; use --device cpu or check the driver")
     return device

@@ -1,0 +1,5 @@
+"""`python -m skyline` is the same as `skyline`."""
+
+from skyline.cli import main
+
+main()

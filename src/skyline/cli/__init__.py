@@ -1,0 +1,84 @@
+"""The `skyline` command: one file a subcommand.
+
+Whatever takes time to import is imported inside the functions that need it, so that `skyline --help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from skyline.cli.chat import chat
+from skyline.cli.evaluate import evaluate
+from skyline.cli.explain import explain
+from skyline.cli.generate import generate
+from skyline.cli.serve import serve
+from skyline.cli.version import version
+
+app = typer.Typer(
+    name="skyline",
+    help="LLM inference at the Pareto frontier of throughput and interactivity.\n\n"
+    "Without MODEL, commands use the small demonstration model that comes with the package.",
+    epilog="Start with [bold]skyline serve[/bold], or with a model of the Hugging Face hub: "
+    "[bold]skyline serve Qwen/Qwen3-0.6B[/bold]",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback, which a report can quote in full
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"[bold]{line}[/bold]" for line in lines)
+
+
+app.command(
+    epilog=_examples(
+        "skyline serve",
+        "skyline serve Qwen/Qwen3-0.6B --port 9000 --api-key secret",
+        "skyline serve ./my-model --device cuda --max-model-len 8192 --kv-cache-memory 4GiB",
+    )
+)(serve)
+app.command(
+    epilog=_examples(
+        'skyline generate Qwen/Qwen3-0.6B-Base --prompt "Once upon a time" --temperature 0',
+        "cat prompt.txt | skyline generate Qwen/Qwen3-0.6B-Base --max-tokens 500",
+    )
+)(generate)
+app.command(
+    epilog=_examples(
+        "skyline chat",
+        'skyline chat Qwen/Qwen3-0.6B --system "Answer in one sentence."',
+        'echo "What is 17 plus 25?" | skyline chat',
+    )
+)(chat)
+app.command(
+    epilog=_examples(
+        "skyline explain",
+        "skyline explain Qwen/Qwen3-0.6B --device cuda --batch 64 --context 4096",
+        "skyline explain --json",
+    )
+)(explain)
+app.command(
+    "eval",
+    epilog=_examples(
+        "skyline eval demo",
+        "skyline eval demo --json --at-least 0.9",
+        "skyline eval demo -- --dtype float32 --batch-invariant",
+    ),
+    # What follows "--" belongs to `skyline serve`.
+    context_settings={"allow_extra_args": True},
+)(evaluate)
+app.command()(version)
+
+
+def main() -> None:
+    try:
+        app()
+    except BrokenPipeError:
+        # The reader has gone, as in `skyline ... | head`. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

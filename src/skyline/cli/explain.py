@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Annotated, Any
+
+import typer
+
+from skyline.cli import console, options
+
+_STEPS = "Steps"
+
+
+def explain(
+    model: options.Model = None,
+    batch: Annotated[
+        int, typer.Option(min=1, max=65536, help="Requests in the decode step.", rich_help_panel=_STEPS)
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that each of them has.",
+            show_default="1024, or the model's context",
+            rich_help_panel=_STEPS,
+        ),
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens in the prefill step.",
+            show_default="512, or the model's context",
+            rich_help_panel=_STEPS,
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; it need not be there.", rich_help_panel=options.MODEL)
+    ] = "cpu",
+    batch_invariant: options.BatchInvariant = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show which kernel serves each op of a model and why, and what a step costs. Loads no weights."""
+    import msgspec
+
+    from skyline.checkpoint import load_config, resolve
+
+    config = console.engine_config(model, starts=False, dtype=dtype, device=device, batch_invariant=batch_invariant)
+    with console.clear_errors():
+        folder = resolve(config.model, revision)
+        longest = load_config(folder).max_position_embeddings
+    config = msgspec.structs.replace(config, model=str(folder))
+    # By name, so that the import checker sees that nothing else of the CLI can reach torch: this is the one command
+    # that computes in its own process.
+    runner = importlib.import_module("skyline.runner.explain")
+    kernels = importlib.import_module("skyline.kernels")
+    with console.clear_errors():
+        try:
+            facts = runner.explain(
+                config,
+                batch=batch,
+                context=min(1024, longest) if context is None else context,
+                prefill=min(512, longest) if prefill is None else prefill,
+            )
+        except (ValueError, kernels.NoKernelError) as error:
+            console.fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console()
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    heads = facts["heads"]
+    for name, value in {
+        "model": facts["model"],
+        "architecture": f"{facts['architecture']}, {facts['layers']} layers, hidden size {facts['hidden_size']:,}, "
+        f"{heads['query']} query and {heads['kv']} KV heads of {facts['head_dim']}, {facts['vocab_size']:,} tokens",
+        "parameters": f"{facts['parameters']:,}, {_size(facts['parameter_bytes'])} in {facts['dtype']}",
+        "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
+        f"{_size(facts['kv_bytes_per_token'] * facts['max_model_len'])} for a context of {facts['max_model_len']:,}",
+        "launches": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
+        "device": facts["device"],
+    }.items():
+        summary.add_row(f"[bold]{name}[/bold]", value)
+    out.print(summary)
+
+    ops = Table(title="Kernels", title_justify="left")
+    for column in ("op", "kernel", "launches", "why, and why not the others"):
+        ops.add_column(column, justify="right" if column == "launches" else "left")
+    for op in facts["ops"]:
+        others = [f"{other['provider']}: {other['reason']}" for other in op["rejected"]]
+        ops.add_row(op["op"], op["provider"], str(op["launches"]), "\n".join([op["reason"], *others]))
+    out.print(ops)
+
+    decode, prefill = facts["steps"]["decode"], facts["steps"]["prefill"]
+    requests = f"{decode['requests']} request{'s' if decode['requests'] > 1 else ''} with"
+    for name, title in (
+        ("decode", f"Decode: one token for {requests} {decode['context']:,} tokens of context"),
+        ("prefill", f"Prefill: {prefill['context']:,} tokens of one request"),
+    ):
+        costs = Table(title=title, title_justify="left")
+        costs.add_column("op")
+        for column in ("bytes", "FLOPs", "FLOPs a byte"):
+            costs.add_column(column, justify="right")
+        for op in sorted(facts["ops"], key=lambda op: -int(op[name]["bytes"])):
+            costs.add_row(op["op"], *_figures(op[name]))
+        costs.add_section()
+        costs.add_row("all", *_figures(facts["steps"][name]), style="bold")
+        out.print(costs)
+
+
+def _figures(cost: dict[str, Any]) -> tuple[str, str, str]:
+    return _size(cost["bytes"]), _number(cost["flops"]), f"{cost['intensity']:,.1f}"
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} B"
+
+
+def _number(count: int) -> str:
+    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return str(count)

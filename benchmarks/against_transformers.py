@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CELLS = {"prefill 512": (1, 512, 1), "batch 1": (1, 128, 32), "batch 8": (8, 128, 32), "batch 32": (32, 128, 32)}
+NEW = 32
+BATCHES = (1, 4, 8, 16, 32)
+CELLS = {"prefill 512": (1, 512, 1), **{f"batch {batch}": (batch, 128, NEW) for batch in BATCHES}}  # requests, in, out
 VOCAB = 2000  # ids that every tokenizer here has
 
 Generate = Callable[[list[list[int]], int], None]
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path, help="draw the frontier here")
     arguments = parser.parse_args()
     contenders = {"skyline": skyline(arguments.folder), "transformers": transformers(arguments.folder)}
     draw = random.Random(0)
@@ -72,7 +75,7 @@ def main() -> None:
                 generate(prompts, new)
                 if turn:
                     seconds.setdefault((cell, name), []).append(time.perf_counter() - began)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for cell, (batch, length, new) in CELLS.items():
         tokens = length if new == 1 else batch * new
         values = {name: tokens / statistics.median(seconds[cell, name]) for name in contenders}
@@ -83,8 +86,52 @@ def main() -> None:
             )  # fmt: skip
         ratio = values["skyline"] / values["transformers"]
         print(f"{cell:>12}: " + ", ".join(f"{k} {v:.1f} tok/s" for k, v in values.items()) + f", ratio {ratio:.2f}")
+    if arguments.svg:
+        arguments.svg.write_text(_frontier(rows, list(contenders)))
     if arguments.json:
         arguments.json.write_text(json.dumps({"provenance": _provenance(), "rows": rows}, indent=1) + "\n")
+
+
+def _frontier(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """Throughput of all requests together against that of each one, as an SVG picture."""
+    curves = {
+        name: [(row["value"] / batch, row["value"]) for batch in BATCHES for row in rows
+               if row["engine"] == name and row["cell"] == f"batch {batch}"]
+        for name in names
+    }  # fmt: skip
+    widest = max(x for curve in curves.values() for x, _ in curve) * 1.1
+    highest = max(y for curve in curves.values() for _, y in curve) * 1.15
+    width, height, left, bottom = 640, 380, 70, 50
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / widest * (width - left - 20), height - bottom - y / highest * (height - bottom - 20)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="13"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for step in range(5):
+        x, y = widest * step / 4, highest * step / 4
+        (px, _), (_, py) = place(x, 0), place(0, y)
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.0f}</text>')
+        parts.append(f'<text x="{px:.1f}" y="{height - bottom + 20}" text-anchor="middle">{x:.0f}</text>')
+    for (name, curve), colour in zip(curves.items(), ("#0b6bcb", "#c4622d", "#3d8b40"), strict=False):
+        points = [place(x, y) for x, y in curve]
+        parts.append(
+            f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}" '
+            'stroke-width="2"/>'
+        )
+        for (x, y), batch in zip(points, BATCHES, strict=True):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+            parts.append(f'<text x="{x + 7:.1f}" y="{y - 5:.1f}" fill="{colour}" font-size="11">{batch}</text>')
+        x, y = points[-1]
+        parts.append(f'<text x="{x + 26:.1f}" y="{y + 4:.1f}" fill="{colour}" font-weight="bold">{name}</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">tokens/s of each request</text>')
+    parts.append(
+        f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">tokens/s of all requests</text>'
+    )
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def _provenance() -> dict[str, Any]:

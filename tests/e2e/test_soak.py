@@ -74,7 +74,7 @@ async def _load(
             session_model = (await response.json())["data"][0]["id"]
         jobs = []
         for _ in range(requests):
-            abort_after = draw.expovariate(1 / 0.15) if draw.random() < 0.45 else None
+            abort_after = draw.expovariate(1 / 0.08) if draw.random() < 0.5 else None
             jobs.append(one(session, draw.randrange(PROMPTS), abort_after))
         await asyncio.gather(*jobs)
     return counts[True], counts[False]

@@ -29,10 +29,10 @@ VOCAB = 2000  # ids that every tokenizer here has
 Generate = Callable[[list[list[int]], int], None]
 
 
-def skyline(folder: str) -> Generate:
+def skyline(folder: str, batch_invariant: bool = False) -> Generate:
     from skyline import LLM, SamplingParams
 
-    llm = LLM(folder, enable_prefix_caching=False, max_model_len=1024, max_num_seqs=64)
+    llm = LLM(folder, enable_prefix_caching=False, max_model_len=1024, max_num_seqs=64, batch_invariant=batch_invariant)
 
     def generate(prompts: list[list[int]], new: int) -> None:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True), progress=False)
@@ -64,7 +64,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path, help="draw the frontier here")
     arguments = parser.parse_args()
-    contenders = {"skyline": skyline(arguments.folder), "transformers": transformers(arguments.folder)}
+    contenders = {
+        "skyline": skyline(arguments.folder),
+        "skyline --batch-invariant": skyline(arguments.folder, batch_invariant=True),
+        "transformers": transformers(arguments.folder),
+    }
     draw = random.Random(0)
     seconds: dict[tuple[str, str], list[float]] = {}
     for turn in range(arguments.rounds + 1):  # the first is a warm-up

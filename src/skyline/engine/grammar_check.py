@@ -22,6 +22,10 @@ MAX_REPEAT = 100_000  # product of nested counted repetitions, as in (a{1000}){1
 # Intersecting regular expressions takes time exponential in their number, and llguidance's fuel does not count it.
 MAX_INTERSECTED_PATTERNS = 3
 
+# Between JSON tokens: a space, a line break, some indentation. Without a bound, a model that does not know how
+# to go on writes blanks until max_tokens.
+_WHITESPACE = r"[ \t]?(\r?\n[ \t]{0,16})?"
+
 _LARK_TOKEN = re.compile(
     r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?P<regex>(?:\\.|[^/\\\n])+)/'
     r"|(?P<json>%json\b)|(?P<directive>%(?:regex|llguidance)\b)|(?P<set>[&~])|(?P<count>\{[\d,\s]+\})"
@@ -59,6 +63,11 @@ def parser_limits() -> LLParserLimits:
     )
 
 
+def _json_grammar(schema: Any) -> str:
+    options = {"whitespace_pattern": _WHITESPACE} if isinstance(schema, dict) else None  # true and false take none
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+
+
 def to_llguidance(spec: GrammarSpec) -> str:
     """The grammar in llguidance's own form. Raises GrammarError for what can be seen without compiling it."""
     text = spec.text
@@ -70,11 +79,11 @@ def to_llguidance(spec: GrammarSpec) -> str:
         raise GrammarError(f"the {_name(spec)} is not valid Unicode text") from None
     try:
         if spec.kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+            return _json_grammar({"type": "object"})
         if spec.kind == "json_schema":
             schema = _parse_json(text, "JSON schema")
             check_schema(schema)
-            return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            return _json_grammar(schema)
         if spec.kind == "regex":
             check_regex(text)
             return str(LLMatcher.grammar_from_regex(text))

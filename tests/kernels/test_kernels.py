@@ -1,0 +1,47 @@
+"""Every kernel of every op computes what the op's reference computes in float32, within the op's tolerance."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from skyline.kernels import Kernel, candidates
+from skyline.ops import OPS, KVCache
+
+KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name)]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.float()
+    if isinstance(value, KVCache):
+        k, v = value.tensors
+        return dataclasses.replace(value, dtype=torch.float32, k=k.float(), v=v.float())
+    return value
+
+
+def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What it returns, or else what it wrote."""
+    result = run(*arguments)
+    if result is None:
+        return [part for value in arguments if isinstance(value, KVCache) for part in value.tensors]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+@pytest.mark.parametrize("op,kernel", KERNELS, ids=[f"{op.name}-{kernel.provider}" for op, kernel in KERNELS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_equals_the_reference(op: Any, kernel: Kernel, dtype: torch.dtype) -> None:
+    cases = list(op.cases(dtype, torch.Generator().manual_seed(3)))
+    assert cases
+    for case in cases:
+        expected = _results(op.reference, tuple(_wide(copy.deepcopy(value)) for value in case.args))
+        actual = _results(kernel.run, copy.deepcopy(case.args))
+        rtol, atol = op.tolerance[dtype]
+        for want, got in zip(expected, actual, strict=True):
+            assert got.shape == want.shape, case.label
+            assert torch.allclose(got.float(), want.float(), rtol=rtol, atol=atol), case.label

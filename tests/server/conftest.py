@@ -22,6 +22,7 @@ from skyline.engine.messages import EngineOutput, EngineReady, EngineRequest, En
 from skyline.frontend.async_llm import AsyncLLM
 from skyline.ipc.client import EngineDeadError, RequestStream
 from skyline.server import ServerOptions, create_app
+from skyline.server.http import BoundedHttp
 
 MODEL = "test/model"
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -234,7 +235,7 @@ async def listening(app: Any) -> AsyncIterator[str]:
     """A real server on a free port of the loopback interface."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http="httptools", lifespan="off", log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedHttp, lifespan="off", log_level="error"))
     task = asyncio.create_task(server._serve([listener]))
     while not server.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from skyline.engine.sampling_params import GrammarSpec
 from skyline.frontend.async_llm import AsyncLLM
 from skyline.server import ServerOptions
 from tests.server.conftest import MAX_LEN, MODEL, FakeEngine, app_client, assert_error, write_checkpoint
@@ -63,6 +66,7 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {str(token): 1 for token in range(5000)}}, "logit_bias"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
     ({"bad_words": ["x"] * 300}, "bad_words"),
@@ -147,6 +151,8 @@ PLAIN_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1] * MAX_LEN}, "prompt"),
     ({"prompt": ["a"] * 4000, "n": 2}, "at most 4096"),
     ({"prompt": ["a"] * 30, "n": 100, "max_tokens": 4000}, "lower n or max_tokens"),
+    ({"prompt": ["a"] * 4000, "guided_regex": "a" * 9000}, "takes a copy"),
+    ({"prompt": ["a"] * 200, "allowed_token_ids": [1] * 256, "bad_words": ["x" * 1000] * 256}, "takes a copy"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"max_tokens": 0}, "echo"),
@@ -251,3 +257,79 @@ async def test_an_unexpected_error_keeps_its_secrets(
     error = assert_error(await client.post(PLAIN, json={"prompt": "Hi"}), 500, "internal error")
     assert "secret" not in json.dumps(error)
     assert error["message"].split()[2].rstrip(";") in caplog.text
+
+
+MEGABYTES = 15_000_000
+
+
+def many(item: str) -> str:
+    return "[" + ",".join([item] * (MEGABYTES // (len(item) + 1))) + "]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "mentions"),
+    [
+        (f'"messages": {many(json.dumps(HI[0]))}', "objects and lists"),
+        (f'"messages": [{{"role": {many("[1]")}, "content": "x"}}]', "objects and lists"),
+        (f'"messages": {json.dumps(HI)}, "modalities": {many(chr(34) + "a" + chr(34))}', "modalities"),
+        (
+            f'"messages": {json.dumps(HI)}, "logit_bias": {json.dumps({f"a{i}": "x" for i in range(800_000)})}',
+            "logit_bias",
+        ),
+    ],
+    ids=["messages", "role", "modalities", "logit_bias"],
+)
+async def test_large_bodies_are_judged_quickly(client: httpx.AsyncClient, fields: str, mentions: str) -> None:
+    """While a body is judged, no other request moves on: each of these took seconds when every part was looked at."""
+    body = f"{{{fields}}}".encode()
+    begin = time.process_time()
+    response = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert time.process_time() - begin < 2.0
+    assert_error(response, 400, mentions)
+
+
+async def test_brackets_in_text_are_no_containers(client: httpx.AsyncClient) -> None:
+    text = '{"a": [1]}\\ ' * 50_000
+    response = await client.post("/v1/completions", json={"prompt": text})
+    assert_error(response, 400, "cannot fit")
+
+
+async def test_what_is_slow_is_checked_once_and_in_a_thread(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+
+    def slow(grammar: GrammarSpec) -> None:
+        checked.append(grammar.text)
+        time.sleep(0.3)
+
+    monkeypatch.setattr("skyline.frontend.async_llm.validate_grammar", slow)
+    body = {"prompt": ["a"] * 50, "guided_regex": "once|only", "bad_words": ["x"]}
+    longest, last = 0.0, time.perf_counter()
+    request = asyncio.create_task(client.post(PLAIN, json=body))
+    while not request.done():
+        await asyncio.sleep(0.005)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert (await request).status_code == 200
+    assert checked == ["once|only"] and longest < 0.25
+    assert len(engine.requests) == 50 and all(request.params.bad_words_token_ids for request in engine.requests)
+
+
+@pytest.mark.parametrize(
+    ("field", "harmless", "asking"),
+    [
+        ("length_penalty", 1.0, 2.0),
+        ("early_stopping", False, True),
+        ("spaces_between_special_tokens", True, False),
+        ("include_reasoning", True, False),
+        ("cache_prompt", True, False),
+        ("use_beam_search", False, True),
+    ],
+)
+async def test_habits_of_other_engines_clients(
+    client: httpx.AsyncClient, field: str, harmless: object, asking: object
+) -> None:
+    """A value that changes nothing is taken; one that asks for something is refused rather than ignored."""
+    body = {"messages": HI, "max_tokens": 1}
+    assert (await client.post(CHAT, json={**body, field: harmless})).status_code == 200
+    assert_error(await client.post(CHAT, json={**body, field: asking}), 400, field)

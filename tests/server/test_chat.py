@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.server.conftest import MODEL, FakeEngine, assert_error
@@ -329,3 +330,41 @@ async def test_failure_of_one_request(client: httpx.AsyncClient, engine: FakeEng
     engine.delay = 0.001
     assert_error(await client.post("/v1/chat/completions", json={"messages": HI, "n": 3}), 500)
     assert engine.num_unfinished == 0 and len(engine.aborted) == 2
+
+
+class Answer(pydantic.BaseModel):
+    unit: str
+    value: int
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_parsed_answers_go_back_into_the_conversation(
+    api: openai.AsyncOpenAI, engine: FakeEngine, stream: bool
+) -> None:
+    """The openai client's parse() and stream() helpers; what they return is sent back with fields of their own."""
+    engine.reply = '{"unit": "apples", "value": 7}'
+    arguments: dict[str, Any] = {"model": MODEL, "messages": HI, "response_format": Answer}
+    if stream:
+        async with api.chat.completions.stream(**arguments) as events:
+            completion = await events.get_final_completion()
+    else:
+        completion = await api.chat.completions.parse(**arguments)
+    message = completion.choices[0].message
+    assert message.parsed == Answer(unit="apples", value=7)
+    engine.reply = '[{"name": "Answer", "parameters": {"unit": "pears", "value": 1}}]'
+    calling = await api.chat.completions.parse(
+        model=MODEL,
+        messages=[*HI, message, *HI],  # type: ignore[list-item]
+        tools=[openai.pydantic_function_tool(Answer)],
+        tool_choice="required",
+    )
+    assert calling.choices[0].finish_reason == "tool_calls"
+    call = calling.choices[0].message.tool_calls[0]  # type: ignore[index]
+    assert call.function.parsed_arguments == Answer(unit="pears", value=1)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    engine.reply = "Done."
+    last = await api.chat.completions.create(
+        model=MODEL,
+        messages=[*HI, calling.choices[0].message, result],  # type: ignore[list-item]
+    )
+    assert last.choices[0].message.content == "Done."

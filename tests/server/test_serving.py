@@ -100,6 +100,15 @@ async def test_loading(llm: AsyncLLM, engine: FakeEngine) -> None:
     engine.ready = ready
 
 
+async def test_a_stalled_engine(llm: AsyncLLM, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "health", lambda: "a step has been running for 130 s")
+    client = app_client(llm, ServerOptions(api_keys=[]))
+    response = await client.get("/health")
+    assert assert_error(response, 503, "a step has been running")["code"] == "engine_stalled"
+    assert int(response.headers["retry-after"]) > 0
+    assert "skyline_engine_up 0.0" in (await client.get("/metrics")).text
+
+
 async def test_overload(llm: AsyncLLM, engine: FakeEngine) -> None:
     llm.max_queued = 2
     engine.delay = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -14,13 +15,14 @@ from skyline.checkpoint import Tokenizer, load_chat_template, load_config, load_
 from skyline.engine.config import EngineConfig
 from skyline.engine.grammar_check import GrammarError, validate_grammar
 from skyline.engine.messages import EngineReady, EngineRequest, FinishReason, TokenLogprobs
-from skyline.engine.sampling_params import SamplingParams
+from skyline.engine.sampling_params import GrammarSpec, SamplingParams
 from skyline.frontend.detokenizer import IncrementalDetokenizer
 from skyline.frontend.errors import InvalidRequestError, OverloadedError, RequestFailedError
 from skyline.ipc.client import EngineClient, RequestStream
 
 # Text longer than this is tokenized in a thread, so that one long prompt does not hold up every other stream.
 _LONG_TEXT_CHARS = 20_000
+_KNOWN_GRAMMARS = 64
 _MAX_CHARS_PER_TOKEN = 128  # no tokenizer packs more; longer prompts are refused without tokenizing them
 
 
@@ -255,6 +257,16 @@ class AsyncLLM:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
         return self.tokenizer.encode(text, add_special_tokens)
 
+    async def prepare(self, params: SamplingParams) -> SamplingParams:
+        """The slow part of checking, in a thread: grammar and bad words. `submit` need not do it again for each prompt.
+
+        Raises InvalidRequestError.
+        """
+        if params.grammar is None and not params.bad_words:
+            return params
+        self._check_ranges(params)
+        return await asyncio.to_thread(self._check_slowly, params)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -301,10 +313,7 @@ class AsyncLLM:
 
     def check_params(self, params: SamplingParams, prompt_tokens: int) -> SamplingParams:
         """The parameters with what only the front end can fill in. Raises InvalidRequestError."""
-        try:
-            params.validate(self.vocab_size)
-        except ValueError as error:
-            raise InvalidRequestError(str(error), _field(str(error))) from None
+        self._check_ranges(params)
         room = self.max_model_len - prompt_tokens
         if params.max_tokens is not None and params.max_tokens > room:
             raise InvalidRequestError(
@@ -314,14 +323,23 @@ class AsyncLLM:
             )
         if params.min_tokens > room:
             raise InvalidRequestError(f"min_tokens is {params.min_tokens}, but only {room} tokens fit", "min_tokens")
+        return self._check_slowly(params)
+
+    def _check_ranges(self, params: SamplingParams) -> None:
+        try:
+            params.validate(self.vocab_size)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), _field(str(error))) from None
+        if params.grammar is not None and params.ignore_eos:
+            raise InvalidRequestError("structured output ends with EOS: drop ignore_eos", "ignore_eos")
+
+    def _check_slowly(self, params: SamplingParams) -> SamplingParams:
         if params.grammar is not None:
-            if params.ignore_eos:
-                raise InvalidRequestError("structured output ends with EOS: drop ignore_eos", "ignore_eos")
             try:
-                validate_grammar(params.grammar)
+                _validate_once(params.grammar)
             except GrammarError as error:
                 raise InvalidRequestError(str(error), "response_format") from None
-        if params.bad_words:
+        if params.bad_words and not params.bad_words_token_ids:
             params = msgspec.structs.replace(params, bad_words_token_ids=self._bad_words(params.bad_words))
         return params
 
@@ -329,6 +347,11 @@ class AsyncLLM:
         # At the start of a text and after a space the same word is other tokens; forbid both.
         forms = {form for word in words for form in (word, " " + word.lstrip())}
         return [ids for form in sorted(forms) if (ids := self.tokenizer.encode(form, add_special_tokens=False))]
+
+
+@functools.lru_cache(_KNOWN_GRAMMARS)
+def _validate_once(grammar: GrammarSpec) -> None:
+    validate_grammar(grammar)
 
 
 def _field(message: str) -> str:

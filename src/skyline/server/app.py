@@ -74,7 +74,7 @@ def create_admin_app(service: Service) -> FastAPI:
 
 def _bare_app(service: Service, title: str, with_key: bool) -> FastAPI:
     # The documentation pages would load scripts from elsewhere; /openapi.json is enough.
-    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     bodies: list[type[BaseModel]] = [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
     answers = [ChatCompletion, Completion, Tokenized, Detokenized, ModelCard, ModelList, Health, Version]

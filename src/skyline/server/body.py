@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,10 @@ from skyline.server.errors import ApiError, ClientGone, invalid, quote
 from skyline.server.fields import ALL_FIELD_NAMES, NOT_SUPPORTED, Body
 
 M = TypeVar("M", bound=Body)
+
+# Objects and lists in a body. Judging 16 MB of them would take seconds in which no other request moves on.
+MAX_CONTAINERS = 50_000
+_CONTAINER = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"?[^"\[{]*+)++|([\[{])', re.DOTALL)
 
 # Errors of our own say more than pydantic's about the other members of a union.
 _OWN_ERRORS = ("unknown_field", "text_only", "value_error")
@@ -35,6 +40,7 @@ def parse(model: type[M], raw: bytes) -> M:
     """Raises ApiError 400 for whatever is not a valid request of this kind."""
     if not raw:
         raise invalid("the body is empty; send a JSON object", code="invalid_json")
+    _check_containers(raw)
     try:
         value = msgspec.json.decode(raw)
     except RecursionError:
@@ -51,6 +57,17 @@ def parse(model: type[M], raw: bytes) -> M:
         raise _explain(model, error, value) from None
     except (RecursionError, OverflowError):
         raise invalid("the body holds a number that is too large or a value that is nested too deeply") from None
+
+
+def _check_containers(raw: bytes) -> None:
+    """Before anything is decoded. Brackets inside strings do not count."""
+    if raw.count(b"{") + raw.count(b"[") <= MAX_CONTAINERS:
+        return
+    count = 0
+    for match in _CONTAINER.finditer(raw):
+        count += match.lastindex is not None
+        if count > MAX_CONTAINERS:
+            raise invalid(f"the body holds more than {MAX_CONTAINERS} objects and lists, nested or not; send less")
 
 
 def _check_headers(request: Request) -> None:

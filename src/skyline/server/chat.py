@@ -109,6 +109,7 @@ async def chat_completion(service: Service, request: Request, body: ChatRequest)
     forced = body.tool_choice if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required" else None
     params = _params(service, llm, body, forced)
     service.charge([len(prompt_ids)], params)
+    params = await prepare(llm, body, params)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = submit(llm, request, body, prompt_ids, params, request_id)
     chat = _Chat(service, llm, body, model, prompt, generation, params, forced, arrived, request_id)
@@ -206,6 +207,16 @@ def _params(service: Service, llm: AsyncLLM, body: ChatRequest, forced: NamedToo
     )
 
 
+async def prepare(llm: AsyncLLM, body: GenerationRequest, params: SamplingParams) -> SamplingParams:
+    """Check what takes long without holding up other requests. Raises InvalidRequestError."""
+    try:
+        return await llm.prepare(params)
+    except InvalidRequestError as error:
+        if error.param == "response_format":
+            error.param = body.grammar_field() if body.grammar() is not None else "tools"
+        raise
+
+
 def submit(
     llm: AsyncLLM,
     request: Request,
@@ -217,12 +228,7 @@ def submit(
     """Start one prompt's generation, under the tenant's own salt."""
     tenant = request.scope.get(TENANT, "")
     salt = f"{tenant}:{body.cache_salt or ''}" if tenant or body.cache_salt else ""
-    try:
-        return llm.submit(prompt_ids, params, request_id=request_id, priority=body.priority or 0, cache_salt=salt)
-    except InvalidRequestError as error:
-        if error.param == "response_format":
-            error.param = body.grammar_field() if body.grammar() is not None else "tools"
-        raise
+    return llm.submit(prompt_ids, params, request_id=request_id, priority=body.priority or 0, cache_salt=salt)
 
 
 async def _whole(chat: _Chat) -> ChatCompletion:

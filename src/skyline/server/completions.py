@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from skyline.engine.sampling_params import SamplingParams
 from skyline.frontend.async_llm import AsyncLLM, Generation, Update
-from skyline.server.chat import submit
+from skyline.server.chat import prepare, submit
 from skyline.server.logprobs import LegacyWriter, join, prompt_logprobs
 from skyline.server.protocol import CompletionRequest
 from skyline.server.responses import (
@@ -128,6 +128,7 @@ async def completion(service: Service, request: Request, body: CompletionRequest
     prompts = await _tokenize(llm, body)
     params = _params(llm, body)
     service.charge([len(prompt) for prompt in prompts], params)
+    params = await prepare(llm, body, params)
     run = _Run(service, llm, body, model, params, arrived, f"cmpl-{uuid.uuid4().hex}")
     try:
         for number, prompt in enumerate(prompts):

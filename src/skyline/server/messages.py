@@ -12,6 +12,8 @@ from skyline.server.fields import Body, JsonObject, ShortText, Text, unsupported
 
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 
+_CLIENTS_OWN = "Not read; the openai client adds it to the messages that its parse() returns"
+
 
 class ContentPart(Body):
     type: Literal["text"]
@@ -30,6 +32,7 @@ class ContentPart(Body):
 class CalledFunction(Body):
     name: Annotated[str, Field(min_length=1, max_length=512)]
     arguments: Text = ""
+    parsed_arguments: Any = Field(None, description=_CLIENTS_OWN)
 
 
 class MessageToolCall(Body):
@@ -50,6 +53,7 @@ class ChatMessage(Body):
     reasoning_content: Text | None = None
     reasoning: Text | None = None
     refusal: Text | None = None
+    parsed: Any = Field(None, description=_CLIENTS_OWN)
     annotations: Annotated[list[Any], Field(max_length=0)] | None = unsupported("this model takes text only")
     audio: None = unsupported("this model takes text only")
     function_call: None = unsupported("use tool_calls")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, StringConstraints, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, StringConstraints, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from skyline.engine.sampling_params import (
@@ -18,6 +18,7 @@ from skyline.engine.sampling_params import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_STOP_STRINGS,
+    MAX_TOKEN_LIST,
     SEED_RANGE,
     GrammarSpec,
 )
@@ -45,6 +46,13 @@ GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=10_000)]], Field(fail_fast=True, min_length=1, max_length=1000)
 ]
+
+
+def _few(bias: Any) -> Any:
+    # pydantic judges every entry of a dictionary, and keeps an error for each, before it looks at the length.
+    if isinstance(bias, dict) and len(bias) > MAX_TOKEN_LIST:
+        raise PydanticCustomError("value_error", f"has {len(bias)} entries; at most {MAX_TOKEN_LIST} are allowed")
+    return bias
 
 
 class StreamOptions(Body):
@@ -110,7 +118,9 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    logit_bias: Annotated[dict[BiasKey, BiasValue], Field(max_length=4096)] | None = None
+    logit_bias: Annotated[dict[BiasKey, BiasValue], BeforeValidator(_few), Field(max_length=MAX_TOKEN_LIST)] | None = (
+        None
+    )
     allowed_token_ids: (
         Annotated[
             list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]],
@@ -136,6 +146,12 @@ class GenerationRequest(Body):
     truncate_prompt_tokens: None = unsupported("shorten the prompt yourself")
     return_token_ids: Literal[False] | None = unsupported("use /tokenize for ids")
     return_tokens_as_token_ids: Literal[False] | None = unsupported("use /tokenize for ids")
+    # What clients of other engines send by habit, with the values that change nothing.
+    length_penalty: Literal[1] | None = unsupported("it belongs to beam search, which there is none of")
+    early_stopping: Literal[False] | None = unsupported("it belongs to beam search, which there is none of")
+    spaces_between_special_tokens: Literal[True] | None = unsupported("the text is what the tokenizer decodes")
+    include_reasoning: Literal[True] | None = unsupported("leave the field reasoning_content unread")
+    cache_prompt: Literal[True] | None = unsupported("start the server with --no-prefix-caching")
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> GenerationRequest:
@@ -201,7 +217,9 @@ class ChatRequest(GenerationRequest):
     prompt_cache_key: str | None = Field(None, description="Accepted; prefixes are found without it. See cache_salt")
     store: Literal[False] | None = unsupported("nothing is stored")
     service_tier: Literal["auto", "default"] | None = unsupported("there is one tier; use priority")
-    modalities: list[Literal["text"]] | None = unsupported("this model answers with text only")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=8)] | None = unsupported(
+        "this model answers with text only"
+    )
     audio: None = unsupported("this model answers with text only")
     prediction: None = unsupported("predicted outputs are not used")
     web_search_options: None = unsupported("there is no web search")

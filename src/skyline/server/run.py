@@ -17,6 +17,7 @@ from skyline.engine.config import EngineConfig
 from skyline.engine.messages import EngineReady
 from skyline.frontend.async_llm import AsyncLLM
 from skyline.server.app import create_admin_app, create_app
+from skyline.server.http import BoundedHttp
 from skyline.server.options import ServerOptions
 from skyline.server.service import Service
 
@@ -172,7 +173,7 @@ def _signals(service: Service, stop: asyncio.Event) -> Iterator[None]:
 def _http_server(app: FastAPI, options: ServerOptions) -> _HttpServer:
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="off",
         log_level="info" if options.access_log else "warning",

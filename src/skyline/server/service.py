@@ -20,6 +20,8 @@ from skyline.server.options import ServerOptions
 
 T = TypeVar("T")
 
+_MAX_BULK = 20_000_000  # of parameters that go with every sequence of one request; some 100 MB
+
 
 class Service:
     """One for each app. Until a model is attached and ready, `llm()` raises 503."""
@@ -101,6 +103,11 @@ class Service:
             return
         if sequences > llm.max_queued:
             raise invalid(f"{sequences} sequences are asked for at once (prompts × n); at most {llm.max_queued}", "n")
+        if sequences * _bulk(params) > _MAX_BULK:
+            raise invalid(
+                f"{sequences} sequences (prompts × n) with these parameters are too much at once: each takes a copy of "
+                "the grammar, bad_words, allowed_token_ids and logit_bias; send fewer prompts or shorten them"
+            )
         tokens = 0
         for length in prompt_lengths:
             room = max(llm.max_model_len - length, 0)
@@ -150,6 +157,14 @@ class Service:
         self.draining = self._stopping = True
         for task in self._active:
             task.cancel()
+
+
+def _bulk(params: SamplingParams) -> int:
+    """Characters and entries of what a client can make long."""
+    grammar = "" if params.grammar is None else params.grammar.text
+    words = sum(map(len, params.bad_words)) + sum(map(len, params.stop))
+    lists = len(params.allowed_token_ids or ()) + len(params.logit_bias) + len(params.stop_token_ids)
+    return len(grammar) + words + lists
 
 
 async def _disconnected(receive: Receive) -> None:

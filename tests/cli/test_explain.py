@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from skyline.engine.config import EngineConfig
+from skyline.kernels import NoKernelError
 from skyline.runner.explain import explain
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 128, 512, 4, 2, 16
@@ -44,8 +45,7 @@ def test_steps_are_the_sum_of_their_ops(tiny_checkpoint: Path) -> None:
     assert facts["launches"]["step"] == sum(op["launches"] for op in facts["ops"])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(("device", "invariant"), [("cpu", False), ("cpu", True), ("cuda", False)])
 def test_every_candidate_is_accounted_for(tiny_checkpoint: Path, device: str, invariant: bool) -> None:
     """Also for a device that is not there."""
     from skyline.kernels import candidates
@@ -64,3 +64,5 @@ def test_it_refuses_what_the_model_cannot_do(tiny_checkpoint: Path) -> None:
         explain(EngineConfig(model=str(tiny_checkpoint)), context=257)
     with pytest.raises(ValueError, match="device"):
         explain(EngineConfig(model=str(tiny_checkpoint), device="tpu"))
+    with pytest.raises(NoKernelError, match="never verified on cuda"):
+        explain(EngineConfig(model=str(tiny_checkpoint), device="cuda", batch_invariant=True))

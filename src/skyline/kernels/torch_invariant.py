@@ -92,7 +92,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, wi
 
 
 def _supports(request: Request) -> str | None:
-    return None if request.batch_invariant else "slower; only used when batch invariance is asked for"
+    if not request.batch_invariant:
+        return "slower; only used when batch invariance is asked for"
+    return None if request.device == "cpu" else f"batch invariance was never verified on {request.device}"
 
 
 for _run in (linear, moe_experts, paged_attention):

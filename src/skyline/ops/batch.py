@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(slots=True, eq=False)
@@ -53,24 +57,52 @@ class AttentionBatch:
 
     @staticmethod
     def build(
-        block_tables: list[list[int]], starts: list[int], lengths: list[int], block_size: int, device: torch.device
+        block_tables: Sequence[Sequence[int]] | NDArray[np.int32],
+        starts: list[int],
+        lengths: list[int],
+        block_size: int,
+        device: torch.device,
     ) -> AttentionBatch:
-        """From host numbers: request r computes tokens starts[r] .. starts[r] + lengths[r] of its context."""
-        longest = max((len(table) for table in block_tables), default=0)
-        tables = torch.tensor([table + [0] * (longest - len(table)) for table in block_tables], dtype=torch.int32)
-        tables = tables.view(len(block_tables), longest)
-        lens = torch.tensor(lengths, dtype=torch.int64)
-        query_starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        query_starts[1:] = lens.cumsum(0)
-        rows = torch.repeat_interleave(torch.arange(len(lengths)), lens)
-        first = torch.tensor(starts, dtype=torch.int64)
-        positions = torch.arange(len(rows)) - query_starts[:-1].long()[rows] + first[rows]
-        blocks = tables[rows, positions // block_size].long() if len(rows) else torch.zeros(0, dtype=torch.int64)
+        """From host numbers: request r computes tokens starts[r] .. starts[r] + lengths[r] of its context.
+
+        block_tables: a table a request, or all of them padded into one array [R, longest], which must not change later.
+        """
+        tables = block_tables if isinstance(block_tables, np.ndarray) else _padded(block_tables)
+        rows, positions = token_positions(starts, lengths)
+        query_starts = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=query_starts[1:])
+        context_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
+        blocks = tables[rows, positions // block_size].astype(np.int64)
         return AttentionBatch(
-            slot_mapping=(blocks * block_size + positions % block_size).to(device, non_blocking=True),
-            block_tables=tables.to(device, non_blocking=True),
-            query_starts=query_starts.to(device, non_blocking=True),
-            context_lens=(first + lens).to(torch.int32).to(device, non_blocking=True),
+            slot_mapping=to_device(blocks * block_size + positions % block_size, device),
+            block_tables=to_device(tables, device),
+            query_starts=to_device(query_starts, device),
+            context_lens=to_device(np.array(context_lens, np.int32), device),
             host_query_lens=list(lengths),
-            host_context_lens=[start + length for start, length in zip(starts, lengths, strict=True)],
+            host_context_lens=context_lens,
         )
+
+
+def token_positions(starts: Sequence[int], lengths: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each token of a step its request's row, [T], and its position in that request's context, [T]."""
+    counts = np.array(lengths, np.int64)
+    rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    first_tokens = np.cumsum(counts, dtype=np.int64) - counts
+    positions: NDArray[np.int64] = (
+        np.arange(len(rows), dtype=np.int64) + (np.array(starts, np.int64) - first_tokens)[rows]
+    )
+    return rows, positions
+
+
+def to_device(host: NDArray[Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Queue the copy behind the device's work without waiting for that. On a CPU the memory is shared, not copied."""
+    tensor = torch.from_numpy(host) if isinstance(host, np.ndarray) else host
+    # Only from pinned memory does a copy not wait; torch keeps that memory until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    padded = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded

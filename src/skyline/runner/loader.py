@@ -79,7 +79,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     logits = (limit_rows + MAX_LOGIT_ROWS) * model_config.vocab_size * 4
-    activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits
+    tokens = config.max_num_seqs * (config.max_model_len or model_config.max_position_embeddings) * 4
+    activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
     caches = kv_caches(model)
     memory = plan_memory(config, model_config.max_position_embeddings, caches, activations, available_bytes(device))
     for cache in caches:

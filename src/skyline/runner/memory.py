@@ -16,6 +16,7 @@ from skyline.ops import AttentionBatch, KVCache
 RESERVE_BYTES = 256 << 20
 _CPU_FRACTION = 0.5  # other programs live on the same memory
 _GPU_FRACTION = 0.9
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class OutOfMemoryError(RuntimeError):
@@ -38,15 +39,23 @@ def available_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available = _meminfo("MemAvailable")
     for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+        (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
     ):
         try:
-            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+            # Usage counts the page cache, which gives way; after loading, the whole checkpoint is in there.
+            left = int(limit.read_text()) - int(usage.read_text()) + _file_cache(usage.parent / "memory.stat")
         except (OSError, ValueError):  # no such file, or "max"
             continue
         available = min(available, max(left, 0))
     return available
+
+
+def _file_cache(stat: Path) -> int:
+    """Bytes of file pages in a control group; the first version of the format prefixes totals."""
+    fields = dict(line.split() for line in stat.read_text().splitlines())
+    prefix = "total_" if "total_active_file" in fields else ""
+    return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def _meminfo(field: str) -> int:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skyline.engine.messages import AdmittedRequest, StepOutput, StepPlan, TokenLogprobs
 from skyline.graph import Program
 from skyline.ops import AttentionBatch
+from skyline.ops.batch import to_device, token_positions
 from skyline.runner.sampler import Sampler, SampleResult
 
 
@@ -25,7 +28,7 @@ class _Slot:
     """What the runner keeps of a running request."""
 
     request: AdmittedRequest
-    block_table: list[int]
+    num_blocks: int = 0  # in the slot's block table
 
 
 @dataclass(slots=True)
@@ -69,7 +72,9 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self._slots: dict[int, _Slot] = {}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="runner")
+        max_num_seqs, max_tokens = token_ids.shape
+        self._block_tables = np.zeros((max_num_seqs, -(-max_tokens // block_size)), np.int32)
+        self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, torch.get_num_threads()))
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
@@ -80,23 +85,21 @@ class ModelRunner:
     @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
-        tables = [self._slots[slot].block_table for slot in plan.slots]
+        longest = max(self._slots[slot].num_blocks for slot in plan.slots)
+        tables = self._block_tables[plan.slots, :longest]  # a copy
         batch = AttentionBatch.build(tables, plan.starts, plan.lengths, self._block_size, self._device)
-        lengths = torch.tensor(plan.lengths)
-        row_slots = torch.tensor(plan.slots).repeat_interleave(lengths)
-        ends = lengths.cumsum(0)
-        shift = torch.tensor(plan.starts) - (ends - lengths)
-        positions = torch.arange(int(ends[-1])) + shift.repeat_interleave(lengths)
-        positions, row_slots = positions.to(self._device), row_slots.to(self._device)
-        input_ids = self._token_ids[row_slots, positions].long()
+        rows, at = token_positions(plan.starts, plan.lengths)
+        positions = to_device(at, self._device)
+        input_ids = self._token_ids[to_device(np.array(plan.slots)[rows], self._device), positions].long()
 
         sampling = [row for row, samples in enumerate(plan.samples) if samples]
-        logit_rows = [int(end) - 1 for end in ends[sampling]]
+        ends = list(accumulate(plan.lengths))
+        logit_rows = [ends[row] - 1 for row in sampling]
         scored = [row for row, slot in enumerate(plan.slots) if self._scores(slot, plan.starts[row])]
         for row in scored:
-            logit_rows += range(int(ends[row]) - plan.lengths[row], int(ends[row]))
-        rows = torch.tensor(logit_rows, dtype=torch.int64, device=self._device)
-        logits = self._program(input_ids, positions, batch, rows).float()
+            logit_rows += range(ends[row] - plan.lengths[row], ends[row])
+        wanted = to_device(np.array(logit_rows, np.int64), self._device)
+        logits = self._program(input_ids, positions, batch, wanted).float()
 
         prompt_logprobs = {}
         offset = len(sampling)
@@ -108,7 +111,7 @@ class ModelRunner:
         slots = [plan.slots[row] for row in sampling]
         ends_at = [plan.starts[row] + plan.lengths[row] for row in sampling]
         sampled = self._sampler.sample(logits[: len(sampling)], slots, ends_at)
-        where = (torch.tensor(slots, device=self._device), torch.tensor(ends_at, device=self._device))
+        where = (to_device(np.array(slots), self._device), to_device(np.array(ends_at), self._device))
         self._token_ids.index_put_(where, sampled.token_ids.to(torch.int32))
         return _Computed(plan, sampled, prompt_logprobs)
 
@@ -118,12 +121,15 @@ class ModelRunner:
             if self._slots.pop(slot, None) is not None:
                 self._sampler.release(slot)
         for request in plan.admitted:
-            self._slots[request.slot] = _Slot(request, [])
-            tokens = torch.tensor(request.token_ids, dtype=torch.int32)
-            self._token_ids[request.slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
+            self._slots[request.slot] = _Slot(request)
+            self._block_tables[request.slot] = 0
+            tokens = np.array(request.token_ids, np.int32)
+            self._token_ids[request.slot, : len(tokens)] = to_device(tokens, self._device)
             self._sampler.admit(request)
         for slot, blocks in plan.new_blocks:
-            self._slots[slot].block_table += blocks
+            known = self._slots[slot].num_blocks
+            self._slots[slot].num_blocks = known + len(blocks)
+            self._block_tables[slot, known : known + len(blocks)] = blocks
 
     def _scores(self, slot: int, start: int) -> bool:
         """Whether a chunk from `start` on predicts tokens of a prompt whose log-probabilities are wanted."""
@@ -138,3 +144,11 @@ class ModelRunner:
         assert request.params.prompt_logprobs is not None
         targets = self._token_ids[slot, start + 1 : start + 1 + count].long()
         return self._sampler.prompt_logprobs(logits[:count], targets, request.params.prompt_logprobs)
+
+
+def _prepare_worker(device: torch.device, threads: int) -> None:
+    # Both are settings of a thread, which a new one does not inherit: without the first, oneDNN starts one thread a
+    # core whatever was asked for; without the second, pinned memory and events belong to the first GPU.
+    torch.set_num_threads(threads)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skyline.engine.grammar_check import GrammarError
 from skyline.engine.messages import AdmittedRequest, TokenLogprobs
+from skyline.ops.batch import to_device
 from skyline.runner.grammar import GrammarCompiler, Matcher, apply_bitmask, bitmask_width
 from skyline.runner.sampling import choose
 from skyline.runner.sampling.result import HostCopy, LogprobTensors, SampleResult
@@ -226,7 +227,7 @@ class Sampler:
         """Choose for rows of one mode; numbers [5, R] float64: temperature, top_k, top_p, min_p, u."""
         if mode == _GREEDY:
             return choose.greedy(logits)
-        column = self._to_device(torch.from_numpy(numbers)).unsqueeze(-1)
+        column = to_device(numbers, self._device).unsqueeze(-1)
         temperature, top_k, top_p, u = column[0].float(), column[1].long(), column[2], column[4]
         min_p = column[3].float() if numbers[3].any() else None
         if mode == _UNSORTED:
@@ -238,9 +239,4 @@ class Sampler:
         return choose.draw_sorted(logits, temperature, top_k, top_p, min_p, u)
 
     def _index(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        return self._to_device(torch.as_tensor(rows, dtype=torch.int64))
-
-    def _to_device(self, host: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return host.to(self._device)
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return to_device(np.asarray(rows, np.int64), self._device)

@@ -23,7 +23,6 @@ from typing import Any
 
 NEW = 32
 BATCHES = (1, 4, 8, 16, 32)
-CELLS = {"prefill 512": (1, 512, 1), **{f"batch {batch}": (batch, 128, NEW) for batch in BATCHES}}  # requests, in, out
 VOCAB = 2000  # ids that every tokenizer here has
 
 Generate = Callable[[list[list[int]], int], None]
@@ -62,17 +61,20 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument("--batch-invariant", action="store_true", help="measure that mode as a contender too")
     parser.add_argument("--svg", type=Path, help="draw the frontier here")
     arguments = parser.parse_args()
-    contenders = {
-        "skyline": skyline(arguments.folder),
-        "skyline --batch-invariant": skyline(arguments.folder, batch_invariant=True),
-        "transformers": transformers(arguments.folder),
-    }
+    cells = {"prefill 512": (1, 512, 1), **{f"batch {batch}": (batch, 128, NEW) for batch in arguments.batches}}
+    contenders = {"skyline": skyline(arguments.folder), "transformers": transformers(arguments.folder)}
+    if arguments.batch_invariant:
+        contenders["skyline --batch-invariant"] = skyline(arguments.folder, batch_invariant=True)
     draw = random.Random(0)
     seconds: dict[tuple[str, str], list[float]] = {}
-    for turn in range(arguments.rounds + 1):  # the first is a warm-up
-        for cell, (batch, length, new) in CELLS.items():
+    for turn in range(arguments.rounds + 1):
+        for cell, (batch, length, new) in cells.items():
+            if turn == 0 and batch > 1:
+                continue  # the first turn is a warm-up
             prompts = [[draw.randrange(VOCAB) for _ in range(length)] for _ in range(batch)]
             for name, generate in contenders.items():
                 began = time.perf_counter()
@@ -80,7 +82,7 @@ def main() -> None:
                 if turn:
                     seconds.setdefault((cell, name), []).append(time.perf_counter() - began)
     rows: list[dict[str, Any]] = []
-    for cell, (batch, length, new) in CELLS.items():
+    for cell, (batch, length, new) in cells.items():
         tokens = length if new == 1 else batch * new
         values = {name: tokens / statistics.median(seconds[cell, name]) for name in contenders}
         for name, value in values.items():
@@ -91,15 +93,15 @@ def main() -> None:
         ratio = values["skyline"] / values["transformers"]
         print(f"{cell:>12}: " + ", ".join(f"{k} {v:.1f} tok/s" for k, v in values.items()) + f", ratio {ratio:.2f}")
     if arguments.svg:
-        arguments.svg.write_text(_frontier(rows, list(contenders)))
+        arguments.svg.write_text(_frontier(rows, list(contenders), arguments.batches))
     if arguments.json:
         arguments.json.write_text(json.dumps({"provenance": _provenance(), "rows": rows}, indent=1) + "\n")
 
 
-def _frontier(rows: list[dict[str, Any]], names: list[str]) -> str:
+def _frontier(rows: list[dict[str, Any]], names: list[str], batches: list[int]) -> str:
     """Throughput of all requests together against that of each one, as an SVG picture."""
     curves = {
-        name: [(row["value"] / batch, row["value"]) for batch in BATCHES for row in rows
+        name: [(row["value"] / batch, row["value"]) for batch in batches for row in rows
                if row["engine"] == name and row["cell"] == f"batch {batch}"]
         for name in names
     }  # fmt: skip
@@ -120,17 +122,17 @@ def _frontier(rows: list[dict[str, Any]], names: list[str]) -> str:
         parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{left - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.0f}</text>')
         parts.append(f'<text x="{px:.1f}" y="{height - bottom + 20}" text-anchor="middle">{x:.0f}</text>')
-    for (name, curve), colour in zip(curves.items(), ("#0b6bcb", "#c4622d", "#3d8b40"), strict=False):
+    colours = ("#0b6bcb", "#c4622d", "#3d8b40")
+    for number, ((name, curve), colour) in enumerate(zip(curves.items(), colours, strict=False)):
+        parts.append(f'<text x="{width - 200}" y="{44 + 20 * number}" fill="{colour}" font-weight="bold">{name}</text>')
         points = [place(x, y) for x, y in curve]
         parts.append(
             f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}" '
             'stroke-width="2"/>'
         )
-        for (x, y), batch in zip(points, BATCHES, strict=True):
+        for (x, y), batch in zip(points, batches, strict=True):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
             parts.append(f'<text x="{x + 7:.1f}" y="{y - 5:.1f}" fill="{colour}" font-size="11">{batch}</text>')
-        x, y = points[-1]
-        parts.append(f'<text x="{x + 26:.1f}" y="{y + 4:.1f}" fill="{colour}" font-weight="bold">{name}</text>')
     parts.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">tokens/s of each request</text>')
     parts.append(
         f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">tokens/s of all requests</text>'

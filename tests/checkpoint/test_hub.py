@@ -82,6 +82,12 @@ def test_download_pins_the_revision_and_fetches_no_code(downloads: list[dict[str
     assert list(kept) == wanted
 
 
+def test_configuration_alone_needs_no_weights(downloads: list[dict[str, Any]]) -> None:
+    resolve("owner/pickles", weights=False)
+    assert "config.json" in downloads[0]["allow_patterns"]
+    assert not any("safetensors" in pattern for pattern in downloads[0]["allow_patterns"])
+
+
 def test_repository_without_safetensors(downloads: list[dict[str, Any]]) -> None:
     with pytest.raises(CheckpointError, match=r"owner/pickles holds no \*.safetensors weights; convert"):
         resolve("owner/pickles")

@@ -12,16 +12,15 @@ from pathlib import Path
 
 from skyline.checkpoint.errors import CheckpointError
 
-ALLOW_PATTERNS = [
+CONFIG_PATTERNS = [
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
 ]
+WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json"]
 # Subfolders hold other formats and adapters; consolidated* is Mistral's second copy of the same weights.
 IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
@@ -30,19 +29,21 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _ELSEWHERE = "or download it on another machine and pass the folder instead"
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the absolute path of the folder that holds `model`, downloading it if necessary.
 
     `model` is a local folder, a hub id ("Qwen/Qwen3-0.6B"), or a hub id with a revision, which is a branch, tag or
     commit hash ("Qwen/Qwen3-0.6B@main"). Downloads show huggingface_hub's progress bars and use its cache (HF_HOME) and
-    its token (HF_TOKEN); with HF_HUB_OFFLINE=1 only the cache is looked at. Raises CheckpointError saying what to do.
+    its token (HF_TOKEN); with HF_HUB_OFFLINE=1 only the cache is looked at. With `weights` False they
+    are not downloaded, for questions that the configuration answers. Raises CheckpointError saying what to do.
     """
     folder = Path(os.path.expanduser(model))
     # os.path answers False where Path raises: names that are too long, or no names at all.
     if model and os.path.isdir(folder):
         if revision is not None:
             raise CheckpointError(f"{model} is a local folder and has no revisions; leave out {revision!r}")
-        refuse_pickle(folder)
+        if weights:
+            refuse_pickle(folder)
         return folder.resolve()
     if os.path.isfile(folder):
         raise CheckpointError(f"{model} is a file; pass the folder that holds config.json and *.safetensors")
@@ -53,8 +54,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
         )
     if pinned and revision is not None and pinned != revision:
         raise CheckpointError(f"{model} names the revision {pinned!r}, but {revision!r} was asked for; give only one")
-    snapshot = _download(repository, pinned or revision)
-    if not any(snapshot.glob("*.safetensors")):
+    snapshot = _download(repository, pinned or revision, CONFIG_PATTERNS + WEIGHT_PATTERNS * weights)
+    if weights and not any(snapshot.glob("*.safetensors")):
         raise CheckpointError(
             f"{repository} holds no *.safetensors weights; convert it (transformers: "
             "save_pretrained) and pass the resulting folder, or choose another repository of this model"
@@ -74,13 +75,13 @@ def refuse_pickle(folder: Path) -> None:
         )
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     # Imported here because it takes longer than everything else in this folder, and local folders do not need it.
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         path = snapshot_download(
-            repository, revision=revision, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORE_PATTERNS
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(

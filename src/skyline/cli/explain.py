@@ -49,7 +49,7 @@ def explain(
 
     config = console.engine_config(model, starts=False, dtype=dtype, device=device, batch_invariant=batch_invariant)
     with console.clear_errors():
-        folder = resolve(config.model, revision)
+        folder = resolve(config.model, revision, weights=False)
         longest = load_config(folder).max_position_embeddings
     config = msgspec.structs.replace(config, model=str(folder))
     # By name, so that the import checker sees that nothing else of the CLI can reach torch: this is the one command

@@ -68,6 +68,7 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._freed_slots: list[int] = []  # told to the runner with the next plan
         self._step = 0
+        self._refused: tuple[tuple[int, int], int] | None = None  # who last found no room, and how much there was
 
     # --- life of a request -------------------------------------------------------------------------------------------
 
@@ -144,6 +145,8 @@ class Scheduler:
 
         while self.waiting and budget > 0 and self._free_slots and not preempted:
             request = self.waiting[0]
+            if self._refused == (request.order, self.pool.num_available):
+                break  # nothing has changed since it did not fit
             wants_logits = request.prompt_logprobs is not None and not request.reported
             count = self._admit(planned, request, min(budget, logit_budget) if wants_logits else budget)
             if count == 0:
@@ -184,6 +187,7 @@ class Scheduler:
         # others out in the next step.
         if -(-known // size) - len(hits) > self.pool.num_available:
             self.pool.release(hits)
+            self._refused = (request.order, self.pool.num_available)
             return 0
         del self.waiting[0]
         cached = len(hits) * size

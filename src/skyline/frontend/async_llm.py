@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,7 @@ from skyline.ipc.client import EngineClient, RequestStream
 # Text longer than this is tokenized in a thread, so that one long prompt does not hold up every other stream.
 _LONG_TEXT_CHARS = 20_000
 _KNOWN_GRAMMARS = 64
+_MERGE_AHEAD = 8  # updates that may wait between the choices of a request and its reader
 _MAX_CHARS_PER_TOKEN = 128  # no tokenizer packs more; longer prompts are refused without tokenizing them
 
 
@@ -61,6 +62,36 @@ class RequestOutput(msgspec.Struct):
     prompt: str | None = None
 
 
+async def merge(sources: Sequence[AsyncIterator[Update]]) -> AsyncGenerator[Update, None]:
+    """Updates of several sources in the order of their arrival; the first that raises ends all."""
+    # Bounded: for a reader that is slow, updates pile up in the engine client's streams, which merge them.
+    queue: asyncio.Queue[Update | Exception | None] = asyncio.Queue(_MERGE_AHEAD)
+
+    async def feed(source: AsyncIterator[Update]) -> None:
+        try:
+            async for update in source:
+                await queue.put(update)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(feed(source)) for source in sources]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Generation:
     """A request under way. Iterate over its updates, or `collect` them; `cancel` when no longer interested."""
 
@@ -84,7 +115,7 @@ class Generation:
                 async for update in self._choice(0, self._streams[0]):
                     yield update
             else:
-                async for update in self._merged():
+                async for update in merge([self._choice(*choice) for choice in enumerate(self._streams)]):
                     yield update
         finally:
             self.cancel()
@@ -103,33 +134,6 @@ class Generation:
             result.cached_tokens += update.cached_tokens or 0
             result.prompt_logprobs = result.prompt_logprobs or update.prompt_logprobs
         return result
-
-    async def _merged(self) -> AsyncIterator[Update]:
-        # Bounded: for a reader that is slow, updates pile up in the streams, which merge them.
-        queue: asyncio.Queue[Update | Exception | None] = asyncio.Queue(2 * len(self._streams))
-
-        async def feed(index: int, stream: RequestStream) -> None:
-            try:
-                async for update in self._choice(index, stream):
-                    await queue.put(update)
-                await queue.put(None)
-            except Exception as error:
-                await queue.put(error)
-
-        tasks = [asyncio.create_task(feed(index, stream)) for index, stream in enumerate(self._streams)]
-        try:
-            open_choices = len(tasks)
-            while open_choices:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    open_choices -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _choice(self, index: int, stream: RequestStream) -> AsyncIterator[Update]:
         params = self._params

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from skyline.frontend.async_llm import Generation, Update
+from skyline.frontend.async_llm import Generation, Update, merge
 from skyline.frontend.errors import RequestFailedError
 from skyline.ipc.client import EngineDeadError
 from skyline.server.errors import ApiError, ClientGone, as_api_error
@@ -17,7 +16,6 @@ from skyline.server.responses import DONE
 from skyline.server.service import Service
 
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-_MERGE_AHEAD = 8  # updates of several generations that may wait; beyond that they pile up, merged, in the engine client
 
 
 async def updates(
@@ -30,7 +28,10 @@ async def updates(
     open_choices = set(range(len(last)))
     reason = "abort"  # of the choices that are still open when this ends
     try:
-        source = aiter(generations[0]) if len(generations) == 1 else _merged(generations, n)
+        if len(generations) == 1:
+            source = aiter(generations[0])
+        else:
+            source = merge([_numbered(n * number, generation) for number, generation in enumerate(generations)])
         async for update in source:
             index = update.index
             tokens = len(update.token_ids)
@@ -62,33 +63,10 @@ async def updates(
             metrics.finished.labels(reason).inc(len(open_choices))
 
 
-async def _merged(generations: Sequence[Generation], n: int) -> AsyncGenerator[Update, None]:
-    queue: asyncio.Queue[Update | Exception | None] = asyncio.Queue(_MERGE_AHEAD)
-
-    async def feed(first: int, generation: Generation) -> None:
-        try:
-            async for update in generation:
-                update.index += first
-                await queue.put(update)
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-
-    tasks = [asyncio.create_task(feed(n * number, generation)) for number, generation in enumerate(generations)]
-    try:
-        running = len(tasks)
-        while running:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                running -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+async def _numbered(first: int, generation: Generation) -> AsyncGenerator[Update, None]:
+    async for update in generation:
+        update.index += first
+        yield update
 
 
 class EventStream(Response):

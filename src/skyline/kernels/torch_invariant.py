@@ -2,7 +2,7 @@
 
 Every product is done in tiles of one fixed shape, padded where rows run out, so BLAS reduces in one fixed order.
 Attention walks over keys in fixed tiles with an online softmax (arXiv:2205.14135); a key tile that a query may not see
-adds exact zeros. The price is measured in docs/architecture.md; the C++ kernels will not have to pay it.
+adds exact zeros. docs/architecture.md says what that costs.
 """
 
 from __future__ import annotations

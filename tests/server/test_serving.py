@@ -143,7 +143,7 @@ async def test_disconnect_before_the_first_token(llm: AsyncLLM, engine: FakeEngi
     async with listening(app) as url, httpx.AsyncClient(base_url=url) as client:
         for body in (False, True):
             with contextlib.suppress(httpx.TimeoutException):
-                await client.post("/v1/completions", json={"prompt": ["a", "b"], "stream": body}, timeout=0.2)
+                await client.post("/v1/completions", json={"prompt": ["a", "b"], "stream": body}, timeout=1.0)
         await until(lambda: engine.num_unfinished == 0)
     assert len(engine.aborted) == 4
 

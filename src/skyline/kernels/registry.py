@@ -6,9 +6,9 @@ for hardware that is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -23,19 +23,47 @@ class Request:
     device: str  # "cpu" or "cuda"
     dtype: torch.dtype  # of the activations
     batch_invariant: bool = False
+    isa: str = "none"  # of the CPU, as in skyline.kernels.cpu.isa; "none" as well where no kernels could be built
+    int4_group: int = 64  # neighbours of a row that share a scale, where weights are quantized to int4
+
+
+class Layout(Protocol):
+    """How a kernel wants a weight to lie in memory. The loader writes the checkpoint's rows there as it reads them.
+
+    Layouts are compared by identity: kernels that share one share the weight.
+    """
+
+    name: str
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """Room for a weight of this shape, [N, K] or [E, N, K]; the result has `shape` and `nbytes`.
+
+        Device "meta" has no such thing: where nothing is computed, kernels are described by the plain weight.
+        """
+        ...
+
+    def write(self, target: Any, first_row: int, rows: torch.Tensor) -> None:
+        """Put rows [n, K] of the weight at first_row (counted over all experts). Any thread may call it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one op. `run` has the signature of the op's reference.
 
-    `supports` returns None, or the reason why it cannot serve the request.
+    `supports` returns None, or the reason why it cannot serve the request. `into(*outputs, *arguments)`, where there is
+    one, writes its results to tensors it is given, so that a Program can plan its memory. `layouts` maps the position of
+    a weight among the arguments to the layout it must have, or to a function that tells it from all the arguments;
+    `any_layout` are positions where a layout that some other op wants of the same weight is understood.
     """
 
     op: str
     provider: str
     run: Callable[..., Any]
     supports: Callable[[Request], str | None]
+    into: Callable[..., None] | None = None
+    layouts: Mapping[int, Layout | Callable[[tuple[Any, ...]], Layout]] = field(default_factory=dict)
+    any_layout: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,318 @@
+// Paged attention in AMX tiles: bfloat16 queries, and keys and values in bfloat16 or int8 (whose integers are exact in
+// bfloat16; their scales go to the products and to the weights). Weights are rounded to bfloat16 before the values.
+#pragma once
+
+#include "attention.h"
+
+#if defined(__AMX_TILE__)
+
+namespace skyline::attention {
+
+template <class KV>
+class TileAttention {
+ public:
+  using View = attention::View<bf16, KV>;
+  // So many bytes of a token are read at a time: caches are read fast only in order.
+  static constexpr int kMaxRows = 256, kHeadBytes = 1024;
+
+  static int64_t padded(int64_t head_dim) { return round_up(head_dim, 32); }
+
+  TileAttention(const View& view, Scratch& scratch)
+      : view_(view), dim_(view.call.head_dim), width_(padded(dim_)),
+        scoring_(view.call.scale, view.call.softcap, sizeof(KV) == 1) {
+    void* memory = scratch.ensure(carve(nullptr));
+    carve(memory);
+    std::memset(nothing_, 0, width_ * sizeof(KV));
+    for (int head = 0; head < view.item.heads; head++) {
+      for (int row = 0; row < view.rows; row++) {
+        bf16* to = q_ + (head * padded_rows() + row) * width_;
+        std::memcpy(to, view.query(head, row), 2 * dim_);
+        std::memset(to + dim_, 0, 2 * (width_ - dim_));
+      }
+    }
+    configure(std::min(view.rows, 16));
+  }
+
+  // done(head, row, sum, values): for each row that sees something of the split.
+  template <class Done>
+  void split(int index, const Done& done) {
+    Span all = view_.visible(index, 0, view_.rows - 1);
+    if (all.empty()) return;
+    view_.slots(index, all, slots_);
+    pack_keys(all);
+    pack_values(all);
+    for (int head = 0; head < view_.item.heads; head++) {
+      for (int row = 0; row < view_.rows; row += 32) {
+        int rows = std::min(view_.rows - row, 32);
+        Span span = view_.visible(index, row, row + rows - 1);
+        if (span.empty()) continue;
+        RowSum sums[32];
+        if (rows > 16) {
+          block<true>(index, head, row, rows, span, sums);
+        } else {
+          block<false>(index, head, row, rows, span, sums);
+        }
+        for (int i = 0; i < rows; i++) {
+          if (!view_.visible(index, row + i, row + i).empty()) done(head, row + i, sums[i], mixed_ + i * width_);
+        }
+      }
+    }
+  }
+
+  // Packing leaves the dimensions of 32 in the order 0-3 8-11 16-19 24-27, 4-7 12-15 20-23 28-31.
+  static void store(bf16* to, const float* values, float factor, int64_t dim) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    for (int64_t i = 0; i < dim; i += 32) {
+      __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + i + 16), by = _mm512_set1_ps(factor);
+      // Adding zero makes negative zeros positive, whose sign would depend on what was skipped.
+      Vec first{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, low, b), by, _mm512_setzero_ps())};
+      Vec second{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, high, b), by, _mm512_setzero_ps())};
+      int left = static_cast<int>(dim - i);
+      first.store(to + i, left);
+      if (left > 16) second.store(to + i + 16, left - 16);
+    }
+  }
+
+ private:
+  // Rows of scores: padded by a cache line, so that the 16 rows of a tile do not fall into a few sets of the cache.
+  static constexpr int kStride = kSplit + 16;
+
+  int64_t padded_rows() const { return round_up(view_.rows, 16); }
+
+  // GCC does not know that loading a tile reads memory.
+  static void fence() { __asm__ volatile("" ::: "memory"); }
+
+  // Tiles 0-3: results, 4 and 5: rows of A, 6 and 7: B.
+  static void configure(int rows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) {
+      config.bytes[i] = 64;
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
+    }
+    fence();
+    _tile_loadconfig(&config);
+    fence();
+  }
+
+  size_t carve(void* memory) {
+    Carver carver(memory);
+    const int64_t heads = view_.item.heads;
+    q_ = carver.take<bf16>(heads * padded_rows() * width_);
+    keys_ = carver.take<bf16>(heads * kSplit * width_);
+    values_ = carver.take<bf16>(heads * kSplit * width_);
+    scores_ = carver.take<float>(32 * kStride);
+    mixed_ = carver.take<float>(32 * width_);
+    slots_ = carver.take<int64_t>(kSplit);
+    k_scale_ = carver.take<float>(heads * kSplit);
+    v_scale_ = carver.take<float>(heads * kSplit);
+    nothing_ = carver.take<KV>(width_);
+    return carver.used();
+  }
+
+  // 32 dimensions as bfloat16; those from the n-th on are zero.
+  static __m512i load(const bf16* from, int64_t n) {
+    return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+  }
+  static __m512i load(const int8_t* from, int64_t n) {
+    __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                            : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+
+  const KV* row_of(const KV* cache, int64_t slot, int head) const {
+    return slot < 0 ? nothing_ : cache + (slot + head) * dim_;
+  }
+  // All heads of a token, into the second-level cache.
+  void prefetch(const KV* cache, int64_t slot) const {
+    if (slot < 0) return;
+    const char* row = reinterpret_cast<const char*>(cache + slot * dim_);
+    const int64_t bytes = view_.item.heads * dim_ * static_cast<int64_t>(sizeof(KV));
+    for (int64_t byte = 0; byte < bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T1);
+  }
+
+  static void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 8; i++) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    }
+  }
+
+  // Tiles [16 pairs of dimensions][16 keys], for each 16 keys those of all dimensions.
+  void pack_keys(Span all) {
+    const auto& call = view_.call;
+    const int begin = all.first_chunk() * kChunk, end = all.last_chunk() * kChunk;
+    for (int key = begin; key < end; key += 16) {
+      for (int i = 0; i < 16 && key + 16 < end; i++) prefetch(call.k, slots_[key + 16 + i]);
+      for (int head = 0; head < view_.item.heads; head++) {
+        const KV* rows[16];
+        for (int i = 0; i < 16; i++) rows[i] = row_of(call.k, slots_[key + i], head);
+        bf16* to = keys_ + (head * kSplit + key) * width_;
+        for (int64_t d = 0; d < width_; d += 32, to += 512) {
+          __m512i r[16];
+          for (int i = 0; i < 16; i++) r[i] = load(rows[i] + d, dim_ - d);
+          transpose(r);
+          for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
+        }
+        if constexpr (sizeof(KV) == 1) {
+          for (int i = 0; i < 16; i++) {
+            const int64_t slot = slots_[key + i], at = head * kSplit + key + i;
+            k_scale_[at] = slot < 0 ? 0 : call.k_scale[slot + head];
+            v_scale_[at] = slot < 0 ? 0 : call.v_scale[slot + head];
+          }
+        }
+      }
+    }
+  }
+
+  // Tiles [16 pairs of keys][16 dimensions], for each 32 keys those of all dimensions.
+  void pack_values(Span all) {
+    const auto& call = view_.call;
+    const int end = all.last_chunk() * kChunk;
+    for (int key = all.first_chunk() * kChunk; key < end; key += 2) {
+      for (int i = 16; i < 18 && key + i < end; i++) prefetch(call.v, slots_[key + i]);
+      for (int head = 0; head < view_.item.heads; head++) {
+        const KV *even = row_of(call.v, slots_[key], head), *odd = row_of(call.v, slots_[key + 1], head);
+        bf16* to = values_ + (head * kSplit + key / kChunk * kChunk) * width_ + key % kChunk * 16;
+        for (int64_t d = 0; d < width_; d += 32, to += 1024) {
+          __m512i a = load(even + d, dim_ - d), b = load(odd + d, dim_ - d);
+          _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+          _mm512_store_si512(to + 512, _mm512_unpackhi_epi16(a, b));
+        }
+      }
+    }
+  }
+
+  template <bool two>
+  void block(int index, int head, int row, int rows, Span span, RowSum* sums) {
+    fence();
+    products<two>(q_ + (head * padded_rows() + row) * width_, keys_ + head * kSplit * width_, span);
+    fence();
+    for (int i = 0; i < rows; i++) {
+      Span mine = view_.visible(index, row + i, row + i);
+      if (!mine.empty()) sums[i] = weigh(scores_ + i * kStride, head, mine, span);
+    }
+    fence();
+    mix<two>(values_ + head * kSplit * width_, span);
+    fence();
+  }
+
+  // Products of 16 or 32 queries with the keys of the span's chunks.
+  template <bool two>
+  void products(const bf16* q, const bf16* keys, Span span) {
+    const int64_t stride = 2 * width_;
+    for (int chunk = span.first_chunk(); chunk < span.last_chunk(); chunk++) {
+      const bf16* left = keys + chunk * kChunk * width_;
+      const bf16* right = left + 16 * width_;
+      float* s = scores_ + chunk * kChunk;
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t d = 0; d < width_; d += 32) {
+        _tile_loadd(4, q + d, stride);
+        _tile_loadd(6, left + 16 * d, 64);
+        _tile_loadd(7, right + 16 * d, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (two) {
+          _tile_loadd(5, q + 16 * width_ + d, stride);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, s, 4 * kStride);
+      _tile_stored(1, s + 16, 4 * kStride);
+      if constexpr (two) {
+        _tile_stored(2, s + 16 * kStride, 4 * kStride);
+        _tile_stored(3, s + 16 * kStride + 16, 4 * kStride);
+      }
+    }
+  }
+
+  // Puts the weights, as bfloat16, at the beginning of the row of scores.
+  RowSum weigh(float* s, int head, Span mine, Span span) const {
+    bf16* to = reinterpret_cast<bf16*>(s);
+    const bool scaled = sizeof(KV) == 1;
+    const float *k_scale = scaled ? k_scale_ + head * kSplit : nullptr, *v_scale = v_scale_ + head * kSplit;
+    return softmax(s, mine, span, scoring_, k_scale, [&](int key, const Vec* weights) {
+      __m512 low = weights[0].v, high = weights[1].v;
+      if constexpr (scaled) {
+        low = _mm512_mul_ps(low, _mm512_load_ps(v_scale + key));
+        high = _mm512_mul_ps(high, _mm512_load_ps(v_scale + key + 16));
+      }
+      _mm512_storeu_si512(to + key, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    });
+  }
+
+  // Weighted sums of the values of the span's chunks.
+  template <bool two>
+  void mix(const bf16* values, Span span) {
+    const bf16* weights = reinterpret_cast<const bf16*>(scores_);
+    const int64_t stride = 4 * width_;
+    for (int64_t d = 0; d < width_; d += 32) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int chunk = span.first_chunk(); chunk < span.last_chunk(); chunk++) {
+        const bf16* at = values + (chunk * width_ + d) * kChunk;
+        _tile_loadd(4, weights + chunk * kChunk, 4 * kStride);
+        _tile_loadd(6, at, 64);
+        _tile_loadd(7, at + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (two) {
+          _tile_loadd(5, weights + 32 * kStride + chunk * kChunk, 4 * kStride);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, mixed_ + d, stride);
+      _tile_stored(1, mixed_ + d + 16, stride);
+      if constexpr (two) {
+        _tile_stored(2, mixed_ + 16 * width_ + d, stride);
+        _tile_stored(3, mixed_ + 16 * width_ + d + 16, stride);
+      }
+    }
+  }
+
+  const View view_;
+  const int64_t dim_, width_;
+  const Scoring scoring_;
+  bf16 *q_, *keys_, *values_;
+  float *scores_, *mixed_, *k_scale_, *v_scale_;
+  int64_t* slots_;
+  KV* nothing_;
+};
+
+}  // namespace skyline::attention
+
+#endif

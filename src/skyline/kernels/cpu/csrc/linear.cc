@@ -1,0 +1,38 @@
+// Linear layers over packed weights.
+#include "packed_arguments.h"
+#include "product.h"
+#include "tensors.h"
+#include "threads.h"
+#include "workspace.h"
+
+namespace skyline {
+// out [T, N], or [T, N / 2] for a gated weight; x [T, K] of the same dtype; bias [N] of that dtype.
+void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, PACKED_PARAMETERS) {
+  const PackedMatrix m = PACKED_MATRIX;
+  dispatch_float(x, [&]<class T>(T*) {
+    auto to = rows_of<T>(out);
+    auto from = rows_of<const T>(x);
+    SKYLINE_CHECK(is_bf16(out) == is_bf16(x) && from.cols == m.k && to.rows == from.rows && to.cols == (gated ? n / 2 : n),
+                  "shapes or dtypes do not match");
+    SKYLINE_CHECK(m.format != Format::kFloat32 || is_float32(x), "a float32 weight takes float32 activations");
+    SKYLINE_CHECK(!bias.has_value() || (is_bf16(bias.value()) == is_bf16(x) && bias.value().numel() == n), "bias does not match");
+    if (from.rows == 0) return;
+    static thread_local Workspace workspace;
+    uint8_t* memory = workspace.at_least(prepared_bytes<T>(m, from.rows, from.stride));
+    const Activations a = prepare<T>(m, from.data, from.stride, from.rows, memory);
+    const Product<T> product{m, a, bias.has_value() ? data<const T>(bias.value()) : nullptr, to.data, to.stride};
+    const int64_t panels = m.panels(), at_once = max_rows(m);
+    // Enough tasks that a thread which is held up costs little, few enough that each streams through much memory.
+    const int64_t tasks = std::min<int64_t>(panels, 16 * ThreadPool::get().size());
+    for (int64_t begin = 0; begin < from.rows; begin += at_once) {
+      const int64_t end = std::min(begin + at_once, from.rows);
+      ThreadPool::get().run(tasks, [&](int64_t task) {
+        for (int64_t panel = panels * task / tasks; panel < panels * (task + 1) / tasks; panel++)
+          compute_panel(product, begin, end, panel);
+      });
+    }
+  });
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, linear);
+
+}  // namespace skyline

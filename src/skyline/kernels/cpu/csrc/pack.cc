@@ -1,0 +1,298 @@
+// Writing weights into their packed layout, quantizing on the way, and reading single rows back.
+#include <cmath>
+#include <vector>
+
+#include "packed.h"
+#include "packed_arguments.h"
+#include "tensors.h"
+#include "threads.h"
+
+namespace skyline {
+namespace {
+
+float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
+uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+
+// One row of a weight, in float32.
+void widen(const TensorView& t, int64_t row, int64_t k, float* out) {
+  if (is_bf16(t)) {
+    const bf16* from = rows_of<bf16>(t)[row];
+    for (int64_t i = 0; i < k; i++) out[i] = to_float(from[i]);
+  } else if (is_float32(t)) {
+    std::copy_n(rows_of<float>(t)[row], k, out);
+  } else {
+    const uint16_t* from = rows_of<uint16_t>(t)[row];
+    for (int64_t i = 0; i < k; i++) out[i] = half_to_float(from[i]);
+  }
+}
+
+float largest(const float* values, int64_t n) {
+  Vec best = Vec::zero();
+  for (int64_t i = 0; i < n; i += Vec::width) best = max(best, abs(Vec::load(values + i, static_cast<int>(n - i))));
+  return best.max();
+}
+
+bool finite(const float* values, int64_t n) {
+  Vec sum = Vec::zero();  // x * 0 is 0 for every number, and NaN for what is none
+  for (int64_t i = 0; i < n; i += Vec::width)
+    sum = fma(Vec::load(values + i, static_cast<int>(n - i)), Vec::zero(), sum);
+  return sum.sum() == 0.0f;
+}
+
+enum class By { kProduct, kQuotient };
+
+// q = round(x * factor) or round(x / factor), plus `add`, limited to [low, high]. A factor of 0 gives `add`.
+template <By by>
+void quantize(const float* x, int64_t n, float factor, float low, float high, float add, int8_t* q) {
+  alignas(64) float part[Vec::width];
+  for (int64_t i = 0; i < n; i += Vec::width) {
+    int count = static_cast<int>(std::min<int64_t>(Vec::width, n - i));
+    Vec v = Vec::load(x + i, count);
+    v = factor == 0 ? Vec::zero() : by == By::kProduct ? v * Vec::all(factor) : v / Vec::all(factor);
+    v = round_even(v) + Vec::all(add);
+    max(Vec::all(low), min(v, Vec::all(high))).store(part);
+    for (int j = 0; j < count; j++) q[i + j] = static_cast<int8_t>(part[j]);
+  }
+}
+
+// Up to 16 consecutive lanes of one tile, being filled.
+struct TileWriter {
+  const PackedMatrix& m;
+  uint8_t* panel;
+  int64_t place;  // of the first row
+  int tile() const { return static_cast<int>(place % kPanel / kTile); }
+  int lane() const { return static_cast<int>(place % kTile); }
+
+  template <class T>  // T: what one row has in one step of k: two bf16, two int8, four int8
+  void spread(const std::vector<const T*>& rows, int64_t steps, int64_t steps_a_block) {
+    T* base = reinterpret_cast<T*>(panel);
+    for (int64_t s = 0; s < steps; s++) {
+      T* to = base + (s / steps_a_block * 2 + tile()) * steps_a_block * kTile + s % steps_a_block * kTile + lane();
+      for (size_t r = 0; r < rows.size(); r++) to[r] = rows[r][s];
+    }
+  }
+};
+
+// Scales, and zero points if any, of values that are quantized already: shaped as in skyline.ops.QuantizedWeight.
+struct Given {
+  TensorView scales;
+  ffi::Optional<TensorView> zeros;
+};
+
+class Packer {
+ public:
+  explicit Packer(const PackedMatrix& matrix, const Given* quantized = nullptr)
+      : m(matrix), given(quantized), padded(matrix.padded_k()) {
+    wide.resize(m.k);
+    bits.resize(kTile * padded);
+    levels.resize(kTile * padded);
+  }
+
+  // Rows [first, first + count) of src become rows at `row` of the weight; they all lie in one tile.
+  void pack(const TensorView& src, int64_t first, int64_t count, int64_t row) {
+    int64_t place = m.place(row);
+    TileWriter writer{m, m.data + place / kPanel * m.panel_bytes(), place};
+    switch (m.format) {
+      case Format::kFloat32: {
+        float* panel = reinterpret_cast<float*>(writer.panel);
+        for (int64_t r = 0; r < count; r++) {
+          widen(src, first + r, m.k, wide.data());
+          for (int64_t i = 0; i < m.k; i++) panel[i * kPanel + place % kPanel + r] = wide[i];
+        }
+        break;
+      }
+      case Format::kBfloat16: {
+        std::vector<const uint32_t*> rows;
+        for (int64_t r = 0; r < count; r++) {
+          uint16_t* to = bits.data() + r * padded;
+          if (is_bf16(src)) {
+            std::copy_n(rows_of<bf16>(src)[first + r], m.k, to);
+          } else {
+            widen(src, first + r, m.k, wide.data());
+            for (int64_t i = 0; i < m.k; i++) to[i] = to_bf16(wide[i]);
+          }
+          rows.push_back(reinterpret_cast<const uint32_t*>(to));
+        }
+        writer.spread(rows, padded / 2, 16);
+        break;
+      }
+      case Format::kInt8:
+      case Format::kInt8WeightOnly: {
+        std::vector<const uint32_t*> fours;
+        std::vector<const uint16_t*> pairs;
+        for (int64_t r = 0; r < count; r++) {
+          int8_t* to = levels.data() + r * padded;
+          if (given) {
+            std::copy_n(rows_of<int8_t>(src)[first + r], m.k, to);
+            m.scales[place + r] = data<float>(given->scales)[first + r];
+          } else {
+            load(src, first + r);
+            float most = largest(wide.data(), m.k), inverse = 127.0f / most;
+            if (!std::isfinite(inverse)) inverse = 0;
+            quantize<By::kProduct>(wide.data(), m.k, inverse, -127, 127, 0, to);
+            m.scales[place + r] = most / 127.0f;
+          }
+          int32_t sum = 0;
+          for (int64_t i = 0; i < m.k; i++) sum += to[i];
+          m.sums[place + r] = sum;
+          fours.push_back(reinterpret_cast<const uint32_t*>(to));
+          pairs.push_back(reinterpret_cast<const uint16_t*>(to));
+        }
+        if (m.format == Format::kInt8) {
+          writer.spread(fours, padded / 4, 16);
+        } else {
+          writer.spread(pairs, padded / 2, 16);
+        }
+        break;
+      }
+      case Format::kInt4:
+        for (int64_t r = 0; r < count; r++) {
+          if (!given) load(src, first + r);
+          for (int64_t g = 0; g < padded / m.group; g++)
+            pack_group(writer, place % kPanel + r, g, given ? rows_of<int8_t>(src)[first + r] : nullptr, first + r);
+        }
+    }
+  }
+
+  bool all_finite = true;
+
+ private:
+  void load(const TensorView& src, int64_t row) {
+    widen(src, row, m.k, wide.data());
+    all_finite = all_finite && finite(wide.data(), m.k);
+  }
+
+  // One row's group of k: see quantization/ for the formulas.
+  void pack_group(const TileWriter& writer, int64_t column, int64_t g, const int8_t* ready, int64_t row) {
+    int64_t begin = g * m.group, count = std::min(m.group, m.k - begin);
+    const float* x = wide.data() + begin;
+    uint8_t* group = writer.panel + g * m.group_bytes();
+    uint16_t* scales = reinterpret_cast<uint16_t*>(group);
+    int8_t* q = levels.data();
+    std::fill_n(q, m.group, int8_t{8});
+    if (ready) {
+      const int64_t at = row * (padded / m.group) + g;
+      scales[column] = data<uint16_t>(given->scales)[at];
+      if (m.zeros) scales[kPanel + column] = float_to_half(half_to_float(data<uint16_t>(*given->zeros)[at]) - 8);
+      for (int64_t i = 0; i < count; i++) q[i] = static_cast<int8_t>(ready[begin + i] + (m.zeros ? 0 : 8));
+    } else if (m.zeros) {
+      float low = 0, high = 0;
+      for (int64_t i = 0; i < count; i++) low = std::min(low, x[i]), high = std::max(high, x[i]);
+      scales[column] = float_to_half((high - low) / 15);
+      float scale = half_to_float(scales[column]);
+      float zero = scale == 0 ? 0 : std::nearbyint(-low / scale);
+      scales[kPanel + column] = float_to_half(zero - 8);
+      quantize<By::kQuotient>(x, count, scale, 0, 15, zero, q);
+    } else {
+      float most = 0;
+      for (int64_t i = 0; i < count; i++)
+        if (std::fabs(x[i]) > std::fabs(most)) most = x[i];
+      scales[column] = float_to_half(most / -8);
+      quantize<By::kQuotient>(x, count, half_to_float(scales[column]), -8, 7, 0, q);
+      for (int64_t i = 0; i < count; i++) q[i] = static_cast<int8_t>(q[i] + 8);
+    }
+    uint16_t* words = reinterpret_cast<uint16_t*>(group + (m.zeros ? 128 : 64)) + column / kTile * 128 + column % kTile * 2;
+    for (int64_t block = 0; block < m.group / 32; block++, words += 256, q += 32)
+      for (int j = 0; j < 4; j++)
+        for (int odd = 0; odd < 2; odd++) {
+          int word = 0;
+          for (int s = 0; s < 4; s++) word |= q[8 * j + 2 * s + odd] << (4 * s);
+          words[j * 32 + odd] = static_cast<uint16_t>(word);
+        }
+  }
+
+  const PackedMatrix& m;
+  const Given* given;
+  int64_t padded;
+  std::vector<float> wide;
+  std::vector<uint16_t> bits;
+  std::vector<int8_t> levels;
+};
+
+// Value (row, i) of the weight as the kernels use it.
+float element(const PackedMatrix& m, int64_t place, int64_t i) {
+  const uint8_t* panel = m.panel(place / kPanel);
+  int64_t tile = place % kPanel / kTile, lane = place % kTile;
+  switch (m.format) {
+    case Format::kFloat32: return reinterpret_cast<const float*>(panel)[i * kPanel + place % kPanel];
+    case Format::kBfloat16:
+      return to_float(reinterpret_cast<const bf16*>(panel)[((i / 32 * 2 + tile) * 16 + i % 32 / 2) * 32 + lane * 2 + i % 2]);
+    case Format::kInt8WeightOnly:
+      return m.scales[place] *
+             reinterpret_cast<const int8_t*>(panel)[((i / 32 * 2 + tile) * 16 + i % 32 / 2) * 32 + lane * 2 + i % 2];
+    case Format::kInt8:
+      return m.scales[place] *
+             reinterpret_cast<const int8_t*>(panel)[((i / 64 * 2 + tile) * 16 + i % 64 / 4) * 64 + lane * 4 + i % 4];
+    case Format::kInt4: break;
+  }
+  const uint8_t* group = panel + i / m.group * m.group_bytes();
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(group);
+  const uint16_t* words = reinterpret_cast<const uint16_t*>(group + (m.zeros ? 128 : 64)) + i % m.group / 32 * 256 + tile * 128;
+  int64_t pair = i % 32 / 2;
+  int level = words[pair / 4 * 32 + lane * 2 + i % 2] >> (pair % 4 * 4) & 15;
+  float zero = m.zeros ? half_to_float(scales[kPanel + place % kPanel]) : 0;
+  return (level - 8 - zero) * half_to_float(scales[place % kPanel]);
+}
+
+// Goes through the rows tile by tile.
+void pack_all(Packer& packer, const PackedMatrix& m, const TensorView& src, int64_t first_row) {
+  const int64_t rows = src.shape()[0], half = m.n / 2;
+  for (int64_t done = 0; done < rows;) {
+    int64_t row = first_row + done;
+    int64_t in_tile = kTile - m.place(row) % kTile;
+    int64_t until_up = m.gated && row < half ? half - row : rows;  // the halves need not begin with a tile
+    int64_t count = std::min({in_tile, until_up, rows - done});
+    packer.pack(src, done, count, row);
+    done += count;
+  }
+}
+
+}  // namespace
+
+// Writes src [rows, K], of float32, bfloat16 or float16, to the rows of the weight from first_row on. Returns whether all
+// values were finite (always true for formats that take any value). Any number of threads may write different rows.
+bool pack_rows(PACKED_PARAMETERS, TensorView src, int64_t first_row) {
+  PackedMatrix m = PACKED_MATRIX;
+  SKYLINE_CHECK(src.ndim() == 2 && src.shape()[1] == k && first_row >= 0 && first_row + src.shape()[0] <= n,
+                "rows of another shape than the weight's");
+  SKYLINE_CHECK(is_bf16(src) || is_float32(src) || (src.dtype().code == kDLFloat && src.dtype().bits == 16),
+                "takes float32, bfloat16 or float16");
+  Packer packer(m);
+  pack_all(packer, m, src, first_row);
+  return packer.all_finite;
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_rows, pack_rows);
+
+// Writes a whole weight that is quantized already: values int8 [N, K], scales and zeros as in skyline.ops.QuantizedWeight.
+void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, ffi::Optional<TensorView> value_zeros) {
+  PackedMatrix m = PACKED_MATRIX;
+  SKYLINE_CHECK(is_int8(values) && values.ndim() == 2 && values.shape()[0] == n && values.shape()[1] == k, "takes int8 [N, K]");
+  int64_t groups = m.format == Format::kInt4 ? m.padded_k() / group : 1;
+  SKYLINE_CHECK(value_scales.numel() == n * groups && value_scales.IsContiguous() && zeros == value_zeros.has_value(),
+                "scales or zero points do not match the weight");
+  Given given{value_scales, value_zeros};
+  Packer packer(m, &given);
+  pack_all(packer, m, values, 0);
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_levels, pack_levels);
+
+// out [T, K], ids [T] int64 or int32: the rows of the weight, dequantized. Ids outside the weight raise.
+void packed_embedding(TensorView out, TensorView ids, PACKED_PARAMETERS) {
+  PackedMatrix m = PACKED_MATRIX;
+  SKYLINE_CHECK(is_int64(ids) || is_int32(ids), "takes ids of int64 or int32");
+  int64_t count = ids.shape()[0];
+  auto id = [&](int64_t t) { return is_int64(ids) ? data<int64_t>(ids)[t] : data<int32_t>(ids)[t]; };
+  for (int64_t t = 0; t < count; t++) SKYLINE_CHECK(id(t) >= 0 && id(t) < n, "an id is outside the table");
+  dispatch_float(out, [&]<class T>(T*) {
+    auto to = rows_of<T>(out);
+    ThreadPool::get().run_ranges(count, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        int64_t place = m.place(id(t));
+        for (int64_t i = 0; i < m.k; i++) to[t][i] = from_float<T>(element(m, place, i));
+      }
+    });
+  });
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_embedding, packed_embedding);
+
+}  // namespace skyline

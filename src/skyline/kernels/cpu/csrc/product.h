@@ -1,0 +1,41 @@
+// Products of activations with packed weights, shared by `linear` and the experts of a mixture.
+#pragma once
+
+#include "packed.h"
+#include "simd.h"
+
+namespace skyline {
+
+// Activations as the weight's format wants them: rows of bfloat16, int8 or float32, padded with zeros to padded_k().
+struct Activations {
+  const void* data;
+  int64_t stride;            // elements between rows
+  const float* scales;       // int8: one a row
+  const float* group_sums;   // int4 with zero points: [rows][groups]
+};
+
+// y = activations x weight (+ bias), written to rows of type T (float or bf16).
+template <class T>
+struct Product {
+  PackedMatrix weight;
+  Activations a;
+  const T* bias;
+  T* out;
+  int64_t out_stride;
+};
+
+// Bytes of scratch that `prepare` needs for so many rows; 0 if x can be used as it is.
+template <class T>
+int64_t prepared_bytes(const PackedMatrix& weight, int64_t rows, int64_t stride);
+
+// Converts rows of x, in `scratch` if need be, using all threads.
+template <class T>
+Activations prepare(const PackedMatrix& weight, const T* x, int64_t stride, int64_t rows, uint8_t* scratch);
+
+// Rows [begin, end) of one panel's columns. At most max_rows(weight) rows at once.
+template <class T>
+void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel);
+
+int64_t max_rows(const PackedMatrix& weight);
+
+}  // namespace skyline

@@ -1,0 +1,156 @@
+#include "threads.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace skyline {
+namespace {
+
+// A job is one 64-bit word: epoch (24 bits), number of tasks (20), next task (20). A thread owns a task once it has advanced
+// the word; until that task is counted as done the caller does not return, so what else describes the job stays as it is.
+constexpr int kBits = 20;
+constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
+
+uint64_t tasks_of(uint64_t job) { return (job >> kBits) & kMask; }
+uint64_t next_of(uint64_t job) { return job & kMask; }
+bool open(uint64_t job) { return next_of(job) < tasks_of(job); }
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+void pin(int cpu) {
+  if (cpu < 0) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // refused in some sandboxes; then the kernel places it
+}
+
+}  // namespace
+
+struct ThreadPool::State {
+  alignas(64) std::atomic<uint64_t> job{0};
+  alignas(64) std::atomic<uint64_t> done{0};
+  alignas(64) std::atomic<uint32_t> awake{0};  // futex word: 0 while workers may sleep; odd while a step runs
+  std::atomic<bool> stopping{false};
+  Erased call = nullptr;
+  const void* context = nullptr;
+  uint64_t epoch = 0;
+  bool in_step = false;
+  std::vector<std::thread> workers;
+  std::mutex in_use;
+
+  void work_on(uint64_t current) {
+    while (open(current)) {
+      if (job.compare_exchange_weak(current, current + 1, std::memory_order_acq_rel)) {
+        call(context, static_cast<int64_t>(next_of(current)));
+        done.fetch_add(1, std::memory_order_release);
+        current = job.load(std::memory_order_acquire);
+      }
+    }
+  }
+
+  void worker(int cpu) {
+    pin(cpu);
+    int spins = 0;
+    while (!stopping.load(std::memory_order_relaxed)) {
+      uint64_t current = job.load(std::memory_order_acquire);
+      if (open(current)) {
+        work_on(current);
+        spins = 0;
+      } else if (uint32_t word = awake.load(std::memory_order_acquire); word & 1) {
+        // Another process may need this core to give us the next step: offer it now and then.
+        if (++spins % 4096 == 0) sched_yield();
+        pause();
+      } else {
+        syscall(SYS_futex, &awake, FUTEX_WAIT_PRIVATE, word, nullptr, nullptr, 0);
+      }
+    }
+  }
+
+  void wake() {
+    awake.fetch_add(1, std::memory_order_release);
+    syscall(SYS_futex, &awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  }
+};
+
+ThreadPool::ThreadPool() : state_(std::make_unique<State>()) {}
+ThreadPool::~ThreadPool() { stop(); }
+
+ThreadPool& ThreadPool::get() {
+  static ThreadPool* pool = new ThreadPool;  // never destroyed: workers may outlive the interpreter's last statements
+  return *pool;
+}
+
+void ThreadPool::start(const std::vector<int>& cpus) {
+  stop();
+  std::lock_guard lock(state_->in_use);
+  size_ = cpus.empty() ? 1 : static_cast<int>(cpus.size());
+  if (!cpus.empty()) pin(cpus[0]);
+  for (int i = 1; i < size_; i++) state_->workers.emplace_back(&State::worker, state_.get(), cpus[i]);
+}
+
+void ThreadPool::stop() {
+  std::lock_guard lock(state_->in_use);
+  state_->stopping = true;
+  state_->awake.fetch_add(2, std::memory_order_release);
+  syscall(SYS_futex, &state_->awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  for (auto& worker : state_->workers) worker.join();
+  state_->workers.clear();
+  state_->stopping = false;
+  size_ = 1;
+}
+
+void ThreadPool::begin_step() {
+  if (state_->in_step || size_ == 1) return;
+  state_->in_step = true;
+  state_->wake();
+}
+
+void ThreadPool::end_step() {
+  if (!state_->in_step) return;
+  state_->in_step = false;
+  state_->awake.fetch_add(1, std::memory_order_release);
+}
+
+void ThreadPool::run_erased(int64_t count, Erased call, const void* context) {
+  State& state = *state_;
+  std::unique_lock lock(state.in_use, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    for (int64_t i = 0; i < count; i++) call(context, i);
+    return;
+  }
+  state.call = call;
+  state.context = context;
+  state.done.store(0, std::memory_order_relaxed);
+  state.epoch = (state.epoch + 1) & 0xFFFFFF;
+  uint64_t job = state.epoch << (2 * kBits) | static_cast<uint64_t>(count) << kBits;
+  state.job.store(job, std::memory_order_release);
+  if (!state.in_step) {  // even + 2: a sleeper wakes, looks for work, and sleeps again
+    state.awake.fetch_add(2, std::memory_order_release);
+    syscall(SYS_futex, &state.awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  }
+  state.work_on(job);
+  // The last tasks are in other hands; where cores are scarce, those may need this one.
+  for (int spins = 1; state.done.load(std::memory_order_acquire) != static_cast<uint64_t>(count); spins++) {
+    pause();
+    if (spins % 16384 == 0) sched_yield();
+  }
+}
+
+}  // namespace skyline

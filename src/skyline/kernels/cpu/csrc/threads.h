@@ -1,0 +1,60 @@
+// The thread pool of all CPU kernels.
+//
+// One pool a process. The thread that calls `run` works too, so a pool of n threads starts n - 1. Between the kernels of a
+// step the workers spin, because a futex costs more than a small kernel; outside of steps they sleep.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+namespace skyline {
+
+class ThreadPool {
+ public:
+  static ThreadPool& get();
+
+  // Ends the workers there are and starts one for each of `cpus` but the first, pinned to it (-1: not pinned).
+  void start(const std::vector<int>& cpus);
+  void stop();
+  int size() const { return size_; }
+
+  // Workers spin between begin_step and end_step.
+  void begin_step();
+  void end_step();
+
+  // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. `count` must be below
+  // 2^20. A task may not throw, nor call `run`. If another thread is using the pool, this one computes alone.
+  template <class Task>
+  void run(int64_t count, const Task& task) {
+    if (count <= 0) return;
+    if (count == 1 || size_ == 1) {
+      for (int64_t i = 0; i < count; i++) task(i);
+      return;
+    }
+    run_erased(count, [](const void* context, int64_t i) { (*static_cast<const Task*>(context))(i); }, &task);
+  }
+
+  // As `run`, with [0, length) cut into ranges of at least `grain`: task(begin, end). The cut depends on `length` and the
+  // number of threads only.
+  template <class Task>
+  void run_ranges(int64_t length, int64_t grain, const Task& task) {
+    if (length <= 0) return;
+    // Four ranges a thread, so that a thread that is held up leaves its share to the others.
+    int64_t most = size_ == 1 ? 1 : 4 * size_, fit = length / (grain < 1 ? 1 : grain);
+    int64_t pieces = fit < 1 ? 1 : (fit < most ? fit : most);
+    run(pieces, [&](int64_t i) { task(length * i / pieces, length * (i + 1) / pieces); });
+  }
+
+ private:
+  using Erased = void (*)(const void*, int64_t);
+  struct State;
+  ThreadPool();
+  ~ThreadPool();
+  void run_erased(int64_t count, Erased call, const void* context);
+  std::unique_ptr<State> state_;
+  int size_ = 1;
+};
+
+}  // namespace skyline

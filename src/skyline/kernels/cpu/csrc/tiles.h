@@ -1,0 +1,345 @@
+// The inner kernels of all matrix products: rows of A times one panel of 32 packed columns, accumulated in float32 or int32.
+//
+// Each output element is one chain of additions along K, in order, whatever the number of rows: that is what makes results
+// independent of the batch. The three instruction sets order the additions inside a step of K differently, so their
+// results may differ from each other.
+#pragma once
+
+#include <cstring>
+
+#include "packed.h"
+#include "simd.h"
+
+namespace skyline {
+
+// How far ahead weights are asked for from memory. The hardware's own prefetching stops while a block is being widened or
+// multiplied by many rows; asking ahead keeps memory busy meanwhile. Panels lie one after the other, so running over the end
+// of one is right, and asking for memory that is not there does nothing.
+constexpr int64_t kAhead = 8192;
+
+template <int lines>
+inline void prefetch(const uint8_t* from) {
+#pragma GCC unroll 32
+  for (int i = 0; i < lines; i++) _mm_prefetch(from + kAhead + 64 * i, _MM_HINT_T0);
+}
+
+#if defined(__AMX_TILE__)
+
+constexpr int64_t kRowBlock = 32;
+
+// Tiles 0-3 accumulate (rows 0-15 and 16-31, by columns 0-15 and 16-31), 4 and 5 are rows of A, 6 and 7 columns of B.
+class TileShape {
+ public:
+  void set(int64_t rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    int first = static_cast<int>(std::min<int64_t>(rows, 16)), second = rows > 16 ? static_cast<int>(rows - 16) : 1;
+    const int heights[8] = {first, first, second, second, first, second, 16, 16};
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = static_cast<uint8_t>(heights[i]);
+    _tile_loadconfig(&config);
+  }
+
+ private:
+  int64_t rows_ = 0;
+};
+
+struct Bf16Step {
+  using A = bf16;
+  using C = float;
+  static constexpr int64_t k = 32;
+};
+struct Int8Step {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 64;
+};
+
+// c [rows][32] (+)= a [rows, steps * k] (row stride lda) times the panel's blocks at b.
+template <class Step>
+void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
+              typename Step::C* c, bool accumulate, bool stream = false) {
+  constexpr bool integer = sizeof(typename Step::A) == 1;
+  const int64_t stride = lda * static_cast<int64_t>(sizeof(*a));
+  shape.set(rows);
+  if (rows <= 16) {
+    if (accumulate) {
+      _tile_loadd(0, c, 128);
+      _tile_loadd(1, c + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048) {
+      prefetch<32>(b);
+      _tile_loadd(4, a, stride);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + 1024, 64);
+      if constexpr (integer) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    return;
+  }
+  const typename Step::A* a2 = a + 16 * lda;
+  typename Step::C* c2 = c + 16 * kPanel;
+  if (accumulate) {
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+    _tile_loadd(2, c2, 128);
+    _tile_loadd(3, c2 + 16, 128);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; s++, a += Step::k, a2 += Step::k, b += 2048) {
+    if (stream) prefetch<32>(b);
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_loadd(5, a2, stride);
+    if constexpr (integer) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 16, 128);
+  _tile_stored(2, c2, 128);
+  _tile_stored(3, c2 + 16, 128);
+}
+
+#elif defined(__AVX512F__)
+
+constexpr int64_t kRowBlock = 12;  // 24 accumulators, 2 columns, 1 row, of 32 registers
+
+struct TileShape {};
+
+struct Bf16Step {
+  using A = bf16;
+  using C = float;
+  static constexpr int64_t k = 32;
+  using V = __m512;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V load(const float* c) { return _mm512_loadu_ps(c); }
+  static void store(float* c, V v) { _mm512_storeu_ps(c, v); }
+  static __m512i spread(const bf16* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+};
+
+// VPDPBUSD takes an unsigned by a signed factor, so A is shifted by 128; the caller takes 128 * sum(b) off again.
+struct Int8Step {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 64;
+  using V = __m512i;
+  static V zero() { return _mm512_setzero_si512(); }
+  static V load(const int32_t* c) { return _mm512_loadu_si512(c); }
+  static void store(int32_t* c, V v) { _mm512_storeu_si512(c, v); }
+  static __m512i spread(const int8_t* a) {
+    uint32_t four;
+    std::memcpy(&four, a, 4);
+    return _mm512_set1_epi32(static_cast<int32_t>(four ^ 0x80808080u));
+  }
+  static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
+};
+
+template <class Step, int R>
+void multiply_rows(const typename Step::A* a, int64_t lda, const uint8_t* b, int64_t steps, typename Step::C* c,
+                   bool accumulate) {
+  typename Step::V acc[R][2];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++) acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * t) : Step::zero();
+  constexpr int64_t a_part = Step::k / 16;
+  for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
+    for (int p = 0; p < 16; p++) {
+      __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        __m512i x = Step::spread(a + r * lda + p * a_part);
+        acc[r][0] = Step::dot(acc[r][0], x, left);
+        acc[r][1] = Step::dot(acc[r][1], x, right);
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++) Step::store(c + r * kPanel + 16 * t, acc[r][t]);
+}
+
+#else  // AVX2
+
+constexpr int64_t kRowBlock = 4;
+
+struct TileShape {};
+
+// Both steps work on 8 columns at a time: half of a tile's width, so four passes over a panel's registers.
+struct Bf16Step {
+  using A = bf16;
+  using C = float;
+  static constexpr int64_t k = 32;
+  using V = __m256;
+  static V zero() { return _mm256_setzero_ps(); }
+  static V load(const float* c) { return _mm256_loadu_ps(c); }
+  static void store(float* c, V v) { _mm256_storeu_ps(c, v); }
+  static V dot(V acc, const bf16* a, __m256i b) {
+    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
+    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(b, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+    acc = _mm256_fmadd_ps(_mm256_set1_ps(to_float(a[0])), even, acc);
+    return _mm256_fmadd_ps(_mm256_set1_ps(to_float(a[1])), odd, acc);
+  }
+};
+
+struct Int8Step {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 64;
+  using V = __m256i;
+  static V zero() { return _mm256_setzero_si256(); }
+  static V load(const int32_t* c) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c)); }
+  static void store(int32_t* c, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(c), v); }
+  // VPMADDUBSW takes an unsigned by a signed factor: |a| by b with a's sign. 2 * 127 * 127 fits its 16 bits.
+  static V dot(V acc, const int8_t* a, __m256i b) {
+    int32_t four;
+    std::memcpy(&four, a, 4);
+    __m256i x = _mm256_set1_epi32(four);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(b, x));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
+
+template <class Step, int R>
+void multiply_rows(const typename Step::A* a, int64_t lda, const uint8_t* b, int64_t steps, typename Step::C* c,
+                   bool accumulate) {
+  constexpr int64_t a_part = Step::k / 16;
+  for (int tile = 0; tile < 2; tile++) {
+    typename Step::V acc[R][2];
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < 2; t++)
+        acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * tile + 8 * t) : Step::zero();
+    for (int64_t s = 0; s < steps; s++)
+      for (int p = 0; p < 16; p++) {
+        const __m256i* at = reinterpret_cast<const __m256i*>(b + s * 2048 + tile * 1024 + 64 * p);
+        __m256i left = _mm256_loadu_si256(at), right = _mm256_loadu_si256(at + 1);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          const typename Step::A* x = a + r * lda + s * Step::k + p * a_part;
+          acc[r][0] = Step::dot(acc[r][0], x, left);
+          acc[r][1] = Step::dot(acc[r][1], x, right);
+        }
+      }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < 2; t++) Step::store(c + r * kPanel + 16 * tile + 8 * t, acc[r][t]);
+  }
+}
+
+#endif
+
+#if !defined(__AMX_TILE__)
+
+template <class Step, int R = static_cast<int>(kRowBlock)>
+void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
+              typename Step::C* c, bool accumulate, bool stream = false) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply<Step, R - 1>(shape, a, lda, rows, b, steps, c, accumulate);
+  }
+  multiply_rows<Step, R>(a, lda, b, steps, c, accumulate);
+}
+
+#endif
+
+// float32: the panel is [k][32].
+template <int R = 4>
+void multiply_float(const float* a, int64_t lda, int64_t rows, const float* b, int64_t k, float* c, bool accumulate) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_float<R - 1>(a, lda, rows, b, k, c, accumulate);
+  }
+  constexpr int parts = 16 / Vec::width;
+  for (int tile = 0; tile < 2; tile++) {
+    Vec acc[R][parts];
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < parts; t++)
+        acc[r][t] = accumulate ? Vec::load(c + r * kPanel + 16 * tile + t * Vec::width) : Vec::zero();
+    for (int64_t i = 0; i < k; i++) {
+      Vec columns[parts];
+      for (int t = 0; t < parts; t++) columns[t] = Vec::load(b + i * kPanel + 16 * tile + t * Vec::width);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        Vec x = Vec::all(a[r * lda + i]);
+        for (int t = 0; t < parts; t++) acc[r][t] = fma(x, columns[t], acc[r][t]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int t = 0; t < parts; t++) acc[r][t].store(c + r * kPanel + 16 * tile + t * Vec::width);
+  }
+}
+
+// Widens `blocks` blocks of 32 k of an int8 weight-only panel to the bfloat16 layout. Integers up to 256 are exact in it.
+inline void widen_int8(const uint8_t* from, int64_t blocks, uint8_t* to) {
+  for (int64_t i = 0; i < blocks * 32; i++, from += 32, to += 64) {
+    if (i % 2 == 0) prefetch<1>(from);
+#if defined(__AVX512F__)
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16))));
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    for (int part = 0; part < 4; part++) {
+      __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * part)));
+      Vec{_mm256_cvtepi32_ps(wide)}.store(reinterpret_cast<bf16*>(to) + 8 * part);
+    }
+#endif
+  }
+}
+
+// The same for int4: levels 0 to 15 become -8 to 7.
+inline void widen_int4(const uint8_t* from, int64_t blocks, uint8_t* to) {
+#if defined(__AVX512F__)
+  // VPERMW looks at the low 5 bits of a word, of which the fifth belongs to the next nibble: the table holds all twice.
+  alignas(64) static constexpr uint16_t table[32] = {
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+  const __m512i values = _mm512_load_si512(table);
+#endif
+  for (int64_t i = 0; i < blocks * 8; i++, from += 64, to += 256) {
+    prefetch<1>(from);
+#if defined(__AVX512F__)
+    __m512i words = _mm512_loadu_si512(from);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(words, values));
+    _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), values));
+    _mm512_storeu_si512(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), values));
+    _mm512_storeu_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), values));
+#else
+    for (int half = 0; half < 4; half++) {
+      __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * half)));
+      for (int s = 0; s < 4; s++) {
+        __m256i level = _mm256_and_si256(_mm256_srli_epi32(words, 4 * s), _mm256_set1_epi32(15));
+        Vec{_mm256_cvtepi32_ps(_mm256_sub_epi32(level, _mm256_set1_epi32(8)))}.store(
+            reinterpret_cast<bf16*>(to + 64 * s) + 8 * half);
+      }
+    }
+#endif
+  }
+}
+
+}  // namespace skyline

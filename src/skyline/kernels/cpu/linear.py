@@ -1,0 +1,74 @@
+"""Linear layers over packed weights, in every format, and the embedding that may share one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skyline.kernels.cpu.native import library, provide, supports
+from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
+from skyline.kernels.registry import Request
+
+_GROUPS = (32, 64, 128)
+
+
+def _layout(format: Format, group: int = 0) -> Callable[[tuple[Any, ...]], PackedLayout]:
+    """The layout for a call's arguments: a weight of gate and up rows is interleaved if silu_mul is to follow."""
+
+    def choose(arguments: tuple[Any, ...]) -> PackedLayout:
+        return packed_layout(format, gated=len(arguments) > 3 and bool(arguments[3]), group=group)
+
+    return choose
+
+
+def _into(format: Format, group: int = 0) -> Callable[..., None]:
+    choose = _layout(format, group)
+
+    def linear(out: Tensor, x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> None:
+        if not isinstance(weight, PackedWeight):  # a caller without a loader: slow, and right
+            weight = pack(weight, choose((x, weight, bias, silu_mul)))
+        library().linear(out, x, bias, *weight.arguments)
+
+    return linear
+
+
+def _only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
+    def check(request: Request) -> str | None:
+        if (missing := supports(request)) is not None:
+            return missing
+        if request.dtype not in dtypes:
+            return why
+        if group is not None and request.int4_group != group:
+            return f"shares a scale among {group} values"
+        return None
+
+    return check
+
+
+_FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
+for _op, _format, _dtypes, _why in (
+    ("linear", Format.BFLOAT16, _BFLOAT16, "multiplies in bfloat16"),
+    ("linear", Format.FLOAT32, _FLOAT32, "multiplies in float32"),
+    ("linear_int8", Format.INT8, _FLOAT32 + _BFLOAT16, ""),
+    ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, _BFLOAT16, "multiplies in bfloat16"),
+):
+    provide(_op, _into(_format), _only(_dtypes, _why), layouts={1: _layout(_format)})
+for _group in _GROUPS:
+    _check = _only(_BFLOAT16, "multiplies in bfloat16", _group)
+    provide("linear_int4", _into(Format.INT4, _group), _check, layouts={1: _layout(Format.INT4, _group)})
+
+
+def _embedding(out: Tensor, ids: Tensor, weight: Any) -> None:
+    """The weight may be packed, which a tied output head wants of it; rows are then dequantized."""
+    if isinstance(weight, PackedWeight):
+        library().packed_embedding(out, ids, *weight.arguments)
+    else:
+        out.copy_(F.embedding(ids, weight))
+
+
+provide("embedding", _embedding, any_layout=frozenset({1}))
+

@@ -1,0 +1,136 @@
+"""Weights in the layout of csrc/packed.h."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyline.kernels.cpu.native import library
+from skyline.ops import QuantizedWeight
+
+PANEL = 32
+
+
+class Format(IntEnum):
+    """As in csrc/packed.h."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8_WEIGHT_ONLY = 2
+    INT8 = 3
+    INT4 = 4
+
+
+@dataclass(slots=True, eq=False)
+class PackedWeight:
+    """A weight [N, K], or [E, N, K], that the kernels of this provider read.
+
+    data: uint8 [E * panels, bytes of a panel]. scales float32 and sums int32, one a packed row: int8 formats only.
+    """
+
+    layout: PackedLayout
+    shape: tuple[int, ...]
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.data, self.scales, self.sums) if part is not None)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """PACKED_PARAMETERS of csrc/packed_arguments.h."""
+        n, k = self.shape[-2:]
+        layout = self.layout
+        return self.data, self.scales, self.sums, int(layout.format), n, k, layout.gated, layout.group, layout.zeros
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values as the kernels use them, [N, K]."""
+        ids = torch.arange(self.shape[0])
+        out = torch.empty(self.shape, dtype=dtype)
+        library().packed_embedding(out, ids, *self.arguments)
+        return out
+
+
+class PackedLayout:
+    """A layout of csrc/packed.h. `gated`: rows are gate and up projections, to be multiplied after silu.
+
+    group, zeros: of int4, the number of values that share a scale, and whether they have a zero point.
+    """
+
+    def __init__(self, format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> None:
+        self.format = format
+        self.gated = gated
+        self.group = group
+        self.zeros = zeros
+        self.name = format.name.lower() + (f" by {group}" if group else "") + (", gated" if gated else "")
+
+    def panels(self, n: int) -> int:
+        return -(-(n // 2) // (PANEL // 2)) if self.gated else -(-n // PANEL)
+
+    def panel_bytes(self, k: int) -> int:
+        match self.format:
+            case Format.FLOAT32:
+                return k * PANEL * 4
+            case Format.BFLOAT16:
+                return -(-k // 32) * 32 * PANEL * 2
+            case Format.INT8_WEIGHT_ONLY:
+                return -(-k // 32) * 32 * PANEL
+            case Format.INT8:
+                return -(-k // 64) * 64 * PANEL
+            case Format.INT4:
+                return -(-k // self.group) * ((128 if self.zeros else 64) + self.group // 32 * 512)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+        experts = shape[0] if len(shape) == 3 else 1
+        n, k = shape[-2:]
+        if self.gated and n % 2:
+            raise ValueError(f"a gated weight needs an even number of rows, not {n}")
+        panels = experts * self.panels(n)
+        # Zeros, for the padding; memory fresh from the system is not touched to become zero.
+        data = torch.zeros((panels, self.panel_bytes(k)), dtype=torch.uint8)
+        scales = sums = None
+        if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
+            scales = torch.zeros(panels * PANEL, dtype=torch.float32)
+            sums = torch.zeros(panels * PANEL, dtype=torch.int32)
+        return PackedWeight(self, tuple(shape), data, scales, sums)
+
+    def write(self, target: PackedWeight, first_row: int, rows: Tensor) -> None:
+        n = target.shape[-2]
+        panels = self.panels(n)
+        while len(rows):
+            expert, row = divmod(first_row, n)
+            part = rows[: n - row]
+            data = target.data[expert * panels : (expert + 1) * panels]
+            places = slice(expert * panels * PANEL, (expert + 1) * panels * PANEL)
+            scales = None if target.scales is None else target.scales[places]
+            sums = None if target.sums is None else target.sums[places]
+            arguments = (data, scales, sums, *target.arguments[3:])
+            if not library().pack_rows(*arguments, part.contiguous(), row):
+                raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
+            first_row += len(part)
+            rows = rows[len(part) :]
+
+
+@functools.cache
+def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:
+    """One object a layout: layouts are compared by identity."""
+    return PackedLayout(format, gated, group, zeros)
+
+
+def pack(weight: Tensor | QuantizedWeight, layout: PackedLayout) -> PackedWeight:
+    """weight [N, K] or [E, N, K] in this layout; one that is quantized already keeps its values and scales."""
+    if isinstance(weight, QuantizedWeight):
+        layout = packed_layout(layout.format, layout.gated, weight.group or 0, weight.zeros is not None)
+        target = layout.allocate(tuple(weight.shape), torch.int8)
+        library().pack_levels(*target.arguments, weight.values, weight.scales, weight.zeros)
+        return target
+    target = layout.allocate(tuple(weight.shape), weight.dtype)
+    layout.write(target, 0, weight.reshape(-1, weight.shape[-1]))
+    return target

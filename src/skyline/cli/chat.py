@@ -33,8 +33,11 @@ def chat(
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
+    quantization: options.Quantize = None,
+    quantization_group: options.QuantizationGroup = 64,
     threads: options.Threads = None,
     max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     kv_cache_memory: options.KVCacheMemory = None,
 ) -> None:
     """Talk with a model in the terminal; with piped input, each line is a turn."""
@@ -42,8 +45,11 @@ def chat(
         model,
         dtype=dtype,
         device=device,
+        quantization=quantization,
+        quantization_group=quantization_group,
         threads=threads,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_num_seqs=1,  # one conversation: the rest of the memory is its context
     )

@@ -39,6 +39,16 @@ def explain(
     device: Annotated[
         str, typer.Option(help="cpu or cuda; it need not be there.", rich_help_panel=options.MODEL)
     ] = "cpu",
+    isa: Annotated[
+        str | None,
+        typer.Option(
+            help="Instruction set of the CPU: amx, avx512, avx2 or none; it need not be there.",
+            show_default="this machine's",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
+    quantization: options.Quantize = None,
+    quantization_group: options.QuantizationGroup = 64,
     batch_invariant: options.BatchInvariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -47,7 +57,15 @@ def explain(
 
     from skyline.checkpoint import load_config, resolve
 
-    config = console.engine_config(model, starts=False, dtype=dtype, device=device, batch_invariant=batch_invariant)
+    config = console.engine_config(
+        model,
+        starts=False,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        quantization_group=quantization_group,
+        batch_invariant=batch_invariant,
+    )
     with console.clear_errors():
         folder = resolve(config.model, revision, weights=False)
         longest = load_config(folder).max_position_embeddings
@@ -63,6 +81,7 @@ def explain(
                 batch=batch,
                 context=min(1024, longest) if context is None else context,
                 prefill=min(512, longest) if prefill is None else prefill,
+                isa=isa,
             )
         except (ValueError, kernels.NoKernelError) as error:
             console.fail(str(error))
@@ -87,10 +106,22 @@ def _show(facts: dict[str, Any]) -> None:
         "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
         f"{_size(facts['kv_bytes_per_token'] * facts['max_model_len'])} for a context of {facts['max_model_len']:,}",
         "launches": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
-        "device": facts["device"],
+        "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():
         summary.add_row(f"[bold]{name}[/bold]", value)
     out.print(summary)
+
+    launches = facts["launches"]
+    fusions = Table(title="Fusions", title_justify="left")
+    fusions.add_column("pass")
+    fusions.add_column("matches", justify="right")
+    for name, matches in facts["fusions"].items():
+        fusions.add_row(name, str(matches))
+    out.print(fusions)
+    out.print(
+        f"Launches a layer: {launches['unfused_layer']} -> {launches['layer']}; "
+        f"a step: {launches['unfused_step']} -> {launches['step']}"
+    )
 
     ops = Table(title="Kernels", title_justify="left")
     for column in ("op", "kernel", "launches", "why, and why not the others"):

@@ -39,8 +39,11 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     load_format: options.Format = "auto",
+    quantization: options.Quantize = None,
+    quantization_group: options.QuantizationGroup = 64,
     threads: options.Threads = None,
     max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     kv_cache_memory: options.KVCacheMemory = None,
 ) -> None:
     """Continue a text, streaming to standard output."""
@@ -51,8 +54,11 @@ def generate(
         dtype=dtype,
         device=device,
         load_format=load_format,
+        quantization=quantization,
+        quantization_group=quantization_group,
         threads=threads,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         max_num_seqs=1,  # one request: the rest of the memory is its context
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skyline.engine.config import DType, LoadFormat
+from skyline.engine.config import DType, KVCacheDType, LoadFormat, Quantization
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("k", "m", "g", "t"), start=1)}
@@ -43,6 +43,19 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=MODEL)
 Format = Annotated[
     LoadFormat, typer.Option("--load-format", help="dummy: random weights, to measure speed.", rich_help_panel=MODEL)
 ]
+Quantize = Annotated[
+    Quantization | None,
+    typer.Option(
+        "--quantization",
+        help="Weights of linear layers in fewer bits; int8 takes the activations along.",
+        show_default="none",
+        rich_help_panel=MODEL,
+    ),
+]
+QuantizationGroup = Annotated[
+    int,
+    typer.Option(help="Weights that share an int4 scale: 32, 64 or 128.", rich_help_panel=MODEL),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Compute threads.", show_default="all usable cores", rich_help_panel=MODEL)
 ]
@@ -60,6 +73,14 @@ MaxModelLen = Annotated[
         min=1,
         help="Tokens of prompt and output together.",
         show_default="the checkpoint's, fitted to the memory",
+        rich_help_panel=MEMORY,
+    ),
+]
+KVCacheDtype = Annotated[
+    KVCacheDType,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="Type of cached keys and values; auto: that of the activations.",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -72,6 +72,8 @@ def serve(
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     load_format: options.Format = "auto",
+    quantization: options.Quantize = None,
+    quantization_group: options.QuantizationGroup = 64,
     threads: options.Threads = None,
     batch_invariant: options.BatchInvariant = False,
     seed: Annotated[int, typer.Option(help="For requests that bring no seed.", rich_help_panel=options.MODEL)] = 0,
@@ -82,6 +84,7 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens in one step, of all requests.", rich_help_panel=options.MEMORY)
     ] = 2048,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     kv_cache_memory: options.KVCacheMemory = None,
     num_kv_blocks: Annotated[
         int | None,
@@ -138,12 +141,15 @@ def serve(
         dtype=dtype,
         device=device,
         load_format=load_format,
+        quantization=quantization,
+        quantization_group=quantization_group,
         threads=threads,
         batch_invariant=batch_invariant,
         seed=seed,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=kv_cache_memory,
         num_kv_blocks=num_kv_blocks,
         block_size=block_size,

@@ -8,6 +8,9 @@ import msgspec
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+KVCacheDType = Literal["auto", "int8"]
+Quantization = Literal["none", "int8", "int8-weight-only", "int4"]
+QUANTIZATION_GROUPS = (32, 64, 128)
 
 
 class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -17,10 +20,13 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     dtype: DType = "auto"
     device: str = "cpu"
     load_format: LoadFormat = "auto"  # "dummy": random weights of the right shape, for measuring speed
+    quantization: Quantization | None = None  # of the weights of linear layers, while they are read
+    quantization_group: int = 64  # neighbours of a row that share a scale, with int4
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int = 256  # requests running at once
     max_num_batched_tokens: int = 2048  # token budget of a step
     block_size: int = 16  # tokens a KV block
+    kv_cache_dtype: KVCacheDType = "auto"  # "auto": of the activations; int8 has a scale for each token and head
     kv_cache_memory: int | None = None  # bytes
     num_kv_blocks: int | None = None  # overrides kv_cache_memory
     memory_fraction: float | None = None  # of what is free after loading, for the KV cache: GPU 0.9, CPU 0.5
@@ -44,6 +50,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, not {value}")
+        if self.quantization_group not in QUANTIZATION_GROUPS:
+            raise ValueError(f"quantization_group must be 32, 64 or 128, not {self.quantization_group}")
         if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction}")
         if self.max_num_batched_tokens < self.max_num_seqs:

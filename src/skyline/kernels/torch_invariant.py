@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.kernels.registry import Kernel, Request, register
+from skyline import ops
 from skyline.ops import AttentionBatch, KVCache
+from skyline.ops.attention import gather
 
 ROW_TILE = 16
 KEY_TILE = 128
@@ -22,11 +24,13 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[0] % multiple))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty((0, weight.shape[0]))
     tiles = [F.linear(tile, weight, bias) for tile in torch.split(_pad_rows(x, ROW_TILE), ROW_TILE)]
-    return (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[: x.shape[0]]
+    y = (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[: x.shape[0]]
+    activated: Tensor = ops.silu_mul.reference(y) if silu_mul else y
+    return activated
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -43,33 +47,45 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
 
 
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    keys, values = cache.tensors
-    block_size, head_dim, kv_heads = keys.shape[1], cache.head_dim, cache.num_kv_heads
+    block_size, head_dim, kv_heads = cache.tensors[0].shape[1], cache.head_dim, cache.num_kv_heads
     output = torch.empty_like(q)
+    extra = None if sinks is None else sinks.float().view(kv_heads, -1, 1, 1)
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
         padding = -context % KEY_TILE
         blocks = batch.block_tables[row, : -(-context // block_size)]
         k, v = (
-            F.pad(part.index_select(0, blocks).view(-1, kv_heads, head_dim)[:context], (0, 0, 0, 0, 0, padding))
-            .transpose(0, 1)
-            .float()
-            for part in (keys, values)
+            F.pad(part[:context], (0, 0, 0, 0, 0, padding)).transpose(0, 1).float() for part in gather(cache, blocks)
         )
         for first in range(0, queries, ROW_TILE):
             count = min(ROW_TILE, queries - first)
             tile = q[offset + first : offset + first + count].view(count, kv_heads, -1, head_dim).float()
             tile = F.pad(tile, (0, 0, 0, 0, 0, 0, 0, ROW_TILE - count))  # [ROW_TILE, Hk, G, D]
             positions = torch.arange(ROW_TILE, device=q.device) + (context - queries + first)
-            out = _attend(tile.permute(1, 2, 0, 3), k, v, positions, scale, window)
+            out = _attend(tile.permute(1, 2, 0, 3), k, v, positions, scale, window, extra, softcap)
             output[offset + first : offset + first + count] = out[:count].to(q.dtype)
         offset += queries
     return output
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
     """q [Hk, G, ROW_TILE, D], k and v [Hk, n * KEY_TILE, D], positions [ROW_TILE] -> [ROW_TILE, Hk * G * D]."""
     best = torch.full((*q.shape[:-1], 1), -1e30, device=q.device)  # finite: a row that sees nothing yet stays defined
     total = torch.zeros_like(best)
@@ -81,6 +97,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, wi
         if window is not None:
             visible &= torch.arange(start, start + KEY_TILE, device=q.device) > positions.unsqueeze(1) - window
         scores = torch.matmul(q, k[:, tile].unsqueeze(1).transpose(-1, -2)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
         new_best = torch.maximum(best, scores.amax(-1, keepdim=True))
         weights = torch.exp(scores - new_best)
@@ -88,6 +106,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, wi
         total = total * shrink + weights.sum(-1, keepdim=True)
         output = output * shrink + torch.matmul(weights, v[:, tile].unsqueeze(1))
         best = new_best
+    if sinks is not None:
+        new_best = torch.maximum(best, sinks)
+        shrink = torch.exp(best - new_best)
+        total, output = total * shrink + torch.exp(sinks - new_best), output * shrink
     return (output / total).permute(2, 0, 1, 3).flatten(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyline.kernels.registry import Kernel, Request, register
+from skyline.kernels.registry import Kernel, Request, candidates, register
 from skyline.ops import OPS
 
 # Row by row, these give the same bits whatever other rows are in the batch: they never reduce across a shape that the
@@ -18,4 +18,6 @@ def _supports(request: Request) -> str | None:
 
 
 for _op in OPS.values():
-    register(Kernel(_op.name, "torch", _op.reference, _supports))
+    # Ops whose weights have no plain form are registered with their layouts, in torch_quantized.
+    if not any(kernel.provider == "torch" for kernel in candidates(_op.name)):
+        register(Kernel(_op.name, "torch", _op.reference, _supports))

@@ -55,11 +55,37 @@ rope = register(
 
 
 def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> None:
-    """Store k, v [T, Hk * head_dim] of this step's tokens at batch.slot_mapping of the cache."""
-    keys, values = cache.tensors
+    """Store k, v [T, Hk * head_dim] of this step's tokens at batch.slot_mapping of the cache.
+
+    An int8 cache takes each token's head x as round(x * (127 / max|x|)), halves to even, and the scale max|x| / 127.
+    """
     shape = (-1, cache.num_kv_heads, cache.head_dim)
-    keys.view(shape).index_copy_(0, batch.slot_mapping, k.reshape(shape).to(keys.dtype))
-    values.view(shape).index_copy_(0, batch.slot_mapping, v.reshape(shape).to(values.dtype))
+    for index, (fresh, cached) in enumerate(zip((k, v), cache.tensors, strict=True)):
+        rows = fresh.reshape(shape)
+        if cache.scales is not None:
+            rows, scale = quantized(rows)
+            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, batch.slot_mapping, scale)
+        cached.view(shape).index_copy_(0, batch.slot_mapping, rows.to(cached.dtype))
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> int8 [..., D] and scales [...] float32, symmetric about 0; of zeros both are 0."""
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    top = torch.full_like(largest, 127)  # a tensor: by a number, torch would divide with two roundings
+    inverse = torch.where(largest > 0, top / largest, 0)
+    # Of a maximum that is not a normal number the inverse may be infinite.
+    levels = torch.round(wide * inverse.unsqueeze(-1)).nan_to_num().clamp(-127, 127)
+    return levels.to(torch.int8), largest / top
+
+
+def gather(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the blocks of one request, [len(blocks) * block_size, Hk, D], dequantized to float32 from int8."""
+    keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in cache.tensors)
+    if cache.scales is not None:
+        k_scale, v_scale = (scale.index_select(0, blocks).flatten(0, 1).unsqueeze(-1) for scale in cache.scales)
+        keys, values = keys.float() * k_scale, values.float() * v_scale
+    return keys, values
 
 
 def make_cache(dtype: torch.dtype, generator: torch.Generator, heads: int = 2, head_dim: int = 8) -> KVCache:
@@ -77,11 +103,11 @@ def make_batch(starts: list[int], lengths: list[int], block_size: int = 4) -> At
 
 
 # Decode, whole prompts, a later chunk, and all mixed.
-_BATCHES = (([5], [1]), ([0, 0], [6, 1]), ([3], [7]), ([9, 0, 2], [1, 5, 3]))
+BATCHES = (([5], [1]), ([0, 0], [6, 1]), ([3], [7]), ([9, 0, 2], [1, 5, 3]))
 
 
 def _kv_write_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    for starts, lengths in _BATCHES:
+    for starts, lengths in BATCHES:
         batch, cache = make_batch(starts, lengths), make_cache(dtype, generator)
         k, v = (randn((sum(lengths), 16), dtype, generator) for _ in range(2))
         yield Case(f"starts={starts} lengths={lengths}", (k, v, cache, batch), mutated=cache.tensors)
@@ -100,34 +126,55 @@ kv_write = register(
 
 
 def _paged_attention(
-    q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of q [T, Hq * head_dim] over each request's own cached keys and values -> [T, Hq * head_dim].
 
     Query head h reads KV head h // (Hq / Hk). With a window, a token sees itself and the window - 1 tokens before it.
+    softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118). sinks [Hq]: a further score of each head,
+    which belongs to no token and only adds to the denominator of the softmax (arXiv:2309.17453, arXiv:2508.10925).
     """
-    keys, values = cache.tensors
-    block_size, head_dim, kv_heads = keys.shape[1], cache.head_dim, cache.num_kv_heads
+    block_size, head_dim, kv_heads = cache.tensors[0].shape[1], cache.head_dim, cache.num_kv_heads
     output = torch.empty_like(q)
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
         blocks = batch.block_tables[row, : -(-context // block_size)]
-        k = keys.index_select(0, blocks).view(-1, kv_heads, head_dim)[:context].transpose(0, 1)  # [Hk, L, D]
-        v = values.index_select(0, blocks).view(-1, kv_heads, head_dim)[:context].transpose(0, 1)
-        mine = q[offset : offset + queries].view(queries, kv_heads, -1, head_dim)  # [n, Hk, G, D]
+        k, v = (part[:context].transpose(0, 1) for part in gather(cache, blocks))  # [Hk, L, D]
+        mine = q[offset : offset + queries].reshape(queries, kv_heads, -1, head_dim).to(k.dtype)  # [n, Hk, G, D]
         group = mine.shape[2]
-        if queries == 1 and window is None:
+        if sinks is not None or softcap is not None:
+            rows = mine.permute(1, 2, 0, 3).float()  # [Hk, G, n, D]
+            scores = rows @ k.float().transpose(1, 2).unsqueeze(1) * scale
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~causal_mask(queries, context, window, q.device), float("-inf"))
+            weights = _softmax(scores, None if sinks is None else sinks.float().view(kv_heads, group, 1, 1))
+            out = weights @ v.float().unsqueeze(1)
+            output[offset : offset + queries] = out.permute(2, 0, 1, 3).flatten(1).to(q.dtype)
+        elif queries == 1 and window is None:
             # The group's heads read the same keys and nothing is masked: they are the rows of one product.
             out = F.scaled_dot_product_attention(mine[0].unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=scale)
-            output[offset] = out.reshape(-1)
+            output[offset] = out.reshape(-1).to(q.dtype)
         else:
             k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
             rows = mine.flatten(1, 2).transpose(0, 1).unsqueeze(0)  # [1, Hq, n, D]
             mask = causal_mask(queries, context, window, q.device)
             out = F.scaled_dot_product_attention(rows, k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, scale=scale)
-            output[offset : offset + queries] = out[0].transpose(0, 1).flatten(1)
+            output[offset : offset + queries] = out[0].transpose(0, 1).flatten(1).to(q.dtype)
         offset += queries
     return output
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last dimension, whose denominator also counts the sink."""
+    if sinks is None:
+        return torch.softmax(scores, -1)
+    return torch.softmax(torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1), -1)[..., :-1]
 
 
 def causal_mask(queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
@@ -139,23 +186,34 @@ def causal_mask(queries: int, context: int, window: int | None, device: torch.de
 
 
 def _paged_attention_cost(
-    q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Cost:
     read = seen = 0
     for queries, context in zip(batch.host_query_lens, batch.host_context_lens, strict=True):
         read += context if window is None else min(context, window + queries - 1)
         first = context - queries
         seen += sum(min(first + i + 1, window or context) for i in range(queries))
-    return Cost(2 * nbytes(q) + read * cache.bytes_per_token(), 4 * seen * q.shape[-1])
+    return Cost(2 * nbytes(q) + nbytes(sinks) + read * cache.bytes_per_token(), 4 * seen * q.shape[-1])
 
 
 def _paged_attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    for starts, lengths in _BATCHES:
+    for starts, lengths in BATCHES:
         for group in (1, 3):
             for window in (None, 1, 4):
-                batch, cache = make_batch(starts, lengths), make_cache(dtype, generator)
-                q = randn((sum(lengths), 16 * group), dtype, generator)
-                yield Case(f"starts={starts} lengths={lengths} G={group} W={window}", (q, cache, batch, 0.3, window))
+                for sink, softcap in ((False, None), (True, None), (False, 1.5), (True, 0.7)):
+                    batch, cache = make_batch(starts, lengths), make_cache(dtype, generator)
+                    q = randn((sum(lengths), 16 * group), dtype, generator)
+                    sinks = randn((2 * group,), dtype, generator) if sink else None
+                    yield Case(
+                        f"starts={starts} lengths={lengths} G={group} W={window} sinks={sink} softcap={softcap}",
+                        (q, cache, batch, 0.3, window, sinks, softcap),
+                    )
 
 
 paged_attention = register(

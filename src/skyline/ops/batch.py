@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 class KVCache:
     """One layer's paged keys and values. The runner allocates the tensors once it knows how many blocks fit.
 
-    k, v: [num_blocks, block_size, num_kv_heads, head_dim]
+    k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 what is cached is k * k_scale and v * v_scale.
+    k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8.
     """
 
     num_kv_heads: int
@@ -23,20 +24,32 @@ class KVCache:
     dtype: torch.dtype
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         # Not zeroed: on a CPU the pages are only committed as they are used. No kernel reads what was never written.
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
         self.k = torch.empty(shape, dtype=self.dtype, device=device)
         self.v = torch.empty(shape, dtype=self.dtype, device=device)
+        if self.dtype == torch.int8:
+            self.k_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
+            self.v_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v, as they are stored."""
         assert self.k is not None and self.v is not None, "KV cache used before it was allocated"
         return self.k, self.v
 
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """k_scale and v_scale, or None if k and v are not quantized."""
+        return None if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
+
     def bytes_per_token(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale = torch.float32.itemsize if self.dtype == torch.int8 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
 
 
 @dataclass(slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +33,6 @@ embedding = register(
         cases=_embedding_cases,
     )
 )
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K], weight [N, K], bias [N] -> x @ weight.T + bias, [T, N] in x's dtype."""
-    return F.linear(x, weight, bias)
-
-
-def _linear_cost(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Cost:
-    rows, (n, k) = x.numel() // x.shape[-1], weight.shape
-    return Cost(nbytes(x, weight, bias) + rows * n * x.element_size(), 2 * rows * n * k)
-
-
-def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    for rows in _ROWS:
-        for n, k in ((40, 24), (33, 7)):
-            x, weight = randn((rows, k), dtype, generator), randn((n, k), dtype, generator, k**-0.5)
-            yield Case(f"T={rows} N={n} K={k}", (x, weight))
-            yield Case(f"T={rows} N={n} K={k} bias", (x, weight, randn((n,), dtype, generator)))
-
-
-linear = register(Op("linear", _linear, cost=_linear_cost, cases=_linear_cases))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,6 +101,39 @@ silu_mul = register(
         cases=_silu_mul_cases,
     )
 )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    """x [T, K], weight [N, K], bias [N] -> x @ weight.T + bias, [T, N] in x's dtype.
+
+    With `silu_mul`, that goes through the op of this name, [T, N / 2]: the first half of the rows of weight is gate.
+    """
+    y = F.linear(x, weight, bias)
+    return _silu_mul(y) if silu_mul else y
+
+
+def linear_cost(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
+    """`weight`: a matrix [N, K], or anything else that has its `shape` and tells its `nbytes`."""
+    rows, (n, k) = x.numel() // x.shape[-1], weight.shape
+    out = rows * (n // 2 if silu_mul else n) * x.element_size()
+    return Cost(nbytes(x, bias) + weight.nbytes + out, 2 * rows * n * k)
+
+
+def linear_meta(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    n = weight.shape[0]
+    return x.new_empty((x.shape[0], n // 2 if silu_mul else n))
+
+
+def _linear_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    for rows in (*_ROWS, 33, 70):
+        for n, k in ((40, 24), (34, 7), (130, 200)):
+            x, weight = randn((rows, k), dtype, generator), randn((n, k), dtype, generator, k**-0.5)
+            yield Case(f"T={rows} N={n} K={k}", (x, weight))
+            yield Case(f"T={rows} N={n} K={k} bias", (x, weight, randn((n,), dtype, generator)))
+            yield Case(f"T={rows} N={n} K={k} silu_mul", (x, weight, None, True))
+
+
+linear = register(Op("linear", _linear, cost=linear_cost, cases=_linear_cases, meta=linear_meta))
 
 
 def _add(x: Tensor, y: Tensor) -> Tensor:

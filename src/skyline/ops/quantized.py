@@ -1,0 +1,249 @@
+"""Linear ops on quantized weights, in the signature of `linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skyline.ops import dense
+from skyline.ops.contract import Case, Cost, Op, randn, register
+
+DEFAULT_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A weight of small integers and what they stand for; a kernel may keep the same numbers in another order.
+
+    int8: values [.., N, K] in -127..127 and scales [.., N] float32, one a row; `group` is None.
+    int4: values [.., N, K] and scales [.., N, ceil(K / group)] float16, one for each `group` neighbours of a row (the
+    last group may be shorter). Without `zeros` values are -8..7; with them, shaped like the scales, 0..15.
+
+    An element is (value - zero) * scale. Scales may be negative.
+    """
+
+    values: Tensor  # int8, also for int4
+    scales: Tensor
+    zeros: Tensor | None = None
+    group: int | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """As a kernel packs it: an int4 counts half a byte."""
+        rows, k = self.values.numel() // max(1, self.shape[-1]), self.shape[-1]
+        return int8_bytes(rows, k) if self.group is None else int4_bytes(rows, k, self.group, self.zeros is not None)
+
+    def dequantize(self) -> Tensor:
+        """float32, of `shape`."""
+        if self.group is None:
+            return self.values.float() * self.scales.unsqueeze(-1)
+        levels = self.values.float()
+        if self.zeros is not None:
+            levels = levels - self._spread(self.zeros)
+        return levels * self._spread(self.scales)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """A view of rows start to stop of a matrix [N, K]."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return QuantizedWeight(self.values[start:stop], self.scales[start:stop], zeros, self.group)
+
+    def _spread(self, per_group: Tensor) -> Tensor:
+        assert self.group is not None
+        return per_group.float().repeat_interleave(self.group, dim=-1)[..., : self.shape[-1]]
+
+
+def int8_bytes(n: int, k: int) -> int:
+    return n * (k + 4)
+
+
+def int4_bytes(n: int, k: int, group: int = DEFAULT_GROUP, zeros: bool = False) -> int:
+    return n * (-(-k // 2) + -(-k // group) * (4 if zeros else 2))
+
+
+# Rows of a weight that a reference widens at a time, which bounds its temporaries. Not a number that a batch decides.
+_ROW_BLOCK = 4096
+
+_Product = Callable[[Tensor, QuantizedWeight], Tensor]
+
+
+def _apply(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, silu_mul: bool, dtype: torch.dtype, product: _Product
+) -> Tensor:
+    blocks = [
+        product(x, weight.rows(start, start + _ROW_BLOCK)) for start in range(0, max(1, weight.shape[0]), _ROW_BLOCK)
+    ]
+    y = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+    if bias is not None:
+        y = y + bias.float()
+    activated: Tensor = dense.silu_mul.reference(y) if silu_mul else y
+    return activated.to(dtype)
+
+
+def _int8_weight_only_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    return (x @ weight.values.float().T) * weight.scales
+
+
+def _linear_int8_weight_only(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False
+) -> Tensor:
+    """`linear` with a weight of int8, one scale a row: x [T, K], weight [N, K], bias [N] -> [T, N] in x's dtype.
+
+    In float32: x times the integers, then the scale on the sum, the bias, and silu_mul, rounded once at the end.
+    """
+    return _apply(x.float(), weight, bias, silu_mul, x.dtype, _int8_weight_only_product)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> integers in -127..127 [T, K] float64 and scales [T, 1] float32, from each row's largest magnitude.
+
+    All in float32: round_half_even(x * (127 / largest)), and largest / 127. A row without a finite reciprocal (all
+    zeros, or as good as that) gives zeros; one with a NaN or an infinity has such a scale, and all its results are NaN.
+    """
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True)
+    inverse = torch.div(torch.full_like(largest, 127), largest)  # 127 / largest would round twice, by a reciprocal
+    levels = (wide * torch.where(inverse.isfinite(), inverse, 0.0)).round().nan_to_num(0.0)
+    return levels.double(), largest / 127
+
+
+def _linear_int8(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    """`linear` in int8: x [T, K] is quantized as in `quantize_rows`, weight [N, K] of int8 -> [T, N] in x's dtype.
+
+    The sum of products of integers is exact; float32(sum) * (scale of x's row * scale of weight's row) and all that
+    follows are float32, rounded once at the end. (LLM.int8's vector-wise quantization, arXiv:2208.07339.)
+    """
+    levels, x_scales = quantize_rows(x)
+
+    def product(levels: Tensor, weight: QuantizedWeight) -> Tensor:
+        # float64 holds every such integer, so the order of the sum makes no difference.
+        return (levels @ weight.values.double().T).float() * (x_scales * weight.scales)
+
+    return _apply(levels, weight, bias, silu_mul, x.dtype, product)
+
+
+def _int4_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    assert weight.group is not None
+    y = x.new_zeros((x.shape[0], weight.shape[0]))
+    for index in range(weight.scales.shape[1]):
+        columns = slice(index * weight.group, (index + 1) * weight.group)
+        levels = weight.values[:, columns].float()
+        if weight.zeros is not None:
+            levels = levels - weight.zeros[:, index : index + 1].float()
+        y += (x[:, columns] @ levels.T) * weight.scales[:, index].float()
+    return y
+
+
+def _linear_int4(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    """`linear` with a weight of int4 in groups: x [T, K], weight [N, K], bias [N] -> [T, N] in x's dtype.
+
+    In float32: for each group in order, x times (value - zero), then the scale on that sum; rounded once at the end.
+    """
+    return _apply(x.float(), weight, bias, silu_mul, x.dtype, _int4_product)
+
+
+class _Described(NamedTuple):
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def _cost(bytes_of: Callable[[int, int], int]) -> Callable[..., Cost]:
+    """The cost of `linear`. A plain tensor stands for a weight yet to be quantized, and counts with its bytes then."""
+
+    def cost(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
+        if isinstance(weight, Tensor):
+            n, k = weight.shape
+            weight = _Described((n, k), bytes_of(n, k))
+        return dense.linear_cost(x, weight, bias, silu_mul)
+
+    return cost
+
+
+# The weights of the cases come out the same when their dequantized values are quantized again (skyline.quantization),
+# so that a kernel with a layout of its own can be given them as rows of floats. That takes an extreme value in every
+# row or group, and scales whose products with it are exact in float32.
+
+
+def int8_case_weight(n: int, k: int, generator: torch.Generator) -> QuantizedWeight:
+    values = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    values[torch.arange(n), torch.randint(k, (n,), generator=generator)] = 127
+    scales = (0.5 + torch.rand((n,), generator=generator)) * k**-0.5 / 73  # 73: the standard deviation of the integers
+    return QuantizedWeight(values, scales.half().float())
+
+
+def int4_case_weight(n: int, k: int, group: int, zeros: bool, generator: torch.Generator) -> QuantizedWeight:
+    groups = -(-k // group)
+    shape, low = (n, groups), 0 if zeros else -8
+    values = torch.randint(low, low + 16, (n, k), generator=generator, dtype=torch.int8)
+    for index in range(groups):
+        columns = values[:, index * group : (index + 1) * group]
+        columns[:, 0] = low
+        if zeros:
+            columns[:, -1] = 15
+    scales = ((0.5 + torch.rand(shape, generator=generator)) * k**-0.5 / 4.6).half()
+    if zeros:
+        middle = torch.randint(0, 16, shape, generator=generator).half()
+        return QuantizedWeight(values, scales, middle, group)
+    negative = torch.rand(shape, generator=generator) < 0.5
+    return QuantizedWeight(values, torch.where(negative, -scales, scales), None, group)
+
+
+_SHAPES = ((40, 64), (34, 72), (130, 200))
+_ROWS = (1, 3, 17, 33, 70)
+
+
+def _linear_cases(
+    label: str, make: Callable[[int, int], QuantizedWeight], dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[Case]:
+    for rows in _ROWS:
+        for n, k in _SHAPES:
+            x, weight, name = randn((rows, k), dtype, generator), make(n, k), f"T={rows} N={n} K={k}{label}"
+            yield Case(name, (x, weight))
+            yield Case(f"{name} bias", (x, weight, randn((n,), dtype, generator)))
+            yield Case(f"{name} silu_mul", (x, weight, None, True))
+
+
+def _int8_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    yield from _linear_cases("", lambda n, k: int8_case_weight(n, k, generator), dtype, generator)
+    weight = int8_case_weight(40, 64, generator)
+    x = randn((4, 64), dtype, generator)
+    x[1] = 0
+    yield Case("a row of zeros", (x, weight, randn((40,), dtype, generator), True))
+
+
+def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    for group in (32, 64, 128):
+        for zeros in (False, True):
+
+            def make(n: int, k: int, group: int = group, zeros: bool = zeros) -> QuantizedWeight:
+                return int4_case_weight(n, k, group, zeros, generator)
+
+            yield from _linear_cases(f" group={group} zeros={zeros}", make, dtype, generator)
+
+
+# The references take x's values as they are and add in float32. Tolerances are those of `linear`: for float32, the
+# order of that addition (linear_int8 has none: its sums are exact); for bfloat16, the rounding of the result, and that
+# a kernel may round a weight's (value - zero) * scale to bfloat16 before it multiplies, 2^-9 of each product. The
+# integers themselves are exact in bfloat16.
+linear_int8_weight_only = register(
+    Op(
+        "linear_int8_weight_only",
+        _linear_int8_weight_only,
+        cost=_cost(int8_bytes),
+        cases=_int8_cases,
+        meta=dense.linear_meta,
+    )
+)
+linear_int8 = register(
+    Op("linear_int8", _linear_int8, cost=_cost(int8_bytes), cases=_int8_cases, meta=dense.linear_meta)
+)
+linear_int4 = register(
+    Op("linear_int4", _linear_int4, cost=_cost(int4_bytes), cases=_int4_cases, meta=dense.linear_meta)
+)

@@ -1,0 +1,27 @@
+"""What each value of the option `quantization` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skyline import ops
+from skyline.engine.config import QUANTIZATION_GROUPS as GROUPS
+from skyline.ops import Op
+
+__all__ = ["GROUPS", "SCHEMES", "Scheme"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """The op that takes the place of `linear`, and the one for the output head."""
+
+    linear: Op
+    head: Op
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int8": Scheme(ops.linear_int8, ops.linear_int8),
+    "int8-weight-only": Scheme(ops.linear_int8_weight_only, ops.linear_int8_weight_only),
+    # The head's errors go straight into the logits, and it is one weight of many.
+    "int4": Scheme(ops.linear_int4, ops.linear_int8_weight_only),
+}

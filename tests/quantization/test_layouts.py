@@ -1,0 +1,102 @@
+"""Layouts quantize what they are given, in whatever pieces it comes, by the formulas of skyline.quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from skyline.kernels import Request, choose
+from skyline.kernels.cpu import isa, native
+from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from skyline.kernels.torch_quantized import INT4, INT8, Int4Layout
+from skyline.ops import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
+from skyline.quantization import GROUPS, quantize_int4, quantize_int8
+
+LAYOUTS = [INT8, *INT4.values(), Int4Layout(32, symmetric=False)]
+
+
+def _quantized(layout: object, weight: torch.Tensor) -> QuantizedWeight:
+    return (
+        quantize_int4(weight, layout.group, layout.symmetric)
+        if isinstance(layout, Int4Layout)
+        else quantize_int8(weight)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("shape", [(10, 72), (3, 5, 72)], ids=str)
+def test_pieces_in_any_order_make_the_whole(layout: Int4Layout, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    target = layout.allocate(shape, torch.bfloat16)
+    rows = weight.view(-1, shape[-1])
+    for first, last in ((4, 9), (9, len(rows)), (0, 1), (1, 4)):
+        layout.write(target, first, rows[first:last])
+    whole = _quantized(layout, weight)
+    assert target.shape == shape and target.nbytes == whole.nbytes and target.group == whole.group
+    assert torch.equal(target.values, whole.values) and torch.equal(target.scales, whole.scales)
+    assert (target.zeros is None) == (whole.zeros is None)
+    assert whole.zeros is None or torch.equal(target.zeros, whole.zeros)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_layout_refuses_what_is_no_number(layout: Int4Layout) -> None:
+    target = layout.allocate((2, 32), torch.float32)
+    with pytest.raises(ValueError, match="NaN"):
+        layout.write(target, 0, torch.full((2, 32), float("nan")))
+
+
+# The native layouts
+
+
+@pytest.fixture(params=["amx", "avx512", "avx2"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in isa.supported():
+        pytest.skip(f"this CPU has no {request.param}")
+    with native.using(request.param):
+        yield request.param
+
+
+def _weight(dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn((70, 200), generator=generator) * torch.rand((70, 1), generator=generator)
+    weight[5] = 0
+    weight[6, 64:] = 0
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_native_layouts_hold_the_same_numbers(instruction_set: str, dtype: torch.dtype, gated: bool) -> None:
+    weight = _weight(dtype)
+    expected = quantize_int8(weight).dequantize()
+    for format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
+        assert torch.equal(pack(weight, packed_layout(format, gated)).dense(), expected)
+    for group in GROUPS:
+        for zeros in (False, True):
+            packed = pack(weight, packed_layout(Format.INT4, gated, group, zeros))
+            expected = quantize_int4(weight, group, symmetric=not zeros).dequantize()
+            assert torch.equal(packed.dense(), expected), (group, zeros)
+
+
+# The choice of a kernel
+
+
+def test_the_group_decides_the_int4_layout() -> None:
+    for group in GROUPS:
+        for invariant in (False, True):
+            request = Request(linear_int4, "cpu", torch.float32, batch_invariant=invariant, int4_group=group)
+            choice = choose(request)
+            assert choice.kernel.layouts == {1: INT4[group]}
+            assert choice.kernel.provider == ("torch-invariant" if invariant else "torch")
+
+
+@pytest.mark.parametrize("op", [linear_int8, linear_int8_weight_only, linear_int4], ids=lambda op: op.name)
+def test_batch_invariant_kernels_are(op: object) -> None:
+    run = choose(Request(op, "cpu", torch.float32, batch_invariant=True)).kernel.run
+    case = next(case for case in op.cases(torch.float32, torch.Generator().manual_seed(0)) if "T=70" in case.label)
+    x, weight = case.args[:2]
+    whole = run(x, weight)
+    assert torch.equal(torch.cat([run(x[:1], weight), run(x[1:18], weight), run(x[18:], weight)]), whole)
+    assert run(x[:0], weight).shape == (0, weight.shape[0])

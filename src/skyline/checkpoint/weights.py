@@ -56,13 +56,15 @@ def load(
     ignore: Iterable[str] = (),
     threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    write: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> LoadReport:
     """Copy every checkpoint tensor to the destination of the same name, converting between floating-point dtypes.
 
     There is one copy from the mapped file into the parameter, in `threads` threads (default: up to 4), and pages that
     have been copied are given back to the kernel, so memory does not grow by the size of the checkpoint. Checkpoint
     tensors that match an fnmatch pattern of `ignore` may go without a destination. `on_progress(bytes done, bytes in
-    all)` is called from this thread.
+    all)` is called from this thread. `write(target, source)`, by default `target.copy_(source)`, puts rows of a checkpoint
+    tensor where they belong; it is called from the threads, with targets that do not overlap.
 
     Nothing is copied unless everything fits: missing, surplus, wrongly shaped and unconvertible tensors (anything but
     equal dtypes or two of float64/32/16 and bfloat16) are named in one CheckpointError.
@@ -76,7 +78,7 @@ def load(
     done = 0
     # Always in worker threads, so that each copy stays in one thread of its own instead of waking the OpenMP team.
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="load") as pool:
-        for copied in pool.map(_copy, pieces):
+        for copied in pool.map(lambda piece: _copy(piece, write), pieces):
             done += copied
             if on_progress is not None:
                 on_progress(done, total)
@@ -150,9 +152,13 @@ def _split(source: torch.Tensor, destination: Destination) -> Iterator[_Piece]:
         yield _Piece(part, target)
 
 
-def _copy(piece: _Piece) -> int:
+def _copy(piece: _Piece, write: Callable[[torch.Tensor, torch.Tensor], None] | None) -> int:
     with torch.no_grad():
-        piece.target.copy_(piece.source if piece.transform is None else piece.transform(piece.source))
+        source = piece.source if piece.transform is None else piece.transform(piece.source)
+        if write is None:
+            piece.target.copy_(source)
+        else:
+            write(piece.target, source)
     _release_pages(piece.source)
     return piece.source.nbytes
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from skyline.ops import KVCache
 
 INPUTS = ("input_ids", "positions", "batch", "logit_rows")
+VALUE = "value"  # under this key a `get_attr` node's `meta` holds what it stands for
 
 
 class _OpTracer(fx.Tracer):
@@ -46,6 +47,8 @@ def capture(model: nn.Module) -> fx.Graph:
     for node in graph.nodes:
         if node.op in ("call_method", "call_module"):
             raise ValueError(f"{node.op} {node.target} in forward(): a model may call only ops on activations")
+        if node.op == "get_attr":
+            node.meta[VALUE] = resolve(model, node.target)
     return graph
 
 

@@ -1,23 +1,29 @@
 """Lower a captured graph to a Program: a flat list of bound kernel calls, replayed without looking at the graph again.
 
-Values live in numbered slots. Weights, caches and constants sit in their slots from the start; each call fetches its
-arguments by index, stores its results by index, and drops the activations that nobody reads after it.
+Values live in numbered slots. Weights, caches and constants sit in their slots from the start. The results of kernels
+that write to memory they are given are planned ahead (buffers.py): for each combination of sizes that a step can have
+they become views of the same few buffers, so that such a call's arguments are all known before the step begins and are
+bound once. Other kernels return new tensors, which are dropped after their last use.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from skyline.graph.buffers import BufferPlan, plan_buffers
 from skyline.graph.capture import INPUTS, resolve
-from skyline.kernels import Choice, Request, choose
-from skyline.ops import Op
+from skyline.kernels import Choice, Kernel, Layout, Request, choose
+from skyline.ops import AttentionBatch, Op
+
+# Sizes for which bound arguments are kept. Decoding changes its number of requests rarely, and by one at a time.
+_KEPT_BINDINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,51 +32,152 @@ class Call:
 
     op: Op
     name: str
-    run: Callable[..., Any]
+    kernel: Kernel
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     frees: tuple[int, ...]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the results are parts of the first argument's memory."""
+        return self.op.name == "split"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """A parameter of the model in the layout that some kernels want; None is the parameter as it is."""
+
+    slot: int
+    parameter: torch.Tensor
+    layout: Layout | None
+
+
+@dataclass(slots=True)
+class _Step:
+    """One call, bound. Without `fetch`, `arguments` is all it needs; else they are the values in those slots."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    fetch: tuple[int, ...] | None = None
+    results: tuple[int, ...] = ()  # slots of what `run` returns
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Binding:
+    values: list[Any]
+    steps: list[_Step] = field(default_factory=list)
 
 
 class Program:
     """A model ready to run. Not bound to a number of tokens or requests."""
 
-    def __init__(self, calls: list[Call], constants: list[Any], output: int, choices: dict[str, Choice]) -> None:
+    def __init__(
+        self,
+        calls: list[Call],
+        constants: list[Any],
+        output: int,
+        choices: dict[str, Choice],
+        weights: list[WeightUse],
+    ) -> None:
         self.calls = calls
         self.choices = choices  # by op name
+        self.weights = weights
+        self.fusions: dict[str, int] = {}  # how often each pass matched
         self._constants = constants  # by slot; None for activations
         self._output = output
-        # Flattened for the replay loop: (kernel, argument slots, the single result slot or None, result slots, frees).
-        self._flat = [
-            (call.run, call.arguments, call.results[0] if len(call.results) == 1 else None, call.results, call.frees)
-            for call in calls
-        ]
+        self._plan: BufferPlan | None = None
+        self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+
+    def set_weight(self, use: WeightUse, value: Any) -> None:
+        """Give a weight its contents, in the layout that was asked for."""
+        self._constants[use.slot] = value
+        self._bindings.clear()
+
+    @property
+    def plan(self) -> BufferPlan:
+        if self._plan is None:
+            self._plan = plan_buffers(self)
+        return self._plan
+
+    def reserve(self, num_tokens: int, num_rows: int) -> None:
+        """Make room for steps of so many tokens and rows of logits at once; larger steps would allocate anew."""
+        self.plan.reserve(num_tokens, num_rows)
+        self._bindings.clear()
 
     def __call__(self, input_ids: Any, positions: Any, batch: Any, logit_rows: Any) -> torch.Tensor:
-        """input_ids, positions [T] int64; batch an AttentionBatch; logit_rows [R] int64 -> logits [R, vocab]."""
-        slots = self._constants.copy()
+        """input_ids, positions [T] int64; batch an AttentionBatch; logit_rows [R] int64 -> logits [R, vocab].
+
+        The logits are valid until the next call.
+        """
+        binding = self._bind(input_ids.shape[0], logit_rows.shape[0])
+        slots = binding.values.copy()
         slots[: len(INPUTS)] = (input_ids, positions, batch, logit_rows)
         fetch = slots.__getitem__
-        for run, arguments, single, results, frees in self._flat:
-            value = run(*map(fetch, arguments))
-            if single is not None:
-                slots[single] = value
+        for step in binding.steps:
+            if step.fetch is None:
+                step.run(*step.arguments)
+                continue
+            value = step.run(*map(fetch, step.fetch))
+            if len(step.results) == 1:
+                slots[step.results[0]] = value
             else:
-                for slot, part in zip(results, value or (), strict=True):
+                for slot, part in zip(step.results, value or (), strict=True):
                     slots[slot] = part
-            for slot in frees:
+            for slot in step.frees:
                 slots[slot] = None
         logits = slots[self._output]
         assert isinstance(logits, torch.Tensor)
         return logits
 
+    def _bind(self, num_tokens: int, num_rows: int) -> _Binding:
+        key = (num_tokens, num_rows)
+        if (found := self._bindings.get(key)) is not None:
+            self._bindings.move_to_end(key)
+            return found
+        plan = self.plan
+        if plan.grow(num_tokens, num_rows):
+            self._bindings.clear()  # they hold views of the buffers that were too small
+        values = self._constants.copy()
+        known = [True] * len(values)
+        for slot in (*range(len(INPUTS)), *(slot for call in self.calls for slot in call.results)):
+            known[slot] = False
+        for slot, view in plan.views(num_tokens, num_rows):
+            values[slot], known[slot] = view, True
+        binding = _Binding(values)
+        for call in self.calls:
+            binding.steps += self._bind_call(call, values, known)
+        self._bindings[key] = binding
+        if len(self._bindings) > _KEPT_BINDINGS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def _bind_call(self, call: Call, values: list[Any], known: list[bool]) -> Iterator[_Step]:
+        if call.is_view and known[call.arguments[0]]:
+            for slot, part in zip(
+                call.results, call.kernel.run(*(values[slot] for slot in call.arguments)), strict=True
+            ):
+                values[slot], known[slot] = part, True
+            return
+        if call.kernel.into is None:
+            yield _Step(call.kernel.run, (), call.arguments, call.results, call.frees)
+            return
+        slots = (*call.results, *call.arguments)
+        if all(known[slot] for slot in slots):
+            yield _Step(call.kernel.into, tuple(values[slot] for slot in slots))
+        else:
+            yield _Step(call.kernel.into, (), slots)
+
     def trace(self, *inputs: Any, visit: Callable[[Call, tuple[Any, ...], tuple[Any, ...]], None]) -> torch.Tensor:
         """Follow the calls on tensors of the meta device, showing each with its arguments and results.
 
-        Answers questions of shape, memory and cost without computing anything.
+        Answers questions of shape, memory and cost without computing anything. Weights are described by the model's
+        parameters, whatever layout they have.
         """
         slots = self._constants.copy()
         slots[: len(INPUTS)] = inputs
+        for use in self.weights:
+            slots[use.slot] = use.parameter
         for call in self.calls:
             arguments = tuple(_to_meta(slots[index]) for index in call.arguments)
             value = (call.op.meta or call.op.reference)(*arguments)
@@ -82,53 +189,124 @@ class Program:
         assert isinstance(logits, torch.Tensor)
         return logits
 
+    def trace_sizes(
+        self, num_tokens: int, num_rows: int, visit: Callable[[Call, tuple[Any, ...], tuple[Any, ...]], None]
+    ) -> None:
+        """`trace` of a step of one request that computes `num_tokens` and wants `num_rows` rows of logits."""
+        ids = torch.empty(num_tokens, dtype=torch.int64, device="meta")
+        rows = torch.empty(num_rows, dtype=torch.int64, device="meta")
+        batch = AttentionBatch.build([[0]], [0], [1], num_tokens, torch.device("cpu"))
+        self.trace(ids, ids, batch, rows, visit=visit)
+
+    @property
+    def output(self) -> int:
+        """The slot of the logits."""
+        return self._output
+
     def launches(self) -> Counter[str]:
         """How often each op is called in one step. Views cost nothing and are not counted."""
-        return Counter(call.op.name for call in self.calls if call.op.name != "split")
+        return Counter(call.op.name for call in self.calls if not call.is_view)
 
 
 def _to_meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-def lower(graph: fx.Graph, model: nn.Module, device: torch.device, dtype: torch.dtype, **options: bool) -> Program:
-    """Choose a kernel for every op of the graph and bind it. Raises NoKernelError if an op has none."""
-    choices: dict[str, Choice] = {}
-    constants: list[Any] = []
-    slot_of: dict[fx.Node, int] = {}
-    calls: list[Call] = []
+def lower(graph: fx.Graph, model: nn.Module, device: torch.device, dtype: torch.dtype, **options: Any) -> Program:
+    """Choose a kernel for every op of the graph and bind it. Raises NoKernelError if an op has none.
+
+    options: further fields of skyline.kernels.Request. Parameters on the meta device are weights still to be read:
+    Program.weights says in which layout, and Program.set_weight takes them.
+    """
+    builder = _Builder(device, dtype, options)
     last_use = _last_uses(graph)
-
-    def new_slot(value: Any = None) -> int:
-        constants.append(value)
-        return len(constants) - 1
-
     for node in graph.nodes:
         if node.op == "placeholder":
-            slot_of[node] = new_slot()
-            if node.target != INPUTS[slot_of[node]]:
+            builder.slot_of[node] = builder.new_slot()
+            if node.target != INPUTS[builder.slot_of[node]]:
                 raise ValueError(f"forward() must take {INPUTS} in this order")
         elif node.op == "get_attr":
-            slot_of[node] = new_slot(resolve(model, node.target))
-        elif node.op == "call_function" and node.target is operator.getitem:
-            continue  # its slot was made with the call it picks from
-        elif node.op == "call_function":
-            op = node.target
-            if op.name not in choices:
-                choices[op.name] = choose(Request(op, device.type, dtype, **options))
-            arguments = tuple(slot_of[a] if isinstance(a, fx.Node) else new_slot(a) for a in node.args)
-            count = op.num_outputs(*node.args) if callable(op.num_outputs) else op.num_outputs
-            results = tuple(new_slot() for _ in range(count))
-            if count == 1:
-                slot_of[node] = results[0]
-            for user in node.users:
-                if user.target is operator.getitem:
-                    slot_of[user] = results[user.args[1]]
-            frees = tuple(slot_of[value] for value in last_use.get(node, ()))
-            calls.append(Call(op, node.name, choices[op.name].kernel.run, arguments, results, frees))
+            builder.attributes[node] = resolve(model, node.target)
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            builder.add_call(node, last_use.get(node, []))
         elif node.op == "output":
-            return Program(calls, constants, slot_of[node.args[0]], choices)
+            return builder.finish(builder.slot_of[node.args[0]])
     raise ValueError("the graph has no output")
+
+
+class _Builder:
+    def __init__(self, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        self.slot_of: dict[fx.Node, int] = {}
+        self.attributes: dict[fx.Node, Any] = {}
+        self._device, self._dtype, self._options = device, dtype, options
+        self._choices: dict[str, Choice] = {}
+        self._constants: list[Any] = []
+        self._calls: list[Call] = []
+        self._weights: dict[tuple[int, int], WeightUse] = {}  # by parameter and layout
+        self._flexible: list[tuple[int, int, torch.Tensor]] = []  # call, argument, parameter: any layout will do
+
+    def new_slot(self, value: Any = None) -> int:
+        self._constants.append(value)
+        return len(self._constants) - 1
+
+    def add_call(self, node: fx.Node, dead: list[fx.Node]) -> None:
+        op = node.target
+        assert isinstance(op, Op)
+        if op.name not in self._choices:
+            self._choices[op.name] = choose(Request(op, self._device.type, self._dtype, **self._options))
+        kernel = self._choices[op.name].kernel
+        plain = tuple(self.attributes.get(a, a) if isinstance(a, fx.Node) else a for a in node.args)
+        arguments = tuple(self._argument(kernel, index, a, plain) for index, a in enumerate(node.args))
+        count = op.num_outputs(*node.args) if callable(op.num_outputs) else op.num_outputs
+        results = tuple(self.new_slot() for _ in range(count))
+        if count == 1:
+            self.slot_of[node] = results[0]
+        for user in node.users:
+            if user.target is operator.getitem:
+                index = user.args[1]
+                assert isinstance(index, int)
+                self.slot_of[user] = results[index]
+        frees = tuple(self.slot_of[value] for value in dead)
+        self._calls.append(Call(op, node.name, kernel, arguments, results, frees))
+
+    def _argument(self, kernel: Kernel, index: int, argument: Any, plain: tuple[Any, ...]) -> int:
+        if not isinstance(argument, fx.Node):
+            return self.new_slot(argument)
+        if argument not in self.attributes:
+            return self.slot_of[argument]
+        value = self.attributes[argument]
+        if not isinstance(value, nn.Parameter):
+            if argument not in self.slot_of:
+                self.slot_of[argument] = self.new_slot(value)
+            return self.slot_of[argument]
+        if index in kernel.any_layout:
+            self._flexible.append((len(self._calls), index, value))
+            return -1
+        wanted = kernel.layouts.get(index)
+        layout: Layout | None = wanted(plain) if callable(wanted) else wanted
+        return self._weight(value, layout)
+
+    def _weight(self, parameter: torch.Tensor, layout: Layout | None) -> int:
+        key = (id(parameter), id(layout))
+        if key not in self._weights:
+            self._weights[key] = WeightUse(self.new_slot(parameter), parameter, layout)
+        return self._weights[key].slot
+
+    def finish(self, output: int) -> Program:
+        for at, index, parameter in self._flexible:
+            known = [use.slot for use in self._weights.values() if use.parameter is parameter]
+            slot = known[0] if known else self._weight(parameter, None)
+            call = self._calls[at]
+            arguments = (*call.arguments[:index], slot, *call.arguments[index + 1 :])
+            self._calls[at] = Call(call.op, call.name, call.kernel, arguments, call.results, call.frees)
+        weights = list(self._weights.values())
+        program = Program(self._calls, self._constants, output, self._choices, weights)
+        for use in weights:
+            if use.layout is not None and not use.parameter.is_meta:  # a model that is already filled
+                target = use.layout.allocate(tuple(use.parameter.shape), use.parameter.dtype)
+                use.layout.write(target, 0, use.parameter.detach().reshape(-1, use.parameter.shape[-1]))
+                program.set_weight(use, target)
+        return program
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -4,7 +4,7 @@ from skyline.layers.attention import Attention
 from skyline.layers.basic import Embedding, RMSNorm
 from skyline.layers.context import LayerContext
 from skyline.layers.linear import Linear, MergedLinear
-from skyline.layers.loading import destinations, ignorable, randomize
+from skyline.layers.loading import destinations, ignorable, random_values, randomize
 from skyline.layers.mlp import MLP, Experts, MoE
 from skyline.layers.rotary import RotaryEmbedding
 
@@ -21,5 +21,6 @@ __all__ = [
     "RotaryEmbedding",
     "destinations",
     "ignorable",
+    "random_values",
     "randomize",
 ]

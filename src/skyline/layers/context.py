@@ -17,7 +17,11 @@ class LayerContext:
 
     dtype: torch.dtype
     device: torch.device
+    # Without memory for parameters, which a loader then provides in the layout its kernels want. Tables that follow from
+    # the configuration are made in any case.
+    allocate: bool = True
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Uninitialised memory: a checkpoint or `randomize` fills it, so nothing is spent on values twice."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+        device = self.device if self.allocate else "meta"
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device), requires_grad=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -59,24 +60,40 @@ def ignorable(model: nn.Module) -> list[str]:
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Fill the parameters with noise that keeps activations near unit scale; norms become the identity.
 
-    The same seed gives the same weights on every device. A block of noise is drawn once and repeated, because drawing
-    each of a billion values would take longer than everything else at start-up. On the meta device nothing happens.
+    The same seed gives the same weights on every device. On the meta device nothing happens.
+    """
+    for parameter, fill in random_values(model, seed):
+        if not parameter.is_meta:
+            fill(parameter)
+
+
+def random_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[nn.Parameter, Callable[[torch.Tensor], None]]]:
+    """Each parameter and what fills a tensor of its shape, once, with the values that `randomize` means for it.
+
+    A block of noise is drawn once and repeated, because drawing each of a billion values would take longer than
+    everything else at start-up.
     """
     noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed))
     scaled: dict[float, torch.Tensor] = {}  # in the parameters' dtype and on their device, which is one for the model
     start = 0
+    seen: set[int] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.is_meta:
+            if id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
+                yield parameter, lambda target: target.fill_(1.0) and None
                 continue
             scale = 0.02 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-            if scale not in scaled:
-                scaled[scale] = (noise * scale).to(parameter)
             start = (start + 7919) % _NOISE  # equally shaped weights must differ
-            _repeat(scaled[scale], start, parameter.view(-1))
+
+            def fill(target: torch.Tensor, scale: float = scale, start: int = start) -> None:
+                if scale not in scaled:
+                    scaled[scale] = (noise * scale).to(target)
+                _repeat(scaled[scale], start, target.view(-1))
+
+            yield parameter, fill
 
 
 def _repeat(block: torch.Tensor, start: int, target: torch.Tensor) -> None:

@@ -43,20 +43,25 @@ def resolve(config: ModelConfig) -> type[nn.Module]:
 
 
 def create_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, max_positions: int | None = None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    max_positions: int | None = None,
+    allocate: bool = True,
 ) -> nn.Module:
     """The model with uninitialised parameters; fill them by `load(weights, destinations(model))` or `randomize(model)`.
 
     Its forward takes (input_ids [T] int64, positions [T] int64, AttentionBatch, logit_rows [R] int64) and returns
     logits [R, vocab]. Positions must be below `max_positions` (default: the checkpoint's max_position_embeddings); more
-    may be asked for, where the rotary embedding allows it. Device "meta" gives shapes without memory.
+    may be asked for, where the rotary embedding allows it. Device "meta" gives shapes without memory; `allocate` False
+    gives everything but the parameters, which are then on the meta device.
 
     Raises UnsupportedModelError if the config asks for something that this version would have to ignore.
     """
     model_class = resolve(config)
     positions = max_positions or config.max_position_embeddings
     _refuse_unsupported(config, positions)
-    model: nn.Module = model_class(config, LayerContext(dtype, torch.device(device)), positions)
+    model: nn.Module = model_class(config, LayerContext(dtype, torch.device(device), allocate), positions)
     return model.eval()
 
 

@@ -6,42 +6,60 @@ not be there.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from skyline.checkpoint import load_config
 from skyline.engine.config import EngineConfig
-from skyline.graph import Call, Program
+from skyline.graph import Call, Program, capture
 from skyline.kernels import Choice, Request, candidates
+from skyline.kernels.cpu.isa import REQUIRES, detect
 from skyline.models import create_model, kv_caches
-from skyline.ops import OPS, AttentionBatch, Cost
+from skyline.ops import OPS, AttentionBatch, Cost, Op
+from skyline.ops import split as view
 from skyline.runner.loader import build_program, choose_dtype
+from skyline.runner.memory import set_kv_dtype
+
+ISAS = (*REQUIRES, "none")
 
 
-def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill: int = 256) -> dict[str, Any]:
+def explain(
+    config: EngineConfig, *, batch: int = 1, context: int = 256, prefill: int = 256, isa: str | None = None
+) -> dict[str, Any]:
     """Plain JSON data: the model, each op with its kernel and the reasons, and the cost of two steps.
 
     The steps are a decode of `batch` requests with `context` tokens each, and a prefill of `prefill` tokens. Their cost
     is the least that must be done (skyline.ops.Cost), with perfect reuse inside each op and none between ops.
+    isa: instruction set of the CPU kernels, as in skyline.kernels.cpu.isa; None is this machine's. Nothing is built, so
+    that it is not known here whether there is a compiler.
     Raises CheckpointError, ValueError or NoKernelError.
     """
     device_type = config.device.partition(":")[0]
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
+    if isa is not None and isa not in ISAS:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, not {isa!r}")
+    isa = "none" if device_type != "cpu" else detect() if isa is None else isa
     model_config = load_config(Path(config.model))
     dtype = choose_dtype(config, model_config)
     longest = max(context, prefill)
     if longest > model_config.max_position_embeddings:
         raise ValueError(f"{longest} tokens exceed the model's context of {model_config.max_position_embeddings}")
     model = create_model(model_config, dtype, "meta")
-    program = build_program(config, model, dtype)
-    layers = model_config.num_hidden_layers
-    launches = program.launches()
+    unfused = _launched(capture(model))
+    program = build_program(config, model, dtype, isa)
+    fused = [call.op.name for call in program.calls if not call.is_view]
+    launches, per_layer = Counter(fused), _per_layer(fused)
     caches = kv_caches(model)
+    set_kv_dtype(config, caches)
+
+    def request(name: str) -> Request:
+        return Request(OPS[name], device_type, dtype, config.batch_invariant, isa, config.quantization_group)
+
     steps = {
         "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),
         "prefill": _cost(program, [0], [prefill], config.block_size),
@@ -50,8 +68,9 @@ def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill
         "model": config.model,
         "architecture": model_config.architecture,
         "device": config.device,
+        "isa": isa if device_type == "cpu" else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "layers": layers,
+        "layers": model_config.num_hidden_layers,
         "hidden_size": model_config.hidden_size,
         "heads": {"query": model_config.num_attention_heads, "kv": model_config.num_key_value_heads},
         "head_dim": model_config.head_dim,
@@ -60,7 +79,13 @@ def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameter_bytes": _parameter_bytes(model),
         "kv_bytes_per_token": sum(cache.bytes_per_token() for cache in caches),
-        "launches": {"step": launches.total(), "layer": sum(count // layers for count in launches.values())},
+        "fusions": program.fusions,
+        "launches": {
+            "step": len(fused),
+            "layer": _rounded(sum(per_layer.values())),
+            "unfused_step": len(unfused),
+            "unfused_layer": _rounded(sum(_per_layer(unfused).values())),
+        },
         "steps": {
             "decode": {"requests": batch, "context": context, **_summary(steps["decode"])},
             "prefill": {"requests": 1, "context": prefill, **_summary(steps["prefill"])},
@@ -70,9 +95,9 @@ def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill
                 "op": name,
                 "provider": choice.kernel.provider,
                 "reason": choice.reason,
-                "rejected": _rejected(Request(OPS[name], device_type, dtype, config.batch_invariant), choice),
+                "rejected": _rejected(request(name), choice),
                 "launches": launches[name],
-                "launches_per_layer": launches[name] // layers,
+                "launches_per_layer": _rounded(per_layer.get(name, 0.0)),
                 "decode": _figures(steps["decode"][name]),
                 "prefill": _figures(steps["prefill"][name]),
             }
@@ -80,6 +105,29 @@ def explain(config: EngineConfig, *, batch: int = 1, context: int = 256, prefill
             if launches[name]  # views are in no step's work
         ],
     }
+
+
+def _launched(graph: fx.Graph) -> list[str]:
+    """The op of each kernel launch of a step, in order. Views are none."""
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    return [target.name for target in targets if isinstance(target, Op) and target is not view]
+
+
+def _per_layer(launched: list[str]) -> dict[str, float]:
+    """Launches by op from one attention to the next, on average: a layer's worth, whatever was fused across its border.
+
+    A model of one layer has no next, so that there all of its step counts.
+    """
+    attention = [index for index, name in enumerate(launched) if name == "paged_attention"]
+    if len(attention) < 2:
+        return {name: float(count) for name, count in Counter(launched).items()}
+    between = Counter(launched[attention[0] : attention[-1]])
+    return {name: count / (len(attention) - 1) for name, count in between.items()}
+
+
+def _rounded(count: float) -> float:
+    """A whole number as one, where all layers are alike."""
+    return int(count) if count.is_integer() else round(count, 2)
 
 
 def _rejected(request: Request, choice: Choice) -> list[dict[str, str]]:

@@ -12,12 +12,14 @@ from skyline.checkpoint.config import ModelConfig, effective_eos_token_ids, load
 from skyline.checkpoint.weights import SafetensorsWeights, load
 from skyline.engine.config import EngineConfig
 from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
-from skyline.graph import Program, capture, lower, run_passes
-from skyline.models import create_model, destinations, ignorable, kv_caches, randomize
+from skyline.graph import Program, capture, lower, quantize_linears, run_passes
+from skyline.kernels.cpu import native
+from skyline.models import create_model, destinations, ignorable, kv_caches
 from skyline.runner.grammar import GrammarCompiler
-from skyline.runner.memory import MemoryPlan, available_bytes, peak_activation_bytes, plan_memory
+from skyline.runner.memory import MemoryPlan, available_bytes, peak_activation_bytes, plan_memory, set_kv_dtype
 from skyline.runner.model_runner import ModelRunner
 from skyline.runner.sampler import Sampler
+from skyline.runner.weight_store import WeightStore
 
 
 @dataclass(slots=True)
@@ -47,10 +49,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_program(config: EngineConfig, model: torch.nn.Module, dtype: torch.dtype) -> Program:
+def build_program(config: EngineConfig, model: torch.nn.Module, dtype: torch.dtype, isa: str | None = None) -> Program:
+    """Capture, quantize, fuse, lower. `isa`: of the CPU to choose for; None is this machine's, building its kernels."""
     graph = capture(model)
-    run_passes(graph)
-    return lower(graph, model, torch.device(config.device), dtype, batch_invariant=config.batch_invariant)
+    if config.quantization not in (None, "none"):
+        quantize_linears(graph, config.quantization)
+    fusions = run_passes(graph)
+    if isa is None:
+        isa = native.available() if config.device == "cpu" else "none"
+    program = lower(
+        graph,
+        model,
+        torch.device(config.device),
+        dtype,
+        batch_invariant=config.batch_invariant,
+        isa=isa,
+        int4_group=config.quantization_group,
+    )
+    program.fusions = fusions
+    return program
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -62,26 +79,28 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder = Path(config.model)
     model_config = load_config(folder)
     dtype = choose_dtype(config, model_config)
-    model = create_model(model_config, dtype, device, config.max_model_len)
     began = time.perf_counter()
+    model = create_model(model_config, dtype, device, config.max_model_len, allocate=False)
+    program = build_program(config, model, dtype)
+    capture_seconds = time.perf_counter() - began
+
+    began = time.perf_counter()
+    store = WeightStore(model, program, device)
     if config.load_format == "dummy":
-        randomize(model, config.seed)
+        store.randomize(model, config.seed)
         source = "random weights"
     else:
         with SafetensorsWeights(folder) as weights:
-            read = load(weights, destinations(model), ignore=ignorable(model))
+            read = load(weights, destinations(model), ignore=ignorable(model), write=store.write)
         source = f"{read.bytes / 2**20:,.0f} MiB"
     load_seconds = time.perf_counter() - began
-
-    began = time.perf_counter()
-    program = build_program(config, model, dtype)
-    capture_seconds = time.perf_counter() - began
 
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     logits = (limit_rows + MAX_LOGIT_ROWS) * model_config.vocab_size * 4
     tokens = config.max_num_seqs * (config.max_model_len or model_config.max_position_embeddings) * 4
     activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
     caches = kv_caches(model)
+    set_kv_dtype(config, caches)
     memory = plan_memory(config, model_config.max_position_embeddings, caches, activations, available_bytes(device))
     for cache in caches:
         cache.allocate(memory.num_blocks, config.block_size, device)
@@ -98,7 +117,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         eos_token_ids=sorted(eos),
         grammar_compiler=compiler,
     )
-    runner = ModelRunner(program, sampler, token_ids, block_size=config.block_size, device=device)
+    if device.type == "cpu":
+        program.reserve(config.max_num_batched_tokens, limit_rows + MAX_LOGIT_ROWS)
+    runner = ModelRunner(
+        program, sampler, token_ids, block_size=config.block_size, device=device, threads=config.threads
+    )
     limits = Limits(
         num_blocks=memory.num_blocks,
         block_size=config.block_size,
@@ -107,7 +130,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         max_model_len=memory.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    report = _report(config, model_config, model, program, memory, dtype, source)
+    report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
 
@@ -120,6 +143,7 @@ def _report(
     memory: MemoryPlan,
     dtype: torch.dtype,
     source: str,
+    weight_bytes: int,
 ) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     providers = sorted({choice.kernel.provider for choice in program.choices.values()})

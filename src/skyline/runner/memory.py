@@ -10,7 +10,7 @@ import torch
 
 from skyline.engine.config import EngineConfig
 from skyline.graph import Call, Program
-from skyline.ops import AttentionBatch, KVCache
+from skyline.ops import KVCache
 
 # What the allocator, the sampler's temporaries and the libraries need beside the activations that can be counted.
 RESERVE_BYTES = 256 << 20
@@ -67,25 +67,29 @@ def _meminfo(field: str) -> int:
 
 
 def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> int:
-    """The most that activations occupy at once in a step of `num_tokens`, following it on the meta device."""
-    meta = torch.device("meta")
-    ids = torch.empty(num_tokens, dtype=torch.int64, device=meta)
-    batch = AttentionBatch.build([[0]], [0], [1], num_tokens, torch.device("cpu"))
-    rows = torch.empty(num_rows, dtype=torch.int64, device=meta)
+    """The most that activations occupy at once in a step of `num_tokens`: the planned buffers, and what else is made."""
     live = peak = 0
     sizes: dict[int, int] = {}
 
     def visit(call: Call, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
         nonlocal live, peak
-        if call.op.name != "split":  # views of what is counted already
+        if not call.is_view and call.kernel.into is None:
             for slot, value in zip(call.results, results, strict=True):
                 sizes[slot] = value.numel() * value.element_size()
                 live += sizes[slot]
         peak = max(peak, live)
         live -= sum(sizes.pop(slot, 0) for slot in call.frees)
 
-    program.trace(ids, ids, batch, rows, visit=visit)
-    return peak
+    program.trace_sizes(num_tokens, num_rows, visit)
+    by_token, by_row = program.plan.row_bytes()
+    return peak + by_token * num_tokens + by_row * num_rows
+
+
+def set_kv_dtype(config: EngineConfig, caches: list[KVCache]) -> None:
+    """Before caches are measured and allocated."""
+    if config.kv_cache_dtype == "int8":
+        for cache in caches:
+            cache.dtype = torch.int8
 
 
 def plan_memory(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from skyline.engine.messages import AdmittedRequest, StepOutput, StepPlan, TokenLogprobs
 from skyline.graph import Program
+from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import to_device, token_positions
 from skyline.runner.sampler import Sampler, SampleResult
@@ -63,9 +64,19 @@ class _Handle:
 
 class ModelRunner:
     def __init__(
-        self, program: Program, sampler: Sampler, token_ids: Tensor, *, block_size: int, device: torch.device
+        self,
+        program: Program,
+        sampler: Sampler,
+        token_ids: Tensor,
+        *,
+        block_size: int,
+        device: torch.device,
+        threads: int | None = None,
     ) -> None:
-        """token_ids [max_num_seqs, max_model_len] int32 on the device, shared with the sampler."""
+        """token_ids [max_num_seqs, max_model_len] int32 on the device, shared with the sampler.
+
+        threads: of the CPU kernels; None is one for each physical core that this process may use.
+        """
         self._program = program
         self._sampler = sampler
         self._token_ids = token_ids
@@ -74,7 +85,7 @@ class ModelRunner:
         self._slots: dict[int, _Slot] = {}
         max_num_seqs, max_tokens = token_ids.shape
         self._block_tables = np.zeros((max_num_seqs, -(-max_tokens // block_size)), np.int32)
-        self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, torch.get_num_threads()))
+        self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, _all_native(program)))
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
@@ -82,8 +93,11 @@ class ModelRunner:
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    @torch.inference_mode()
     def _execute(self, plan: StepPlan) -> _Computed:
+        with torch.inference_mode(), native.step():
+            return self._compute(plan)
+
+    def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
         longest = max(self._slots[slot].num_blocks for slot in plan.slots)
         tables = self._block_tables[plan.slots, :longest]  # a copy
@@ -146,9 +160,18 @@ class ModelRunner:
         return self._sampler.prompt_logprobs(logits[:count], targets, request.params.prompt_logprobs)
 
 
-def _prepare_worker(device: torch.device, threads: int) -> None:
-    # Both are settings of a thread, which a new one does not inherit: without the first, oneDNN starts one thread a
-    # core whatever was asked for; without the second, pinned memory and events belong to the first GPU.
-    torch.set_num_threads(threads)
+def _all_native(program: Program) -> bool:
+    return all(call.is_view or call.kernel.provider == native.PROVIDER for call in program.calls)
+
+
+def _prepare_worker(device: torch.device, threads: int | None, all_native: bool) -> None:
+    """Settings of the thread that computes, which a new one does not inherit."""
+    if device.type == "cpu" and native.available() != "none":
+        native.start_threads(threads)
+    if all_native:
+        # What is left to torch is small, and its threads would spin on the cores that the kernels' threads need.
+        torch.set_num_threads(1)
+    elif threads is not None:
+        torch.set_num_threads(threads)  # else oneDNN starts one thread a core, whatever was asked for
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # else pinned memory and events belong to the first GPU

@@ -1,0 +1,56 @@
+"""Fills a Program's weights, each in the layout its kernels want, as the checkpoint is read.
+
+The model's parameters have no memory of their own here: a parameter that only packed kernels use never exists unpacked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from skyline.checkpoint.errors import CheckpointError
+from skyline.graph import Program, WeightUse
+from skyline.layers import random_values
+
+
+class WeightStore:
+    """The memory behind the parameters, which are on the meta device, of a model that runs as `program`."""
+
+    def __init__(self, model: nn.Module, program: Program, device: torch.device) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._targets: dict[int, list[tuple[WeightUse, Any]]] = {id(p): [] for p in model.parameters()}
+        for use in program.weights:
+            shape, dtype = tuple(use.parameter.shape), use.parameter.dtype
+            if use.layout is None:
+                target = torch.empty(shape, dtype=dtype, device=device)
+            else:
+                target = use.layout.allocate(shape, dtype)
+            self._targets[id(use.parameter)].append((use, target))
+            program.set_weight(use, target)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for targets in self._targets.values() for _, target in targets)
+
+    def write(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe."""
+        parameter = target if id(target) in self._targets else target._base
+        assert parameter is not None and id(parameter) in self._targets
+        for use, memory in self._targets[id(parameter)]:
+            if use.layout is None:
+                memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(source)
+                continue
+            width = parameter.shape[-1]
+            try:
+                use.layout.write(memory, target.storage_offset() // width, source.reshape(-1, width))
+            except ValueError as error:
+                raise CheckpointError(f"{self._names[id(parameter)]}: {error}") from error
+
+    def randomize(self, model: nn.Module, seed: int) -> None:
+        """As skyline.layers.randomize."""
+        for parameter, fill in random_values(model, seed):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            fill(values)
+            self.write(parameter, values)

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from skyline.checkpoint import load_config
 from skyline.engine.config import EngineConfig
 from skyline.kernels import NoKernelError
+from skyline.models import create_model
 from skyline.runner.explain import explain
+from skyline.runner.loader import build_program
+from tests.models.harness import save_tiny
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 128, 512, 4, 2, 16
 FLOAT32 = 4
@@ -66,3 +71,58 @@ def test_it_refuses_what_the_model_cannot_do(tiny_checkpoint: Path) -> None:
         explain(EngineConfig(model=str(tiny_checkpoint), device="tpu"))
     with pytest.raises(NoKernelError, match="never verified on cuda"):
         explain(EngineConfig(model=str(tiny_checkpoint), device="cuda", batch_invariant=True))
+
+
+def test_fusions_and_launches(tiny_checkpoint: Path) -> None:
+    """Qwen3 of two layers: 14 launches a layer become 8; around them 4, and then 5, for the first norm is its own."""
+    facts = explain(EngineConfig(model=str(tiny_checkpoint)))
+    assert facts["fusions"] == {"add_rms_norm": 2 * LAYERS - 1, "rope_kv_write": LAYERS, "linear_silu_mul": LAYERS}
+    assert facts["launches"] == {
+        "step": 8 * LAYERS + 5,
+        "layer": 8,
+        "unfused_step": 14 * LAYERS + 4,
+        "unfused_layer": 14,
+    }
+    per_layer = {name: op["launches_per_layer"] for name, op in by_op(facts).items() if op["launches_per_layer"]}
+    assert per_layer == {"linear": 4, "rope_kv_write": 1, "paged_attention": 1, "add_rms_norm": 2}
+
+
+def test_launches_of_layers_that_differ(tmp_path: Path) -> None:
+    moe = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    save_tiny(tmp_path, "Qwen3Moe", **moe, mlp_only_layers=[1], num_hidden_layers=3)
+    launches = explain(EngineConfig(model=str(tmp_path)))["launches"]
+    assert launches["step"] == 9 + 8 + 9 + 5 and launches["unfused_step"] == 3 * 14 + 4
+    assert launches["layer"] == 8.5, "one border between two layers belongs to experts, the other does not"
+
+
+def test_launches_of_one_layer(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "Llama", num_hidden_layers=1)
+    launches = explain(EngineConfig(model=str(tmp_path)))["launches"]
+    assert launches == {"step": 13, "layer": 13, "unfused_step": 16, "unfused_layer": 16}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_program_launches_what_is_told(tiny_checkpoint: Path, quantization: str) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), quantization=quantization)
+    model = create_model(load_config(tiny_checkpoint), torch.float32, "meta")
+    program = build_program(config, model, torch.float32, "none")
+    told = {name: op["launches"] for name, op in by_op(explain(config)).items()}
+    assert program.launches() == told
+
+
+def test_instruction_sets(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is made for the set asked for; this machine's is only the default, and nothing is built."""
+    config = EngineConfig(model=str(tiny_checkpoint), dtype="bfloat16")
+    monkeypatch.setattr("skyline.kernels.cpu.build.build", None)
+    for isa in ("amx", "avx512", "avx2", "none"):
+        facts = explain(config, isa=isa)
+        assert facts["isa"] == isa
+        native = {op["provider"] for op in facts["ops"]} & {"cpu"}
+        assert bool(native) == (isa != "none")
+    monkeypatch.setenv("SKYLINE_CPU_ISA", "none")
+    assert explain(config)["isa"] == "none"
+    monkeypatch.setattr("skyline.runner.explain.detect", lambda: "avx2")
+    assert explain(config)["isa"] == "avx2"
+    assert explain(EngineConfig(model=str(tiny_checkpoint), device="cuda"))["isa"] is None
+    with pytest.raises(ValueError, match="isa must be one of amx, avx512, avx2, none"):
+        explain(config, isa="sse")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from skyline.kernels import Kernel, candidates
+from skyline.kernels import Kernel, Request, candidates
+from skyline.kernels.cpu import native
 from skyline.ops import OPS, KVCache
 
 KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name)]
@@ -36,6 +38,14 @@ def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.
 @pytest.mark.parametrize("op,kernel", KERNELS, ids=[f"{op.name}-{kernel.provider}" for op, kernel in KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_equals_the_reference(op: Any, kernel: Kernel, dtype: torch.dtype) -> None:
+    # Under some options, that is: the cases do not depend on those.
+    requests = [
+        Request(op, "cpu", dtype, batch_invariant, native.available(), group)
+        for batch_invariant, group in itertools.product((False, True), (32, 64, 128))
+    ]
+    reasons = [kernel.supports(request) for request in requests]
+    if None not in reasons:
+        pytest.skip(str(reasons[0]))
     cases = list(op.cases(dtype, torch.Generator().manual_seed(3)))
     assert cases
     for case in cases:

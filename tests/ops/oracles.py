@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from skyline.ops import AttentionBatch, KVCache
+from skyline.ops import AttentionBatch, KVCache, QuantizedWeight
 
 ORACLES: dict[str, Callable[..., list[Tensor]]] = {}
 
@@ -30,10 +31,53 @@ def embedding(ids: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 @oracle
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activated: bool = False) -> list[Tensor]:
     rows = [[(row * column).sum() for column in weight.double()] for row in x.double()]
     result = torch.tensor(rows, dtype=torch.float64)
-    return [result if bias is None else result + bias.double()]
+    result = result if bias is None else result + bias.double()
+    return silu_mul(result) if activated else [result]
+
+
+@oracle
+def linear_int8_weight_only(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activated: bool = False
+) -> list[Tensor]:
+    return _finished(x.double().numpy() @ _dequantized(weight).T, bias, activated)
+
+
+@oracle
+def linear_int4(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activated: bool = False
+) -> list[Tensor]:
+    return _finished(x.double().numpy() @ _dequantized(weight).T, bias, activated)
+
+
+@oracle
+def linear_int8(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activated: bool = False
+) -> list[Tensor]:
+    rows = []
+    for row in x.float().numpy():
+        largest = np.abs(row).max()
+        # In float32, like the op: a tie that falls the other way would change an integer.
+        levels = np.rint(row * (np.float32(127) / largest)) if largest else np.zeros_like(row)
+        products = weight.values.numpy().astype(np.int64) @ levels.astype(np.int64)
+        rows.append(products * (float(largest) / 127) * weight.scales.double().numpy())
+    return _finished(np.stack(rows), bias, activated)
+
+
+def _dequantized(weight: QuantizedWeight) -> np.ndarray:
+    values, scales = weight.values.double().numpy(), weight.scales.double().numpy()
+    if weight.group is None:
+        return values * scales[:, None]
+    group = np.arange(values.shape[1]) // weight.group
+    zeros = 0.0 if weight.zeros is None else weight.zeros.double().numpy()[:, group]
+    return (values - zeros) * scales[:, group]
+
+
+def _finished(product: np.ndarray, bias: Tensor | None, activated: bool) -> list[Tensor]:
+    result = torch.from_numpy(product if bias is None else product + bias.double().numpy())
+    return silu_mul(result) if activated else [result]
 
 
 @oracle
@@ -41,6 +85,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
     rows = x.double().reshape(-1, x.shape[-1])
     normed = [row / math.sqrt(sum(value * value for value in row.tolist()) / len(row) + eps) for row in rows]
     return [(torch.stack(normed) * weight.double()).reshape(x.shape)]
+
+
+@oracle
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> list[Tensor]:
+    total = x.double() + residual.double()
+    return [*rms_norm(total, weight, eps), total]
 
 
 @oracle
@@ -96,6 +146,25 @@ def _rotated(x: Tensor, positions: Tensor, table: Tensor, head_dim: int) -> Tens
     return result
 
 
+@oracle
+def rope_kv_write(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+) -> list[Tensor]:
+    width = cache.num_kv_heads * cache.head_dim
+    q, k, v = qkv[:, : -2 * width], qkv[:, -2 * width : -width], qkv[:, -width:]
+    q = q if q_norm is None else head_rms_norm(q, q_norm, eps)[0]
+    k = k if k_norm is None else head_rms_norm(k, k_norm, eps)[0]
+    q, k = rope(q, k, positions, table, cache.head_dim)
+    return [q, *kv_write(k, v, cache, batch)]
+
+
 def tokens_of(batch: AttentionBatch) -> Iterator[tuple[int, int, int]]:
     """(token, request, position) of every token of a batch, from its device tensors alone."""
     starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
@@ -119,7 +188,13 @@ def kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> lis
 
 @oracle
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> list[Tensor]:
     keys, values = (cached.double() for cached in cache.tensors)
     block_size, head_dim = keys.shape[1], cache.head_dim
@@ -134,9 +209,12 @@ def paged_attention(
         for head in range(heads):
             columns = slice(head * head_dim, (head + 1) * head_dim)
             kv_head = head // (heads // cache.num_kv_heads)
-            scores = [math.exp(scale * float(q[token, columns].double() @ keys[b, o, kv_head])) for b, o in places]
+            logits = [scale * float(q[token, columns].double() @ keys[b, o, kv_head]) for b, o in places]
+            if softcap is not None:
+                logits = [softcap * math.tanh(logit / softcap) for logit in logits]
+            scores = [math.exp(logit) for logit in logits]
             mixed = sum(score * values[b, o, kv_head] for score, (b, o) in zip(scores, places, strict=True))
-            result[token, columns] = mixed / sum(scores)
+            result[token, columns] = mixed / (sum(scores) + (0 if sinks is None else math.exp(sinks[head])))
     return [result]
 
 

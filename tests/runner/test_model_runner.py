@@ -15,6 +15,6 @@ def test_worker_takes_over_threads_and_device(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     for name in ("cpu", "cuda", "cuda:1"):
-        model_runner._prepare_worker(torch.device(name), 3)
+        model_runner._prepare_worker(torch.device(name), 3, False)
     assert threads == [3, 3, 3]
     assert devices == [torch.device("cuda:1")]

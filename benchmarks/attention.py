@@ -1,0 +1,107 @@
+"""Paged attention on the CPU: time a call, KV bytes and floating point operations a second, next to the torch reference.
+
+    OMP_NUM_THREADS=2 python benchmarks/attention.py [--isa avx512] [--kv int8] [--dtype float32] [--quick]
+
+The shape is Qwen3-0.6B's: 16 query heads, 8 KV heads of 128, blocks of 16 tokens. Calls rotate over as many layers' caches
+as exceed the last-level cache as far as --cache-gib allows, as a model's layers do. Times are of the fastest call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+
+import torch
+
+from skyline.kernels import candidates
+from skyline.kernels.cpu import native
+from skyline.ops import OPS, AttentionBatch, KVCache
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 8, 128, 16
+OP = OPS["paged_attention"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
+
+
+def best(run: Callable[[int], object], calls: int) -> float:
+    """Seconds of the fastest call."""
+    fastest = float("inf")
+    for call in range(calls):
+        began = time.perf_counter()
+        run(call)
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
+
+
+def measure(queries: int, context: int, requests: int, arguments: argparse.Namespace, threads: int) -> str:
+    dtype, kv_dtype = DTYPES[arguments.dtype], DTYPES[arguments.kv or arguments.dtype]
+    blocks = -(-context // BLOCK)
+    order = list(range(requests * blocks))
+    random.Random(0).shuffle(order)
+    tables = [order[row * blocks : (row + 1) * blocks] for row in range(requests)]
+    batch = AttentionBatch.build(
+        tables, [context - queries] * requests, [queries] * requests, BLOCK, torch.device("cpu")
+    )
+    read = requests * context * KVCache(KV_HEADS, HEAD_DIM, kv_dtype).bytes_per_token()
+    layers = max(1, min(28, int(arguments.cache_gib * 2**30 / read)))
+    caches = []
+    for _ in range(layers):
+        cache = KVCache(KV_HEADS, HEAD_DIM, kv_dtype)
+        cache.allocate(requests * blocks, BLOCK, torch.device("cpu"))
+        for part in cache.tensors:
+            part.copy_(torch.randint(-99, 99, part.shape) if kv_dtype == torch.int8 else torch.randn(part.shape))
+        for scale in cache.scales or ():
+            scale.fill_(0.02)
+        caches.append(cache)
+    q = torch.randn((requests * queries, HEADS * HEAD_DIM)).to(dtype)
+    out = torch.empty_like(q)
+    into = next(kernel.into for kernel in candidates(OP.name) if kernel.provider == native.PROVIDER)
+    assert into is not None
+    scale = HEAD_DIM**-0.5
+    flops = OP.cost(q, caches[0], batch, scale).flops
+    library = native.library()
+    native.start_threads(threads)
+    library.begin_step()
+    try:
+        seconds = best(lambda i: into(out, q, caches[i % layers], batch, scale, None, None, None), arguments.calls)
+    finally:
+        library.end_step()
+        native.stop_threads()
+    torch.set_num_threads(threads)
+    slow = (
+        ""
+        if arguments.quick
+        else (f"{best(lambda i: OP.reference(q, caches[i % layers], batch, scale), 4) * 1e6:12,.0f}")
+    )
+    return f"{seconds * 1e6:12,.1f} {read / seconds / 1e9:8.1f} {flops / seconds / 1e9:9.0f} {slow}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--isa", default=None)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--kv", default=None, choices=("int8",))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--cache-gib", type=float, default=1.0)
+    parser.add_argument("--quick", action="store_true", help="without the torch reference and the largest cases")
+    arguments = parser.parse_args()
+    with native.using(arguments.isa or native.available()):
+        print(f"{native.available()}, {arguments.threads} threads, {arguments.dtype}, KV {arguments.kv or 'the same'}")
+        print(f"{'case':<28}{'us a call':>12} {'GB/s':>8} {'GFLOP/s':>9} {'torch us':>12}")
+        for requests in (1, 8, 32):
+            for context in (128, 200, 1024, 8192):
+                if requests * context > (40_000 if arguments.quick else 300_000):
+                    continue
+                line = measure(1, context, requests, arguments, arguments.threads)
+                print(f"{f'decode B={requests} L={context}':<28}{line}", flush=True)
+        for length in (128, 1024, 8192):
+            if length > 2000 and arguments.quick:
+                continue
+            line = measure(length, length, 1, arguments, arguments.threads)
+            print(f"{f'prefill T={length}':<28}{line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

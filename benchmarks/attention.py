@@ -1,9 +1,9 @@
-"""Paged attention on the CPU: time a call, KV bytes and floating point operations a second, next to the torch reference.
+"""Paged attention on the CPU: time, KV bytes and floating point operations a second, next to the torch reference.
 
     OMP_NUM_THREADS=2 python benchmarks/attention.py [--isa avx512] [--kv int8] [--dtype float32] [--quick]
 
-The shape is Qwen3-0.6B's: 16 query heads, 8 KV heads of 128, blocks of 16 tokens. Calls rotate over as many layers' caches
-as exceed the last-level cache as far as --cache-gib allows, as a model's layers do. Times are of the fastest call.
+The shape is Qwen3-0.6B's: 16 query heads, 8 KV heads of 128, blocks of 16 tokens. Calls rotate over
+28 layers' caches, as a model's do, as far as --cache-gib allows. Times are of the fastest call.
 """
 
 from __future__ import annotations

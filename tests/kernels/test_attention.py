@@ -1,10 +1,10 @@
-"""Attention and cache writes on the CPU: right, and bit for bit the same however a request is cut, batched or threaded."""
+"""Attention and cache writes on the CPU: right, and the same bits however a request is cut, batched or threaded."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -261,7 +261,7 @@ def test_bad_arguments_are_refused(instruction_set: str) -> None:
         (q, cache, batch, 1.0, 0),
         (q, cache, batch, 1.0, None, torch.zeros(3)),
         (q, cache, batch, 1.0, None, None, -1.0),
-        (q, cache, requests.batch([(0, 4, 20)]), 1.0),
+        (q, cache, replace(batch, context_lens=torch.tensor([40], dtype=torch.int32)), 1.0),
     ):
         with pytest.raises(ValueError):
             run(*arguments)

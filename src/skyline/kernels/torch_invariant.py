@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.kernels.registry import Kernel, Request, register
 from skyline import ops
+from skyline.kernels.registry import Kernel, Request, register
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.attention import gather
 

@@ -80,7 +80,7 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the blocks of one request, [len(blocks) * block_size, Hk, D], dequantized to float32 from int8."""
+    """Keys and values of the blocks of one request, [len(blocks) * block_size, Hk, D]; of int8, in float32."""
     keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in cache.tensors)
     if cache.scales is not None:
         k_scale, v_scale = (scale.index_select(0, blocks).flatten(0, 1).unsqueeze(-1) for scale in cache.scales)
@@ -137,7 +137,7 @@ def _paged_attention(
     """Causal attention of q [T, Hq * head_dim] over each request's own cached keys and values -> [T, Hq * head_dim].
 
     Query head h reads KV head h // (Hq / Hk). With a window, a token sees itself and the window - 1 tokens before it.
-    softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118). sinks [Hq]: a further score of each head,
+    softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118). sinks [Hq]: one more score of each head,
     which belongs to no token and only adds to the denominator of the softmax (arXiv:2309.17453, arXiv:2508.10925).
     """
     block_size, head_dim, kv_heads = cache.tensors[0].shape[1], cache.head_dim, cache.num_kv_heads

@@ -8,9 +8,7 @@ from skyline.kernels.cpu.native import library, provide
 from skyline.ops import AttentionBatch, KVCache
 
 
-def _rope(
-    q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int
-) -> None:
+def _rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int) -> None:
     library().rope(q_out, k_out, q, k, positions, table, head_dim)
 
 
@@ -27,9 +25,7 @@ def _rope_kv_write(
 ) -> None:
     keys, values = cache.tensors
     scales = getattr(cache, "k_scale", None), getattr(cache, "v_scale", None)
-    library().rope_kv_write(
-        out, qkv, q_norm, k_norm, eps, positions, table, keys, values, *scales, batch.slot_mapping
-    )
+    library().rope_kv_write(out, qkv, q_norm, k_norm, eps, positions, table, keys, values, *scales, batch.slot_mapping)
 
 
 provide("rope", _rope)

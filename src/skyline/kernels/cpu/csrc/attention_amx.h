@@ -12,8 +12,8 @@ template <class KV>
 class TileAttention {
  public:
   using View = attention::View<bf16, KV>;
-  // So many bytes of a token are read at a time: caches are read fast only in order.
-  static constexpr int kMaxRows = 256, kHeadBytes = 1024;
+  // So many bytes of a token are read at a time: the hardware fetches ahead well only where memory is read in order.
+  static constexpr int kMaxRows = 256, kHeadBytes = 2048;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 32); }
 
@@ -129,14 +129,6 @@ class TileAttention {
   const KV* row_of(const KV* cache, int64_t slot, int head) const {
     return slot < 0 ? nothing_ : cache + (slot + head) * dim_;
   }
-  // All heads of a token, into the second-level cache.
-  void prefetch(const KV* cache, int64_t slot) const {
-    if (slot < 0) return;
-    const char* row = reinterpret_cast<const char*>(cache + slot * dim_);
-    const int64_t bytes = view_.item.heads * dim_ * static_cast<int64_t>(sizeof(KV));
-    for (int64_t byte = 0; byte < bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T1);
-  }
-
   static void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -166,7 +158,6 @@ class TileAttention {
     const auto& call = view_.call;
     const int begin = all.first_chunk() * kChunk, end = all.last_chunk() * kChunk;
     for (int key = begin; key < end; key += 16) {
-      for (int i = 0; i < 16 && key + 16 < end; i++) prefetch(call.k, slots_[key + 16 + i]);
       for (int head = 0; head < view_.item.heads; head++) {
         const KV* rows[16];
         for (int i = 0; i < 16; i++) rows[i] = row_of(call.k, slots_[key + i], head);
@@ -193,7 +184,6 @@ class TileAttention {
     const auto& call = view_.call;
     const int end = all.last_chunk() * kChunk;
     for (int key = all.first_chunk() * kChunk; key < end; key += 2) {
-      for (int i = 16; i < 18 && key + i < end; i++) prefetch(call.v, slots_[key + i]);
       for (int head = 0; head < view_.item.heads; head++) {
         const KV *even = row_of(call.v, slots_[key], head), *odd = row_of(call.v, slots_[key + 1], head);
         bf16* to = values_ + (head * kSplit + key / kChunk * kChunk) * width_ + key % kChunk * 16;

@@ -38,6 +38,7 @@ struct Rows {
 
 template <class T>
 Rows<T> rows_of(const TensorView& t) {
+  SKYLINE_CHECK(t.dtype().bits == 8 * sizeof(T), "takes matrices of one dtype");
   SKYLINE_CHECK(t.ndim() == 2 && (t.stride(1) == 1 || t.shape()[1] <= 1), "takes matrices whose rows are contiguous");
   return {data<T>(t), t.shape()[0], t.shape()[1], t.shape()[0] <= 1 ? t.shape()[1] : t.stride(0)};
 }

@@ -1,0 +1,53 @@
+"""The experts of a mixture over packed weights, in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyline.kernels.cpu.native import library, provide, supports
+from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
+from skyline.kernels.registry import Request
+
+
+def _layouts(format: Format, group: int = 0) -> dict[int, PackedLayout]:
+    """By argument: of gate_up and of down."""
+    return {1: packed_layout(format, gated=True, group=group), 2: packed_layout(format, group=group)}
+
+
+def _into(layouts: dict[int, PackedLayout]) -> Callable[..., None]:
+    def moe_experts(out: Tensor, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> None:
+        if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
+            gate_up, down = pack(gate_up, layouts[1]), pack(down, layouts[2])
+        first, second = gate_up.layout, down.layout
+        if (first.format, first.group, first.zeros) != (second.format, second.group, second.zeros):
+            raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
+        library().moe_experts(out, x, weights, ids, down.data, down.scales, down.sums, *gate_up.arguments)
+
+    return moe_experts
+
+
+def _only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
+    def check(request: Request) -> str | None:
+        if (missing := supports(request)) is not None:
+            return missing
+        if request.dtype not in dtypes:
+            return why
+        if group is not None and request.int4_group != group:
+            return f"shares a scale among {group} values"
+        return None
+
+    return check
+
+
+def _provide(op: str, format: Format, check: Callable[[Request], str | None], group: int = 0) -> None:
+    layouts = _layouts(format, group)
+    provide(op, _into(layouts), check, layouts=layouts)
+
+
+_FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
+_provide("moe_experts", Format.BFLOAT16, _only(_BFLOAT16, "multiplies in bfloat16"))
+_provide("moe_experts", Format.FLOAT32, _only(_FLOAT32, "multiplies in float32"))

@@ -1,6 +1,6 @@
 """Quantize a GGUF file with llama.cpp's own quantizer (runs in llama.cpp's environment).
 
-    python quantize_gguf.py IN OUT q8_0|q4_0
+python quantize_gguf.py IN OUT q8_0|q4_0
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-from optimum.intel.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
 from openvino import save_model
 from openvino_tokenizers import convert_tokenizer
+from optimum.intel.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
 from transformers import AutoTokenizer
 
 SETTINGS = {

@@ -72,9 +72,7 @@ class LlamaCpp(Engine):
         for start in range(0, len(entries), BATCH):
             self._decode(entries[start : start + BATCH], latest, counts)
         for step in range(1, new_tokens):
-            self._decode(
-                [(latest[s], len(ids) + step - 1, s, True) for s, ids in enumerate(prompts)], latest, counts
-            )
+            self._decode([(latest[s], len(ids) + step - 1, s, True) for s, ids in enumerate(prompts)], latest, counts)
         return counts
 
     def _decode(self, entries: list[tuple[int, int, int, bool]], latest: list[int], counts: list[int]) -> None:

@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-
 class Engine:
     """What a worker implements."""
 

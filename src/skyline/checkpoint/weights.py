@@ -63,8 +63,8 @@ def load(
     There is one copy from the mapped file into the parameter, in `threads` threads (default: up to 4), and pages that
     have been copied are given back to the kernel, so memory does not grow by the size of the checkpoint. Checkpoint
     tensors that match an fnmatch pattern of `ignore` may go without a destination. `on_progress(bytes done, bytes in
-    all)` is called from this thread. `write(target, source)`, by default `target.copy_(source)`, puts rows of a checkpoint
-    tensor where they belong; it is called from the threads, with targets that do not overlap.
+    all)` is called from this thread. `write(target, source)`, by default `target.copy_(source)`, puts rows of a
+    checkpoint tensor where they belong; it is called from the threads, with targets that do not overlap.
 
     Nothing is copied unless everything fits: missing, surplus, wrongly shaped and unconvertible tensors (anything but
     equal dtypes or two of float64/32/16 and bfloat16) are named in one CheckpointError.

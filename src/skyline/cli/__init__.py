@@ -14,6 +14,7 @@ from skyline.cli.chat import chat
 from skyline.cli.evaluate import evaluate
 from skyline.cli.explain import explain
 from skyline.cli.generate import generate
+from skyline.cli.kernels import kernels
 from skyline.cli.serve import serve
 from skyline.cli.version import version
 
@@ -72,6 +73,7 @@ app.command(
     # What follows "--" belongs to `skyline serve`.
     context_settings={"allow_extra_args": True},
 )(evaluate)
+app.command(epilog=_examples("skyline kernels", "skyline kernels --build"))(kernels)
 app.command()(version)
 
 

@@ -52,8 +52,8 @@ class Kernel:
     """One implementation of one op. `run` has the signature of the op's reference.
 
     `supports` returns None, or the reason why it cannot serve the request. `into(*outputs, *arguments)`, where there is
-    one, writes its results to tensors it is given, so that a Program can plan its memory. `layouts` maps the position of
-    a weight among the arguments to the layout it must have, or to a function that tells it from all the arguments;
+    one, writes its results to tensors it is given, so that a Program can plan its memory. `layouts` maps the position
+    of a weight among the arguments to the layout it must have, or to a function that tells it from all the arguments;
     `any_layout` are positions where a layout that some other op wants of the same weight is understood.
     """
 

@@ -17,8 +17,8 @@ class LayerContext:
 
     dtype: torch.dtype
     device: torch.device
-    # Without memory for parameters, which a loader then provides in the layout its kernels want. Tables that follow from
-    # the configuration are made in any case.
+    # False: no memory for parameters, which a loader then provides in the layout its kernels want. Tables that follow
+    # from the configuration are made in any case.
     allocate: bool = True
 
     def parameter(self, *shape: int) -> nn.Parameter:

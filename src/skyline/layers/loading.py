@@ -83,7 +83,7 @@ def random_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[nn.Paramete
                 continue
             seen.add(id(parameter))
             if isinstance(module, RMSNorm):
-                yield parameter, lambda target: target.fill_(1.0) and None
+                yield parameter, _fill_with_ones
                 continue
             scale = 0.02 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             start = (start + 7919) % _NOISE  # equally shaped weights must differ
@@ -94,6 +94,10 @@ def random_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[nn.Paramete
                 _repeat(scaled[scale], start, target.view(-1))
 
             yield parameter, fill
+
+
+def _fill_with_ones(target: torch.Tensor) -> None:
+    target.fill_(1.0)
 
 
 def _repeat(block: torch.Tensor, start: int, target: torch.Tensor) -> None:

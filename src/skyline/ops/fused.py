@@ -1,4 +1,4 @@
-"""Ops that do the work of several: what the graph passes introduce. Their references are made of the ops they replace."""
+"""Ops that do the work of several, which the graph passes introduce. Their references are made of what they replace."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _rope_kv_write(
     Hk and D are the cache's.
     """
     kv_size = cache.num_kv_heads * cache.head_dim
-    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_size, kv_size, kv_size), dim=-1)
+    q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=-1)
     if q_norm is not None and k_norm is not None:
         q, k = dense.head_rms_norm.reference(q, q_norm, eps), dense.head_rms_norm.reference(k, k_norm, eps)
     q, k = attention.rope.reference(q, k, positions, table, cache.head_dim)

@@ -67,7 +67,7 @@ def _meminfo(field: str) -> int:
 
 
 def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> int:
-    """The most that activations occupy at once in a step of `num_tokens`: the planned buffers, and what else is made."""
+    """The most that activations occupy at once in a step of `num_tokens`: planned buffers, and what else is made."""
     live = peak = 0
     sizes: dict[int, int] = {}
 

@@ -88,6 +88,11 @@ def build(isa: str) -> tuple[Path, float]:
     return path, time.perf_counter() - began
 
 
+def is_built(isa: str) -> bool:
+    """Whether a current, undamaged library for this instruction set is in the cache."""
+    return _intact(library_path(isa))
+
+
 @functools.cache
 def load(isa: str) -> Any:
     """The functions of the library, as attributes of a tvm_ffi module. Raises BuildError."""

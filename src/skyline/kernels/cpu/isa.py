@@ -49,7 +49,7 @@ def supported() -> list[str]:
 
 
 def detect() -> str:
-    """The set to use: "amx", "avx512", "avx2" or "none". Raises ValueError if the override asks for what is not there."""
+    """The set to use: "amx", "avx512", "avx2" or "none". Raises ValueError if the override asks for another."""
     have = [*supported(), "none"]
     wanted = os.environ.get(OVERRIDE)
     if wanted is None:

@@ -71,4 +71,3 @@ def _embedding(out: Tensor, ids: Tensor, weight: Any) -> None:
 
 
 provide("embedding", _embedding, any_layout=frozenset({1}))
-

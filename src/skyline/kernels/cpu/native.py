@@ -24,7 +24,7 @@ _current: Any = None  # the loaded library, once `available` has been asked
 
 
 def available() -> str:
-    """The instruction set of the kernels in use; they are built on first use. "none", with a warning, if they cannot be."""
+    """The instruction set of the kernels in use, which this builds if need be; "none", with a warning, if it cannot."""
     global _current
     if _current is None:
         _current = _load(isa.detect())

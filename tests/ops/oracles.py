@@ -240,6 +240,44 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
     return [result]
 
 
+@oracle
+def moe_experts_int8(x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, *chosen: Tensor) -> list[Tensor]:
+    return _quantized_experts(linear_int8, x, gate_up, down, *chosen)
+
+
+@oracle
+def moe_experts_int8_weight_only(
+    x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, *chosen: Tensor
+) -> list[Tensor]:
+    return _quantized_experts(linear_int8_weight_only, x, gate_up, down, *chosen)
+
+
+@oracle
+def moe_experts_int4(x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, *chosen: Tensor) -> list[Tensor]:
+    return _quantized_experts(linear_int4, x, gate_up, down, *chosen)
+
+
+def _quantized_experts(
+    linear: Callable[..., list[Tensor]],
+    x: Tensor,
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    weights: Tensor,
+    ids: Tensor,
+) -> list[Tensor]:
+    def matrix(weight: QuantizedWeight, expert: int) -> QuantizedWeight:
+        zeros = None if weight.zeros is None else weight.zeros[expert]
+        return QuantizedWeight(weight.values[expert], weight.scales[expert], zeros, weight.group)
+
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for weight, expert in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+            (hidden,) = linear(x[token : token + 1], matrix(gate_up, expert), None, True)
+            (added,) = linear(hidden.to(x.dtype), matrix(down, expert), None, False)
+            result[token] += weight * added[0]
+    return [result]
+
+
 def as_list(result: Any) -> list[Tensor]:
     """An op's return value as a list of its outputs."""
     return [] if result is None else [result] if isinstance(result, Tensor) else list(result)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from skyline.engine.sampling_params import SamplingParams
+from skyline.kernels.cpu import isa, native
 from tests.oracle.engine import Job, NaiveModel, run_engine
 
 EOS = frozenset({2})
@@ -88,33 +92,60 @@ def test_a_whole_prompt_in_the_cache_is_answered_the_same(tiny_checkpoint: Path,
     assert results["again"].outputs[0].cached_tokens == 24
 
 
-@pytest.mark.parametrize("batch_invariant,dtype", [(True, "bfloat16"), (True, "float32"), (False, "float32")])
-def test_twenty_mixes_give_the_same_tokens(tiny_checkpoint: Path, batch_invariant: bool, dtype: str) -> None:
-    """One request, seeded and random, in 20 different batches and chunkings."""
+# By default, then every format and memory that has kernels of its own, then torch's kernels.
+INVARIANT: list[dict[str, Any]] = [
+    {},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "quantization": "int8"},
+    {"dtype": "bfloat16", "quantization": "int8-weight-only"},
+    {"dtype": "bfloat16", "quantization": "int4", "quantization_group": 32},
+    {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
+    {"dtype": "float32", "quantization": "int8"},
+    {"dtype": "bfloat16", "batch_invariant": True, "isa": "none"},
+    {"dtype": "float32", "batch_invariant": True, "isa": "none"},
+    {"dtype": "bfloat16", "isa": "avx512"},
+    {"dtype": "bfloat16", "isa": "avx2"},
+]
+
+
+@pytest.mark.parametrize("settings", INVARIANT, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
+def test_twenty_mixes_give_the_same_bits(tiny_checkpoint: Path, settings: dict[str, Any]) -> None:
+    """One request, seeded and random, in 20 different batches and chunkings: tokens and log-probabilities."""
+    settings = dict(settings)
+    set_of_kernels = settings.pop("isa", "best")
+    if set_of_kernels not in ("best", "none", *isa.supported()):
+        pytest.skip(f"this CPU has no {set_of_kernels}")
+    if set_of_kernels == "best" and native.available() == "none":
+        pytest.skip("needs the CPU kernels")
     draw = random.Random(0)
     prompt = [draw.randrange(3, 512) for _ in range(50)]
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, logprobs=3)
     seen = set()
-    for mix in range(20):
-        jobs = [Job("x", prompt, params, arrives=draw.randrange(0, 4))]
-        for index in range(mix % 7):
-            other = [draw.randrange(3, 512) for _ in range(draw.randrange(1, 60))]
-            temperature = draw.choice([0.0, 1.0])
-            jobs.append(
-                Job(f"n{index}", other, SamplingParams(temperature=temperature, max_tokens=draw.randrange(1, 30)))
+    preemptions = 0
+    with contextlib.nullcontext() if set_of_kernels == "best" else native.using(set_of_kernels):
+        for mix in range(20):
+            jobs = [Job("x", prompt, params, arrives=draw.randrange(0, 4))]
+            for index in range(mix % 7):
+                other = [draw.randrange(3, 512) for _ in range(draw.randrange(1, 60))]
+                temperature = draw.choice([0.0, 1.0])
+                jobs.append(
+                    Job(f"n{index}", other, SamplingParams(temperature=temperature, max_tokens=draw.randrange(1, 30)))
+                )
+            results, core = run_engine(
+                tiny_checkpoint,
+                jobs,
+                **settings,
+                max_num_seqs=8,
+                max_model_len=104,
+                max_num_batched_tokens=draw.choice([8, 13, 40, 2048]),
+                block_size=8,
+                num_kv_blocks=draw.choice([16, 40, 200]),
+                async_scheduling=mix % 2 == 0,
             )
-        results, _ = run_engine(
-            tiny_checkpoint,
-            jobs,
-            batch_invariant=batch_invariant,
-            dtype=dtype,
-            max_num_seqs=8,
-            max_num_batched_tokens=draw.choice([8, 13, 40, 2048]),
-            block_size=8,
-            num_kv_blocks=draw.choice([40, 200]),
-            async_scheduling=mix % 2 == 0,
-        )
-        seen.add(tuple(results["x"].token_ids))
+            preemptions += core.scheduler.num_preemptions
+            entries = [entry for output in results["x"].outputs for entry in output.logprobs or ()]
+            seen.add((tuple(results["x"].token_ids), msgspec.json.encode(entries)))
+    assert preemptions, "some of the mixes were meant to run out of blocks"
     assert len(seen) == 1
 
 

@@ -47,6 +47,10 @@ def folder(name: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _mixtures(name: str) -> int:
+    return {"Qwen3Moe": LAYERS, "Qwen3Moe, one layer dense": LAYERS - 1}.get(name, 0)
+
+
 def _linear_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if getattr(node.target, "name", "").startswith("linear")]
 
@@ -63,7 +67,11 @@ def test_the_right_linears_are_rewritten(folder: Path, name: str, scheme: str) -
         "int4": ("linear_int4", "linear_int8_weight_only"),
     }[scheme]
     inner = MODELS_HERE[name][2]
-    assert counts == ({linear: inner + 1} if linear == head else {linear: inner, head: 1})
+    expected = {linear: inner + 1} if linear == head else {linear: inner, head: 1}
+    if mixtures := _mixtures(name):
+        expected[linear.replace("linear", "moe_experts")] = mixtures
+    assert counts == expected
+    assert not graph.find_nodes(op="call_function", target=ops.moe_experts)
 
     after = {str(node.args[1]): node.target.name for node in _linear_nodes(graph)}
     assert len(after) == len(before)
@@ -76,7 +84,7 @@ def test_the_right_linears_are_rewritten(folder: Path, name: str, scheme: str) -
         else:
             is_head = ("embed_tokens" if tied else "lm_head") in weight
             assert op == (head if is_head else linear), weight
-    assert routers == {"Qwen3Moe": LAYERS, "Qwen3Moe, one layer dense": LAYERS - 1}.get(name, 0)
+    assert routers == _mixtures(name)
     for node in _linear_nodes(graph):
         assert node.args == before[str(node.args[1])]
         assert node.args[1].op == "get_attr"
@@ -92,7 +100,7 @@ def test_the_embedding_keeps_its_table(folder: Path) -> None:
 def test_a_linear_is_found_under_its_new_op(folder: Path) -> None:
     """Later passes ask the graph for the calls of an op."""
     graph = capture(create_model(load_config(folder), torch.bfloat16, "meta"))
-    (count,) = quantize_linears(graph, "int8").values()
+    count = quantize_linears(graph, "int8")["linear_int8"]
     assert len(graph.find_nodes(op="call_function", target=ops.linear_int8)) == count
 
 
@@ -113,17 +121,21 @@ class _Quantized(fx.Interpreter):
         if not isinstance(target, ops.Op):
             return super().call_function(target, args, kwargs)
         kernel = choose(Request(target, "cpu", torch.float32)).kernel
-        if 1 in kernel.layouts:
-            layout, weight = kernel.layouts[1], args[1]
-            key = id(weight), id(layout)
-            if key not in self.kept:
-                self.kept[key] = layout.allocate(tuple(weight.shape), weight.dtype)
-                layout.write(self.kept[key], 0, weight)
-            quantized = self.kept[key]
+        if kernel.layouts:
+            quantized = {index: self._weight(args[index], layout) for index, layout in kernel.layouts.items()}
             if self.dequantize:
-                return ops.linear(args[0], quantized.dequantize(), *args[2:])
-            args = (args[0], quantized, *args[2:])
+                plain = ops.linear if len(quantized) == 1 else ops.moe_experts
+                dense = {index: weight.dequantize() for index, weight in quantized.items()}
+                return plain(*(dense.get(index, value) for index, value in enumerate(args)))
+            args = tuple(quantized.get(index, value) for index, value in enumerate(args))
         return kernel.run(*args)
+
+    def _weight(self, weight: torch.Tensor, layout: Any) -> Any:
+        key = id(weight), id(layout)
+        if key not in self.kept:
+            self.kept[key] = layout.allocate(tuple(weight.shape), weight.dtype)
+            layout.write(self.kept[key], 0, weight.reshape(-1, weight.shape[-1]))
+        return self.kept[key]
 
 
 @pytest.mark.parametrize("fused", [False, True])

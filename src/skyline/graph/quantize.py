@@ -1,4 +1,4 @@
-"""The pass that puts a quantization scheme's ops in the place of `linear`."""
+"""The pass that puts a quantization scheme's ops in the place of `linear` and `moe_experts`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skyline.quantization import SCHEMES
 
 
 def quantize_linears(graph: fx.Graph, scheme: str) -> dict[str, int]:
-    """Rewrite each `linear` of the graph to the scheme's op; the result is how often each op was put in, by name.
+    """Rewrite each `linear` and `moe_experts` of the graph to the scheme's op; the result is how often each op was put in, by name.
 
     Arguments stay as they are: the weight is still the attribute of the model, and the kernel's layout says what
     becomes of its rows while they are read. Routers stay dense: they are small, and a wrong choice of experts costs a
@@ -22,7 +22,13 @@ def quantize_linears(graph: fx.Graph, scheme: str) -> dict[str, int]:
     chosen = SCHEMES[scheme]
     counts: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op != "call_function" or node.target is not ops.linear:
+        if node.op != "call_function":
+            continue
+        if node.target is ops.moe_experts:
+            node.target = chosen.experts
+            counts[chosen.experts.name] += 1
+            continue
+        if node.target is not ops.linear:
             continue
         if any(user.target is ops.topk_router for user in node.users):
             continue

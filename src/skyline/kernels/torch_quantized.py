@@ -1,4 +1,4 @@
-"""Quantized linears in plain torch, for where there is no native kernel: right, and slow.
+"""Quantized linears and experts in plain torch, for where there is no native kernel: right, and slow.
 
 The weight is kept as skyline.ops.QuantizedWeight, quantized row by row as the checkpoint is read.
 """
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from skyline.kernels.registry import Kernel, Layout, Request, register
 from skyline.kernels.torch_invariant import ROW_TILE
-from skyline.ops import Op, QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
+from skyline.ops import (
+    Op,
+    QuantizedWeight,
+    linear_int4,
+    linear_int8,
+    linear_int8_weight_only,
+    moe_experts_int4,
+    moe_experts_int8,
+    moe_experts_int8_weight_only,
+)
+from skyline.ops.quantized_moe import mixture
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
 
@@ -96,14 +106,27 @@ def _tiled(op: Op) -> Callable[..., Tensor]:
     return run
 
 
-def _provide(op: Op, layout: Layout, restrict: Callable[[Check], Check] = lambda check: check) -> None:
-    layouts = {1: layout}
-    register(Kernel(op.name, "torch-invariant", _tiled(op), restrict(_batch_invariant), layouts=layouts))
-    register(Kernel(op.name, "torch", op.reference, restrict(_batch_dependent), layouts=layouts))
+def _tiled_experts(linear: Op) -> Callable[..., Tensor]:
+    tiled = _tiled(linear)
+
+    def run(x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor) -> Tensor:
+        return mixture(x, gate_up, down, weights, ids, tiled)
+
+    return run
+
+
+def _provide(linear: Op, experts: Op, layout: Layout, restrict: Callable[[Check], Check] = lambda check: check) -> None:
+    for op, tiled, layouts in (
+        (linear, _tiled(linear), {1: layout}),
+        (experts, _tiled_experts(linear), {1: layout, 2: layout}),
+    ):
+        register(Kernel(op.name, "torch-invariant", tiled, restrict(_batch_invariant), layouts=layouts))
+        register(Kernel(op.name, "torch", op.reference, restrict(_batch_dependent), layouts=layouts))
 
 
 # Sums of integers are exact in any order.
 register(Kernel(linear_int8.name, "torch", linear_int8.reference, _on_cpu, layouts={1: INT8}))
-_provide(linear_int8_weight_only, INT8)
+register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _on_cpu, layouts={1: INT8, 2: INT8}))
+_provide(linear_int8_weight_only, moe_experts_int8_weight_only, INT8)
 for _group, _layout in INT4.items():
-    _provide(linear_int4, _layout, lambda check, group=_group: _in_groups(check, group))  # type: ignore[misc]
+    _provide(linear_int4, moe_experts_int4, _layout, lambda check, group=_group: _in_groups(check, group))  # type: ignore[misc]

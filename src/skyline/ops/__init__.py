@@ -7,6 +7,7 @@ from skyline.ops.dense import add, embedding, head_rms_norm, linear, rms_norm, s
 from skyline.ops.fused import add_rms_norm, rope_kv_write
 from skyline.ops.moe import moe_experts, topk_router
 from skyline.ops.quantized import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
+from skyline.ops.quantized_moe import moe_experts_int4, moe_experts_int8, moe_experts_int8_weight_only
 
 __all__ = [
     "OPS",
@@ -26,6 +27,9 @@ __all__ = [
     "linear_int8",
     "linear_int8_weight_only",
     "moe_experts",
+    "moe_experts_int4",
+    "moe_experts_int8",
+    "moe_experts_int8_weight_only",
     "paged_attention",
     "rms_norm",
     "rope",

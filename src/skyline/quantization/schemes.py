@@ -13,15 +13,18 @@ __all__ = ["GROUPS", "SCHEMES", "Scheme"]
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The op that takes the place of `linear`, and the one for the output head."""
+    """The ops that take the place of `linear`, of the one for the output head, and of `moe_experts`."""
 
     linear: Op
     head: Op
+    experts: Op
 
 
 SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme(ops.linear_int8, ops.linear_int8),
-    "int8-weight-only": Scheme(ops.linear_int8_weight_only, ops.linear_int8_weight_only),
+    "int8": Scheme(ops.linear_int8, ops.linear_int8, ops.moe_experts_int8),
+    "int8-weight-only": Scheme(
+        ops.linear_int8_weight_only, ops.linear_int8_weight_only, ops.moe_experts_int8_weight_only
+    ),
     # The head's errors go straight into the logits, and it is one weight of many.
-    "int4": Scheme(ops.linear_int4, ops.linear_int8_weight_only),
+    "int4": Scheme(ops.linear_int4, ops.linear_int8_weight_only, ops.moe_experts_int4),
 }

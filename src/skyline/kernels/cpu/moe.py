@@ -51,3 +51,7 @@ def _provide(op: str, format: Format, check: Callable[[Request], str | None], gr
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 _provide("moe_experts", Format.BFLOAT16, _only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts", Format.FLOAT32, _only(_FLOAT32, "multiplies in float32"))
+_provide("moe_experts_int8", Format.INT8, supports)
+_provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, _only(_BFLOAT16, "multiplies in bfloat16"))
+for _group in (32, 64, 128):
+    _provide("moe_experts_int4", Format.INT4, _only(_BFLOAT16, "multiplies in bfloat16", _group), _group)

@@ -41,12 +41,13 @@ def library() -> Any:
 
 @contextlib.contextmanager
 def using(instruction_set: str) -> Iterator[None]:
-    """Run another instruction set's kernels for a while: for tests and comparisons. Raises BuildError."""
+    """Run another instruction set's kernels, or "none", for a while: for tests and comparisons. Raises BuildError."""
     global _current
-    before, _current = _current, _Library(instruction_set, load(instruction_set))
+    functions = None if instruction_set == "none" else load(instruction_set)
+    before, _current = _current, _Library(instruction_set, functions)
     try:
         if instruction_set == "amx":
-            _current.functions.amx_request()
+            functions.amx_request()
         yield
     finally:
         _current = before

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skyline.kernels.cpu.native import library
 from skyline.ops import QuantizedWeight
+from skyline.ops.quantized_moe import expert_weight
 
 PANEL = 32
 
@@ -49,6 +50,15 @@ class PackedWeight:
         n, k = self.shape[-2:]
         layout = self.layout
         return self.data, self.scales, self.sums, int(layout.format), n, k, layout.gated, layout.group, layout.zeros
+
+    def expert(self, index: int) -> PackedWeight:
+        """A view of one matrix of [E, N, K]; of [N, K], the only one."""
+        panels = self.layout.panels(self.shape[-2])
+        rows = slice(index * panels * PANEL, (index + 1) * panels * PANEL)
+        scales = None if self.scales is None else self.scales[rows]
+        sums = None if self.sums is None else self.sums[rows]
+        data = self.data[index * panels : (index + 1) * panels]
+        return PackedWeight(self.layout, self.shape[-2:], data, scales, sums)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as the kernels use them, [N, K]."""
@@ -103,16 +113,10 @@ class PackedLayout:
 
     def write(self, target: PackedWeight, first_row: int, rows: Tensor) -> None:
         n = target.shape[-2]
-        panels = self.panels(n)
         while len(rows):
             expert, row = divmod(first_row, n)
             part = rows[: n - row]
-            data = target.data[expert * panels : (expert + 1) * panels]
-            places = slice(expert * panels * PANEL, (expert + 1) * panels * PANEL)
-            scales = None if target.scales is None else target.scales[places]
-            sums = None if target.sums is None else target.sums[places]
-            arguments = (data, scales, sums, *target.arguments[3:])
-            if not library().pack_rows(*arguments, part.contiguous(), row):
+            if not library().pack_rows(*target.expert(expert).arguments, part.contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             first_row += len(part)
             rows = rows[len(part) :]
@@ -129,7 +133,9 @@ def pack(weight: Tensor | QuantizedWeight, layout: PackedLayout) -> PackedWeight
     if isinstance(weight, QuantizedWeight):
         layout = packed_layout(layout.format, layout.gated, weight.group or 0, weight.zeros is not None)
         target = layout.allocate(tuple(weight.shape), torch.int8)
-        library().pack_levels(*target.arguments, weight.values, weight.scales, weight.zeros)
+        matrices = [expert_weight(weight, e) for e in range(weight.shape[0])] if len(weight.shape) == 3 else [weight]
+        for expert, matrix in enumerate(matrices):
+            library().pack_levels(*target.expert(expert).arguments, matrix.values, matrix.scales, matrix.zeros)
         return target
     target = layout.allocate(tuple(weight.shape), weight.dtype)
     layout.write(target, 0, weight.reshape(-1, weight.shape[-1]))

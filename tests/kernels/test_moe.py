@@ -172,7 +172,7 @@ def test_an_id_of_no_expert_is_refused(op: str, dtype: torch.dtype, bad: int) ->
     kernel = kernel_of(op, native.available(), dtype)
     arguments = packed(kernel, inputs(op, dtype, (3, 4, 2, 40, 20)))
     arguments[4][2, 1] = bad
-    with pytest.raises(ValueError, match="moe_experts"):
+    with pytest.raises(ValueError, match="an id is none of the experts'"):
         kernel.run(*arguments)
 
 
@@ -183,19 +183,21 @@ def test_misfits_are_refused() -> None:
     x, gate_up, down, weights, ids = packed(kernel, inputs("moe_experts", FLOAT32, (3, 4, 2, 40, 20)))
     out = torch.empty_like(x)
     other = packed(kernel, inputs("moe_experts", FLOAT32, (3, 5, 2, 40, 20)))
-    halves = packed(kernel_of("moe_experts", native.available(), BFLOAT16), inputs("moe_experts", BFLOAT16, (3, 4, 2, 40, 20)))
-    for arguments in (
-        (x[:, :39], gate_up, down, weights, ids),
-        (x, gate_up, down, weights[:, :1], ids),
-        (x, gate_up, down, weights, ids[:2]),
-        (x, gate_up, down, weights, ids.int()),
-        (x, gate_up, down, weights.double(), ids),
-        (x, gate_up, other[2], weights, ids),
-        (x, gate_up, gate_up, weights, ids),
-        (x, gate_up, halves[2], weights, ids),
-        (x.bfloat16(), gate_up, down, weights, ids),
+    half = kernel_of("moe_experts", native.available(), BFLOAT16)
+    halves = packed(half, inputs("moe_experts", BFLOAT16, (3, 4, 2, 40, 20)))
+    for arguments, message in (
+        ((x[:, :39], gate_up, down, weights, ids), "shapes do not match"),
+        ((x, gate_up, down, weights[:, :1], ids), "shapes do not match"),
+        ((x, gate_up, down, weights, ids[:2]), "shapes do not match"),
+        ((x, down, down, weights, ids), "shapes do not match"),
+        ((x, gate_up, down, weights, ids.int()), "int64 ids"),
+        ((x, gate_up, down, weights.double(), ids), "float32 weights"),
+        ((x.bfloat16(), gate_up, down, weights, ids), "in the dtype of x"),
+        ((x, gate_up, other[2], weights, ids), "two weights do not match"),
+        ((x, gate_up, gate_up, weights, ids), "two weights do not match"),
+        ((x, gate_up, halves[2], weights, ids), "do not go together"),
     ):
-        with pytest.raises(ValueError, match="moe_experts"):
+        with pytest.raises(ValueError, match=message):
             into(out, *arguments)
 
 

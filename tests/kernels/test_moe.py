@@ -36,7 +36,7 @@ _every_isa = pytest.mark.parametrize("name", [*isa.REQUIRES], indirect=True)
 _every_op = pytest.mark.parametrize(
     "op,dtype", EVERY, ids=[f"{op}-{str(dtype).removeprefix('torch.')}" for op, dtype in EVERY]
 )
-# Tokens, experts, choices, hidden, intermediate: whole panels, such as fill none, and more rows than a panel takes at once.
+# Tokens, experts, choices, hidden, intermediate: whole panels, parts of one, and more rows than a panel takes at once.
 SHAPES = [(1, 32, 4, 256, 128), (7, 5, 1, 40, 18), (33, 60, 8, 100, 50), (300, 3, 2, 72, 33), (1, 1, 1, 1, 1)]
 
 
@@ -225,7 +225,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    sizes = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    sizes: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     save_tiny(tmp_path, "Qwen3Moe", **sizes)
     return tmp_path
 

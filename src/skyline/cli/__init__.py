@@ -15,6 +15,7 @@ from skyline.cli.evaluate import evaluate
 from skyline.cli.explain import explain
 from skyline.cli.generate import generate
 from skyline.cli.kernels import kernels
+from skyline.cli.profile import profile
 from skyline.cli.serve import serve
 from skyline.cli.version import version
 
@@ -63,6 +64,13 @@ app.command(
         "skyline explain --json",
     )
 )(explain)
+app.command(
+    epilog=_examples(
+        "skyline profile --machine",
+        "skyline profile Qwen/Qwen3-0.6B --batch 32 --context 1024",
+        "skyline profile --quantization int8 --json",
+    )
+)(profile)
 app.command(
     "eval",
     epilog=_examples(

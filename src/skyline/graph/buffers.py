@@ -6,6 +6,7 @@ only when a step is. So buffers are planned by bytes a row: one plan serves ever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,10 @@ class BufferPlan:
             buffer = self.buffers[place.buffer]
             assert buffer.memory is not None
             rows = num_tokens if buffer.by_token else num_rows
-            width = place.dtype.itemsize
-            for size in place.shape:
-                width *= size
-            view = buffer.memory[: rows * width].view(place.dtype).view(rows, *place.shape)
-            yield place.slot, view
+            size = place.dtype.itemsize
+            stride = _stride(math.prod(place.shape) * size, place.shape) // size
+            flat = buffer.memory[: rows * stride * size].view(place.dtype).view(rows, stride)
+            yield place.slot, flat[:, : math.prod(place.shape)].view(rows, *place.shape)
 
 
 def plan_buffers(program: Program) -> BufferPlan:
@@ -129,10 +129,13 @@ def _still_read(slot: int, buffer_of: dict[int, int], remaining: set[int]) -> bo
     return any(other in remaining for other, buffer in buffer_of.items() if buffer == buffer_of[slot])
 
 
+def _stride(row_bytes: int, shape: tuple[int, ...]) -> int:
+    """Bytes from row to row. Rows whose starts lie a power of two apart would compete for few places of the cache."""
+    return row_bytes + _ALIGNMENT if len(shape) == 1 and row_bytes % 1024 == 0 else row_bytes
+
+
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
+    size = _stride(math.prod(shape) * dtype.itemsize, shape)
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

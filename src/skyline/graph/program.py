@@ -88,6 +88,7 @@ class Program:
         self._output = output
         self._plan: BufferPlan | None = None
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+        self._around: Callable[[Call, Callable[..., Any]], Callable[..., Any]] | None = None
 
     def set_weight(self, use: WeightUse, value: Any) -> None:
         """Give a weight its contents, in the layout that was asked for."""
@@ -103,6 +104,14 @@ class Program:
     def reserve(self, num_tokens: int, num_rows: int) -> None:
         """Make room for steps of so many tokens and rows of logits at once; larger steps would allocate anew."""
         self.plan.reserve(num_tokens, num_rows)
+        self._bindings.clear()
+
+    def observe(self, around: Callable[[Call, Callable[..., Any]], Callable[..., Any]] | None) -> None:
+        """Let around(call, run) take the place of each call's `run` from the next step on; None: no longer.
+
+        `run` takes the call's results, where its kernel writes to them (Kernel.into), and then its arguments.
+        """
+        self._around = around
         self._bindings.clear()
 
     def __call__(self, input_ids: Any, positions: Any, batch: Any, logit_rows: Any) -> torch.Tensor:
@@ -146,7 +155,10 @@ class Program:
             values[slot], known[slot] = view, True
         binding = _Binding(values)
         for call in self.calls:
-            binding.steps += self._bind_call(call, values, known)
+            for step in self._bind_call(call, values, known):
+                if self._around is not None:
+                    step.run = self._around(call, step.run)
+                binding.steps.append(step)
         self._bindings[key] = binding
         if len(self._bindings) > _KEPT_BINDINGS:
             self._bindings.popitem(last=False)

@@ -11,7 +11,7 @@ from skyline.quantization import SCHEMES
 
 
 def quantize_linears(graph: fx.Graph, scheme: str) -> dict[str, int]:
-    """Rewrite each `linear` and `moe_experts` of the graph to the scheme's op; the result is how often each op was put in, by name.
+    """Rewrite each `linear` and `moe_experts` to the scheme's op; the result is how often each was put in, by name.
 
     Arguments stay as they are: the weight is still the attribute of the model, and the kernel's layout says what
     becomes of its rows while they are read. Routers stay dense: they are small, and a wrong choice of experts costs a

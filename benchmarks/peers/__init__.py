@@ -1,1 +1,1 @@
-"""Skyline beside vLLM, llama.cpp, OpenVINO GenAI and transformers on one CPU: README.md says what is measured and how."""
+"""Skyline beside vLLM, llama.cpp, OpenVINO GenAI and transformers on one CPU: see README.md."""

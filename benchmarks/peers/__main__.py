@@ -1,11 +1,11 @@
 """Skyline against vLLM's CPU build, llama.cpp, OpenVINO GenAI and transformers, on this machine, taking turns.
 
-    python -m benchmarks.peers                         # set up, convert, run, write benchmarks/results/<date>-cpu-peers.*
+    python -m benchmarks.peers                         # everything; writes benchmarks/results/<date>-cpu-peers.*
     python -m benchmarks.peers setup                   # only make the environments
     python -m benchmarks.peers convert --models qwen3-0.6b
     python -m benchmarks.peers run --formats bf16 --cells prefill b1 --rounds 1
 
-Run it from the repository's root with the interpreter that has Skyline. README.md beside this file says what is measured.
+Run it from the repository's root with the interpreter that has Skyline. README.md says what is measured.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _measure(
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    return Plan(
-        arguments.work, arguments.threads, arguments.rounds, arguments.prompt, arguments.new, arguments.prefill
-    )
+    return Plan(arguments.work, arguments.threads, arguments.rounds, arguments.prompt, arguments.new, arguments.prefill)
 
 
 def _write(arguments: argparse.Namespace, results: Results) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Makes the checkpoint and what each peer reads instead of it. Finished files are kept; failures are reported, not raised."""
+"""Makes the checkpoint and what each peer reads instead. Finished files are kept; failures are reported, not raised."""
 
 from __future__ import annotations
 

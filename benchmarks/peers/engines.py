@@ -107,7 +107,7 @@ PEERS = {
             {"bf16": "openvino-bf16", "int8": "openvino-int8", "int4": "openvino-int4"},
             {
                 "bf16": "weights in the checkpoint's bfloat16, inference precision bf16 (the default with AMX)",
-                "int8": "nncf int8 weights by row (embedding and head too), the plugin's dynamic activation quantization",
+                "int8": "nncf int8 weights by row (embedding and head too), dynamic activation quantization",
                 "int4": "nncf int4 symmetric, groups of 128 (embedding and head int8), dynamic activation quantization",
             },
             ("openvino-genai==2026.4.1.0",),

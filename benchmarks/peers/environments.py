@@ -94,9 +94,8 @@ def _call(log: Path, command: list[str], variables: dict[str, str] | None = None
     with log.open("a") as out:
         out.write(f"$ {' '.join(command[1:])}\n")
         out.flush()
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(variables or {})}
-        )
+        environment = {**os.environ, **(variables or {})}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
     if done.returncode != 0:
         raise SetupError(f"pip ended with {done.returncode}; see logs/{log.name}")
 

@@ -1,4 +1,4 @@
-"""Prefill and static batches, through each engine's own Python interface; first token and peak memory of the same workers."""
+"""Prefill and static batches, through each engine's own Python interface; peak memory; time to the first token."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def measure_batches(
         results.fail(model, kind, cell or "offline", name, str(error))
 
     token_bytes = settings["kv_token_bytes"]
-    together = fits(
-        need_mib(plan.files(model, kind, name), settings["kv_tokens"] * token_bytes) for name in names
-    )
+    together = fits(need_mib(plan.files(model, kind, name), settings["kv_tokens"] * token_bytes) for name in names)
     results.layout[f"{model} {kind} offline"] = "all loaded, taking turns" if together else "started anew in each round"
     Turns(start, take, finish, failed).run(names, cells, plan.rounds, together)
     for cell in cells:
@@ -115,8 +113,8 @@ def measure_first_token(
 ) -> None:
     """Seconds from the start of a fresh process to the first token of its first prompt.
 
-    Warm: an untimed run came before. Cold: the caches the engine wrote for itself are removed first (vLLM's compiled graphs;
-    the others have none by default). Model files are in the page cache in both.
+    Warm: an untimed run came before. Cold: the caches the engine wrote for itself are removed first (vLLM's compiled
+    graphs; the others have none by default). Model files are in the page cache in both.
     """
     settings = plan.settings(model, kind, [1])
     values: dict[tuple[str, str], list[float]] = {}

@@ -1,7 +1,7 @@
 """Servers under a closed loop: c clients, each sending its next request when the last one is answered.
 
-Requests go to /v1/completions as text of one digit a token, streamed, greedy, end-of-sequence ignored. The client runs on the
-same cores as the server. Servers stay loaded and are stopped while others are measured, if all of them fit into memory.
+Requests go to /v1/completions as text of one digit a token, streamed, greedy, end-of-sequence ignored. The client runs
+on the same cores as the server. Servers stay loaded and are stopped while others are measured, if all of them fit into memory.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from benchmarks.peers.engines import Peer
 
 
 class WorkerError(RuntimeError):
-    pass
+    def __init__(self, text: str, fatal: bool = False) -> None:
+        super().__init__(text)
+        self.fatal = fatal  # the worker is gone, or out of step: it cannot be asked again
 
 
 def tree(root: int) -> list[int]:
@@ -139,14 +141,14 @@ class Worker:
         try:
             self._write(message)
         except OSError:
-            raise WorkerError(f"the worker ended (logs/{self.log})") from None
+            raise WorkerError(f"the worker ended (logs/{self.log})", fatal=True) from None
         assert self.process.stdout
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
         line = self.process.stdout.readline() if ready else ""
         if not ready:
-            raise WorkerError(f"no answer within {timeout:.0f} s (logs/{self.log})")
+            raise WorkerError(f"no answer within {timeout:.0f} s (logs/{self.log})", fatal=True)
         if not line:
-            raise WorkerError(f"the worker ended with {self.process.wait(30)} (logs/{self.log})")
+            raise WorkerError(f"the worker ended with {self.process.wait(30)} (logs/{self.log})", fatal=True)
         reply: dict[str, Any] = json.loads(line)
         if not reply["ok"]:
             raise WorkerError(f"{reply['error']} (logs/{self.log})")

@@ -18,18 +18,19 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vn
 NOTES = {
     "tokens": "output tokens/s of bN: N * (new - 1) / (t(new tokens) - t(1 token)), fresh random prompts, greedy, "
     "end of sequence ignored, no prefix cache",
-    "peak_memory": "VmHWM summed over the processes of a contender after its offline cells: file-backed pages count, and "
-    "count again in each process that maps them",
-    "installed_size": "space taken by the contender's virtual environment, torch included where it needs it; skyline's is "
-    "the environment that ran the benchmark, with its development tools",
-    "first_token": "start of a fresh process to the first token of an offline generation; model files in the page cache; "
-    "cold: without the engine's own caches (built kernels kept)",
+    "peak_memory": "VmHWM summed over the processes of a contender after its offline cells: file-backed pages count, "
+    "and count again in each process that maps them",
+    "installed_size": "space taken by the contender's virtual environment, torch included where it needs it; skyline's "
+    "is the environment that ran the benchmark, with its development tools",
+    "first_token": "start of a fresh process to the first token of an offline generation; model files in the page "
+    "cache; cold: without the engine's own caches (built kernels kept)",
 }
 
 
 def provenance(command: str, threads: int, lengths: dict[str, int], results: Results) -> dict[str, Any]:
     processor = Path("/proc/cpuinfo").read_text()
-    lines = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in processor.splitlines() if ":" in line}
+    pairs = (line.split(":", 1) for line in processor.splitlines() if ":" in line)
+    lines = {key.strip(): value.strip() for key, value in pairs}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "command": command,
@@ -65,10 +66,10 @@ def markdown(about: dict[str, Any], results: Results) -> str:
     lines = [
         f"# Skyline and its peers on a CPU, {about['date']}",
         "",
-        f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} threads each; Skyline "
-        f"at {about['skyline_revision']}. Medians over rounds in which contenders took turns: read the ratios, the machine "
-        "drifts. The last column is Skyline against the best of the others, above 1 when Skyline is better, whichever way "
-        "the unit counts.",
+        f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} threads each; "
+        f"Skyline at {about['skyline_revision']}. Medians over rounds in which contenders took turns: read the ratios, "
+        "the machine drifts. The last column is Skyline against the best of the others, above 1 when Skyline is better, "
+        "whichever way the unit counts.",
         "",
         f"Made by `{about['command']}`; the JSON beside this file has versions and settings.",
         "",

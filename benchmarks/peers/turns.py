@@ -1,4 +1,4 @@
-"""Who runs when: all contenders are loaded at once and take turns while the others are stopped, if they fit into memory.
+"""Who runs when: all contenders are loaded at once and take turns, the others stopped, if they fit into memory.
 
 If they do not fit, each one is started anew in each round, and the rounds are what interleaves them.
 """
@@ -29,7 +29,7 @@ def fits(needs: Iterable[float]) -> bool:
 
 
 def need_mib(files: Path, kv_bytes: int) -> float:
-    """A guess at what a contender takes: its weights once and half of them again (repacked), KV, code and temporaries."""
+    """A guess at what a contender takes: its weights and half of them again (repacked), KV, code and temporaries."""
     paths = [path for path in files.rglob("*") if path.is_file()] if files.is_dir() else [files]
     return 1.5 * sum(path.stat().st_size for path in paths) / 2**20 + kv_bytes / 2**20 + 700
 

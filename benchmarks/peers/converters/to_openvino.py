@@ -2,8 +2,8 @@
 
     python to_openvino.py CHECKPOINT FOLDER bf16|int8|int4
 
-int8 and int4 are nncf's weight compression as optimum-intel offers it: int8 by row, int4 symmetric by groups of 128 with the
-embedding and head in int8 (its default). Activations are quantized by the plugin while running.
+int8 and int4 are nncf's weight compression as optimum-intel offers it: int8 by row, int4 symmetric by groups of 128 with
+the embedding and head in int8 (its default). Activations are quantized by the plugin while running.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a worker talks to the coordinator: one JSON object a line on standard input, one a line back.
 
-    {"do": "load", "model": PATH, "threads": 2, "settings": {...}}  ->  {"ok": true, "versions": {...}, "settings": {...}}
-    {"do": "generate", "prompts": [[ids]], "new_tokens": 128}       ->  {"ok": true, "seconds": 1.5, "counts": [128]}
+    {"do": "load", "model": PATH, "threads": 2, "settings": {}} ->  {"ok": true, "versions": {...}, "settings": {...}}
+    {"do": "generate", "prompts": [[ids]], "new_tokens": 128}    ->  {"ok": true, "seconds": 1.5, "counts": [128]}
     {"do": "quit"}
 
 A refusal is {"ok": false, "error": "..."}. The file runs in each engine's own environment: standard library only.

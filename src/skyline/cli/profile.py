@@ -23,9 +23,7 @@ def profile(
     machine: Annotated[
         bool, typer.Option("--machine", help="Measure this machine; without MODEL, nothing else.")
     ] = False,
-    batch: Annotated[
-        int, typer.Option(min=1, max=4096, help="Requests in a decode step.", rich_help_panel=_STEPS)
-    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Requests in a decode step.", rich_help_panel=_STEPS)] = 1,
     context: Annotated[
         int | None,
         typer.Option(
@@ -47,9 +45,7 @@ def profile(
     steps: Annotated[
         int, typer.Option(min=1, max=1000, help="Steps of each kind; the median counts.", rich_help_panel=_STEPS)
     ] = 5,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Of sampling; 0 is greedy.", rich_help_panel=_STEPS)
-    ] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 is greedy.", rich_help_panel=_STEPS)] = 0.0,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     load_format: options.Format = "auto",
@@ -92,7 +88,9 @@ def profile(
     context = min(256, room) if context is None else context
     prefill = min(512, longest - 2) if prefill is None else prefill
     if max(context - room, prefill - longest + 2) > 0:
-        console.fail(f"the model's context of {longest} tokens leaves room for {room} of context and {longest - 2} of prefill")
+        console.fail(
+            f"the model's context of {longest} tokens leaves room for {room} of context and {longest - 2} of prefill"
+        )
     runner = importlib.import_module("skyline.runner.profile")
     memory = importlib.import_module("skyline.runner.memory")
     machines = importlib.import_module("skyline.kernels.cpu.machine")
@@ -122,7 +120,9 @@ def _show(facts: dict[str, Any]) -> None:
             if name == "prefill"
             else f"{step['requests']:,} x 1 token, {step['context']:,} of context"
         )
-        title = f"{name.capitalize()}: {what}; {step['step_us']:,.0f} us a step ({step['plain_us']:,.0f} without timing)"
+        title = (
+            f"{name.capitalize()}: {what}; {step['step_us']:,.0f} us a step ({step['plain_us']:,.0f} without timing)"
+        )
         ops = Table(title=title, title_justify="left")
         ops.add_column("op")
         ops.add_column("shape")
@@ -154,7 +154,8 @@ def _show_machine(facts: dict[str, Any]) -> None:
     out = Console()
     out.print(f"{facts['cpu']}, instruction set {facts['isa']}, {facts['threads']} threads", highlight=False)
     out.print(
-        f"Memory is read at {facts['bandwidth'] / 1e9:,.1f} GB/s, by one thread {facts['bandwidth_one_thread'] / 1e9:,.1f}",
+        f"Memory is read at {facts['bandwidth'] / 1e9:,.1f} GB/s, "
+        f"by one thread at {facts['bandwidth_one_thread'] / 1e9:,.1f} GB/s",
         highlight=False,
     )
     table = Table(title="Arithmetic, in 10^9 operations a second", title_justify="left")

@@ -113,7 +113,7 @@ class ModelRunner:
         for row in scored:
             logit_rows += range(ends[row] - plan.lengths[row], ends[row])
         wanted = to_device(np.array(logit_rows, np.int64), self._device)
-        logits = self._program(input_ids, positions, batch, wanted).float()
+        logits = self._program(input_ids, positions, batch, wanted)
 
         prompt_logprobs = {}
         offset = len(sampling)

@@ -123,7 +123,7 @@ def _measure(
             engine.abort(names)
             while engine.has_work:
                 engine.step()
-        picked.append(list(_pick(watch.records, requests, decode))[_WARM_UP : wanted])
+        picked.append(list(_pick(watch.records, requests, decode))[_WARM_UP:wanted])
     loaded.program.observe(None)
     return picked[0], picked[1]
 
@@ -201,7 +201,8 @@ def _summary(program: Program, machine: Machine, plain: _Steps, timed: _Steps) -
             ops.setdefault(key, []).append(figures)
         python = (record.program - record.recording) / 1e3 - kernels
         sampling = record.sampling / 1e3
-        for name, us in zip(_PARTS, (kernels, python, sampling, wall - kernels - python - sampling, idle / 1e3)):
+        preparation = wall - kernels - python - sampling
+        for name, us in zip(_PARTS, (kernels, python, sampling, preparation, idle / 1e3), strict=True):
             parts[name].append(us)
     step = statistics.median(walls)
     rows = []

@@ -68,6 +68,7 @@ class Sampler:
         self._matchers: list[Matcher | None] = [None] * max_slots
         self._failed: list[str | None] = [None] * max_slots
         self._special = np.zeros(max_slots, dtype=np.bool_)  # slots with any of the four above
+        self._float32: Tensor | None = None  # memory for logits that have to be converted
         for slot in range(max_slots):
             self.release(slot)
 
@@ -118,15 +119,17 @@ class Sampler:
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampleResult:
         """Choose one token for each row.
 
-        logits [R, V] float32 on the device, may be overwritten; row r belongs to slots[r], and positions[r] tokens
-        stand before the one to choose. Queues device work and returns, except that rows with a grammar wait for their
+        logits [R, V] of a float dtype on the device, may be overwritten; row r belongs to slots[r], and positions[r] tokens
+        stand before the one to choose. All is computed in float32; the compiled kernels read bfloat16 as it is. Queues device work and returns, except that rows with a grammar wait for their
         tokens, and rows with top_p but no top_k wait once for the size of their nucleus.
         """
-        if logits.shape != (len(slots), self._vocab_size) or logits.dtype != torch.float32:
+        if logits.shape != (len(slots), self._vocab_size) or not logits.is_floating_point():
             raise ValueError(
-                f"logits must be float32 [{len(slots)}, {self._vocab_size}], not {logits.dtype} {list(logits.shape)}"
+                f"logits must be floats [{len(slots)}, {self._vocab_size}], not {logits.dtype} {list(logits.shape)}"
             )
         special = [row for row, slot in enumerate(slots) if self._special[slot]]
+        if special or not choose.is_native(logits):
+            logits = self._converted(logits)
         wanted = [row for row in special if self._logprobs[slots[row]] is not None]
         raw = logits[self._index(wanted)] if wanted else None
         errors = {slots[row]: text for row in special if (text := self._failed[slots[row]]) is not None}
@@ -152,6 +155,15 @@ class Sampler:
         found = LogprobTensors.of(logits, targets, k)
         ids, logprobs, ranks = HostCopy([found.ids, found.logprobs, found.ranks]).wait()
         return LogprobTensors.to_messages(ids, logprobs, ranks, [k] * logits.shape[0])
+
+    def _converted(self, logits: Tensor) -> Tensor:
+        """logits as float32, in memory of the sampler's own if need be: good until the next call."""
+        if logits.dtype == torch.float32:
+            return logits
+        converted = choose.to_float32(logits, self._float32)
+        if logits.device.type == "cpu":
+            self._float32 = converted if self._float32 is None else max(self._float32, converted, key=len)
+        return converted
 
     def _process(
         self,
@@ -207,9 +219,12 @@ class Sampler:
         modes = self._mode[slots]
         if not modes.any():
             return choose.greedy(logits)
+        numbers = np.concatenate((self._numbers[:, slots], uniform(self._seeds[slots], positions)[None]))
+        if choose.is_native(logits):
+            numbers[1, modes == _GREEDY] = 1
+            return choose.choose_native(logits, numbers)
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         tops = torch.empty(len(slots), dtype=torch.float32, device=self._device)
-        numbers = np.concatenate((self._numbers[:, slots], uniform(self._seeds[slots], positions)[None]))
         for mode in np.unique(modes):
             rows = np.flatnonzero(modes == mode)
             for part in self._chunks(rows):

@@ -130,7 +130,7 @@ def _bandwidths(isa: str, threads: int) -> tuple[float, float]:
 def _register_peaks(name: str) -> tuple[float, float]:
     code, functions = int(_FORMATS[name][2]), native.library()
     turns = 1000
-    while _seconds(lambda: functions.machine_compute(code, turns, False)) < 5e-3:
+    while _seconds(lambda: functions.machine_compute(code, turns, False)) < 5e-3:  # noqa: B023
         turns *= 2
     with native.step():
         every = _best(lambda: functions.machine_compute(code, turns, True), _SECONDS / 2)
@@ -227,7 +227,7 @@ def _saved() -> list[Machine]:
 
 
 def _save(machine: Machine) -> None:
-    """Beside those of other instruction sets and numbers of threads; a new library makes the old ones' figures stale."""
+    """Beside those of other instruction sets and thread counts; a new library makes the old ones' figures stale."""
 
     def place(other: Machine) -> tuple[str, str, int]:
         return other.cpu, other.isa, other.threads

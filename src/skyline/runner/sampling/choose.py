@@ -8,6 +8,9 @@ less than float32 logits are accurate to. A token of weight zero can never be ch
 Filters mean what they mean in vLLM and transformers, in this order: min_p (Nguyen et al. 2024), top_k, top_p (nucleus,
 Holtzman et al. 2020, over what the first two left). Equal logits are ranked by lower token id first, so top_k keeps
 exactly k tokens. Every function may overwrite its logits.
+
+Where there are compiled CPU kernels, `choose_native` does all of it for rows of any mix of parameters. The other
+functions are torch, for other devices and for comparison; exp may differ in its last bit between the two.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from skyline.kernels.cpu import native, sampling
 
 MAX_TOP_K = 1024  # the largest top_k found by selection; larger ones sort the row
 NUCLEUS_CANDIDATES = 1024  # top_p looks here first, and sorts the row only if they hold too little mass
@@ -28,10 +34,44 @@ def weight_scale(vocab_size: int) -> float:
     return 2.0 ** min(40, 53 - math.ceil(math.log2(max(vocab_size, 2))))
 
 
+def is_native(logits: Tensor) -> bool:
+    """Whether `choose_native` takes these logits [R, V]."""
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.bfloat16)
+        and native.available() != "none"
+    )
+
+
+def choose_native(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Tokens [R] int64 and each row's largest scaled logit [R] float32, of logits [R, V] as `is_native` takes them.
+
+    numbers [5, R]: temperature, top_k (1: greedy; V or more: off), top_p, min_p, u. The logits stay as they are; where
+    the largest is not finite the token is arbitrary.
+    """
+    return sampling.choose_tokens(logits, torch.from_numpy(numbers))
+
+
+def to_float32(logits: Tensor, scratch: Tensor | None) -> Tensor:
+    """logits [R, V] as float32, in the memory of `scratch` if that is float32 with V columns and enough rows.
+
+    At the sizes in question new memory costs more than the conversion.
+    """
+    if logits.dtype != torch.bfloat16 or not is_native(logits):
+        return logits.float()
+    rows, vocab_size = logits.shape
+    if scratch is None or scratch.shape[0] < rows or scratch.shape[1] != vocab_size:
+        scratch = torch.empty((rows, vocab_size), dtype=torch.float32)
+    sampling.widen(scratch[:rows], logits)
+    return scratch[:rows]
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [R] int64 (lowest id among equals) and their logits [R] of `logits` [R, V]."""
+    """Tokens [R] int64 (lowest id among equals) and their logits [R] float32 of `logits` [R, V] of any float dtype."""
+    if is_native(logits):
+        return sampling.choose_tokens(logits, None)
     values, tokens = logits.max(dim=-1)
-    return tokens, values
+    return tokens, values.float()
 
 
 def draw_unsorted(logits: Tensor, temperature: Tensor, min_p: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:

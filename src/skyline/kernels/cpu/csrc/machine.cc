@@ -39,9 +39,11 @@ void turn_tiles(int64_t turns) {
     uint8_t rows[16] = {};
   } config;
   for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+  asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic claims to read 8 bytes; the other stores must stay
   _tile_loadconfig(&config);
   alignas(64) uint16_t ones[512];
   for (uint16_t& one : ones) one = integer ? 0x0101 : 0x3F80;
+  asm volatile("" : : "r"(ones) : "memory");
   _tile_loadd(6, ones, 64);
   _tile_loadd(7, ones, 64);
   _tile_zero(0);

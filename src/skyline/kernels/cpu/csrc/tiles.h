@@ -20,7 +20,7 @@ constexpr int64_t kAhead = 8192;
 template <int lines>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32
-  for (int i = 0; i < lines; i++) _mm_prefetch(from + kAhead + 64 * i, _MM_HINT_T0);
+  for (int i = 0; i < lines; i++) _mm_prefetch(from + kAhead + 64 * i, _MM_HINT_T1);
 }
 
 #if defined(__AMX_TILE__)
@@ -75,7 +75,7 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
       _tile_zero(1);
     }
     for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048) {
-      prefetch<32>(b);
+      if (stream) prefetch<32>(b);
       _tile_loadd(4, a, stride);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + 1024, 64);

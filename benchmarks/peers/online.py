@@ -1,7 +1,8 @@
 """Servers under a closed loop: c clients, each sending its next request when the last one is answered.
 
-Requests go to /v1/completions as text of one digit a token, streamed, greedy, end-of-sequence ignored. The client runs
-on the same cores as the server. Servers stay loaded and are stopped while others are measured, if all of them fit into memory.
+Requests go to /v1/completions as text of one digit a token, streamed, greedy, end-of-sequence ignored. The client
+runs on the same cores as the server. Servers stay loaded and are stopped while others are measured, if all of them fit
+into memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -22,7 +24,7 @@ import aiohttp
 
 from benchmarks.peers.engines import PEERS, ROOT
 from benchmarks.peers.offline import Plan
-from benchmarks.peers.processes import end, send, signal
+from benchmarks.peers.processes import end, send
 from benchmarks.peers.results import Results
 from benchmarks.peers.turns import Turns, fits, need_mib
 
@@ -113,7 +115,7 @@ def _arguments(name: str, path: str, port: int, threads: int, kind: str, setting
     if name == "skyline":
         quantization = [] if kind == "bf16" else ["--quantization", kind]
         return ["-m", "skyline", "serve", path, *where, "--threads", str(threads), "--max-model-len", length,
-                "--max-num-seqs", seqs, *quantization]  # fmt: skip
+                "--max-num-seqs", seqs, "--kv-cache-memory", str(room), *quantization]  # fmt: skip
     if name == "vllm":
         return ["-m", "vllm.entrypoints.openai.api_server", "--model", path, *where, "--dtype", "bfloat16",
                 "--max-model-len", length, "--max-num-seqs", seqs, "--no-enable-prefix-caching",

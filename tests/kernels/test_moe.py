@@ -192,7 +192,7 @@ def test_misfits_are_refused() -> None:
         ((x, down, down, weights, ids), "shapes do not match"),
         ((x, gate_up, down, weights, ids.int()), "int64 ids"),
         ((x, gate_up, down, weights.double(), ids), "float32 weights"),
-        ((x.bfloat16(), gate_up, down, weights, ids), "in the dtype of x"),
+        ((x.bfloat16(), gate_up, down, weights, ids), "of one dtype"),
         ((x, gate_up, other[2], weights, ids), "two weights do not match"),
         ((x, gate_up, gate_up, weights, ids), "two weights do not match"),
         ((x, gate_up, halves[2], weights, ids), "do not go together"),

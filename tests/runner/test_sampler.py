@@ -380,7 +380,7 @@ def test_prompt_logprobs() -> None:
 
 
 def test_misuse_is_an_error() -> None:
-    with pytest.raises(ValueError, match="floats"):
+    with pytest.raises(ValueError, match="float32"):
         make_sampler(20).sample(torch.zeros(2, 20), [0], [1])
 
 

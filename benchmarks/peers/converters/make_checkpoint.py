@@ -2,7 +2,7 @@
 
     python make_checkpoint.py SHAPE FOLDER
 
-The embedded model's tokenizer is filled up to the size of the embedding with a word for every id, because random weights
+The embedded model's tokenizer is filled up to the size of the embedding with a word for every id: random weights
 generate any id and a server streams text: an id without a text would be a token that no client sees.
 """
 

@@ -2,20 +2,21 @@
 
     python to_openvino.py CHECKPOINT FOLDER bf16|int8|int4
 
-int8 and int4 are nncf's weight compression as optimum-intel offers it: int8 by row, int4 symmetric by groups of 128 with
-the embedding and head in int8 (its default). Activations are quantized by the plugin while running.
+int8 and int4 are nncf's weight compression as optimum-intel offers it: int8 by row, int4 symmetric by groups of 128
+with the embedding and head in int8 (its default). Activations are quantized by the plugin while running.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from openvino import save_model
 from openvino_tokenizers import convert_tokenizer
 from optimum.intel.openvino import OVModelForCausalLM, OVWeightQuantizationConfig
 from transformers import AutoTokenizer
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "sym": True},
     "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
 }

@@ -1,7 +1,7 @@
 """llama.cpp through the low-level functions of llama-cpp-python: a static batch, one `llama_decode` a step, argmax.
 
 The context is made for each shape of batch, outside the measured time, with one KV stream a sequence: what llama.cpp's
-own batched benchmark does. Flash attention is left to llama.cpp ("auto"), n_batch 2048 and n_ubatch 512 are its defaults.
+own batched benchmark does. Flash attention is left to it ("auto"); n_batch 2048 and n_ubatch 512 are its defaults.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ class Transformers(Engine):
 
         torch.set_num_threads(threads)
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        self.model.train(False)
         attention = self.model.config._attn_implementation
         return {"threads": threads, "dtype": "bfloat16", "attention": attention, "kv": "bfloat16"}
 

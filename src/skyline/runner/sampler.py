@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skyline.engine.grammar_check import GrammarError
 from skyline.engine.messages import AdmittedRequest, TokenLogprobs
+from skyline.kernels.cpu import sampling
 from skyline.ops.batch import to_device
 from skyline.runner.grammar import GrammarCompiler, Matcher, apply_bitmask, bitmask_width
 from skyline.runner.sampling import choose
@@ -119,13 +120,15 @@ class Sampler:
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampleResult:
         """Choose one token for each row.
 
-        logits [R, V] of a float dtype on the device, may be overwritten; row r belongs to slots[r], and positions[r] tokens
-        stand before the one to choose. All is computed in float32; the compiled kernels read bfloat16 as it is. Queues device work and returns, except that rows with a grammar wait for their
-        tokens, and rows with top_p but no top_k wait once for the size of their nucleus.
+        logits [R, V] of a float dtype on the device, may be overwritten; row r belongs to slots[r], and positions[r]
+        tokens stand before the one to choose. All is computed in float32. Queues device work and returns, except that
+        rows with a grammar wait for their tokens, and, in torch, rows with top_p but no top_k wait once for the size of
+        their nucleus.
         """
         if logits.shape != (len(slots), self._vocab_size) or not logits.is_floating_point():
             raise ValueError(
-                f"logits must be floats [{len(slots)}, {self._vocab_size}], not {logits.dtype} {list(logits.shape)}"
+                f"logits must be float32, or of another float dtype, [{len(slots)}, {self._vocab_size}], "
+                f"not {logits.dtype} {list(logits.shape)}"
             )
         special = [row for row, slot in enumerate(slots) if self._special[slot]]
         if special or not choose.is_native(logits):
@@ -157,13 +160,14 @@ class Sampler:
         return LogprobTensors.to_messages(ids, logprobs, ranks, [k] * logits.shape[0])
 
     def _converted(self, logits: Tensor) -> Tensor:
-        """logits as float32, in memory of the sampler's own if need be: good until the next call."""
-        if logits.dtype == torch.float32:
-            return logits
-        converted = choose.to_float32(logits, self._float32)
-        if logits.device.type == "cpu":
-            self._float32 = converted if self._float32 is None else max(self._float32, converted, key=len)
-        return converted
+        """logits as float32; on the CPU in memory of the sampler's own, which the next call writes over."""
+        if logits.dtype != torch.bfloat16 or not choose.is_native(logits):
+            return logits.float()
+        # New memory of this size would cost more than the conversion.
+        if self._float32 is None or len(self._float32) < len(logits):
+            self._float32 = torch.empty(logits.shape, dtype=torch.float32)
+        sampling.widen(self._float32[: len(logits)], logits)
+        return self._float32[: len(logits)]
 
     def _process(
         self,

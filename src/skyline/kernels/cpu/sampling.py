@@ -11,9 +11,9 @@ from skyline.kernels.cpu.native import library
 def choose_tokens(logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens int64 [R] and the largest scaled logit of each row, float32 [R].
 
-    logits [R, V] float32 or bfloat16, left as they are. numbers [5, R] float64: temperature, top_k, top_p, min_p and the
-    uniform random number of each row; None takes the largest logit of each row. top_k of V or more is off, 1 is greedy.
-    Where the largest logit is not finite the token is arbitrary.
+    logits [R, V] float32 or bfloat16, left as they are. numbers [5, R] float64: temperature, top_k, top_p, min_p and
+    the uniform random number of each row; None takes the largest logit of each row. top_k of V or more is off, 1 is
+    greedy. Where the largest logit is not finite the token is arbitrary.
     """
     rows = logits.shape[0]
     tokens = torch.empty(rows, dtype=torch.int64)

@@ -37,9 +37,7 @@ def weight_scale(vocab_size: int) -> float:
 def is_native(logits: Tensor) -> bool:
     """Whether `choose_native` takes these logits [R, V]."""
     return (
-        logits.device.type == "cpu"
-        and logits.dtype in (torch.float32, torch.bfloat16)
-        and native.available() != "none"
+        logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and native.available() != "none"
     )
 
 
@@ -49,21 +47,7 @@ def choose_native(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor,
     numbers [5, R]: temperature, top_k (1: greedy; V or more: off), top_p, min_p, u. The logits stay as they are; where
     the largest is not finite the token is arbitrary.
     """
-    return sampling.choose_tokens(logits, torch.from_numpy(numbers))
-
-
-def to_float32(logits: Tensor, scratch: Tensor | None) -> Tensor:
-    """logits [R, V] as float32, in the memory of `scratch` if that is float32 with V columns and enough rows.
-
-    At the sizes in question new memory costs more than the conversion.
-    """
-    if logits.dtype != torch.bfloat16 or not is_native(logits):
-        return logits.float()
-    rows, vocab_size = logits.shape
-    if scratch is None or scratch.shape[0] < rows or scratch.shape[1] != vocab_size:
-        scratch = torch.empty((rows, vocab_size), dtype=torch.float32)
-    sampling.widen(scratch[:rows], logits)
-    return scratch[:rows]
+    return sampling.choose_tokens(logits, torch.from_numpy(np.ascontiguousarray(numbers)))
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class TileAttention {
       config.bytes[i] = 64;
       config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
     }
-    fence();
+    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic claims to read 8 bytes of it
     _tile_loadconfig(&config);
     fence();
   }

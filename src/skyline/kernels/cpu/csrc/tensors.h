@@ -14,7 +14,7 @@ namespace ffi = tvm::ffi;
 using ffi::TensorView;
 
 #define SKYLINE_CHECK(condition, message) \
-  if (!(condition)) TVM_FFI_THROW(ValueError) << __func__ << ": " << message
+  if (!(condition)) TVM_FFI_THROW(ValueError) << message
 
 inline bool is_float32(const TensorView& t) { return t.dtype().code == kDLFloat && t.dtype().bits == 32; }
 inline bool is_bf16(const TensorView& t) { return t.dtype().code == kDLBfloat && t.dtype().bits == 16; }

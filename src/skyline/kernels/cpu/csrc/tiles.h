@@ -27,6 +27,9 @@ inline void prefetch(const uint8_t* from) {
 
 constexpr int64_t kRowBlock = 32;
 
+// GCC does not know that its tile intrinsics read memory: this makes sure that it has been written before they do.
+inline void fence(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
 // Tiles 0-3 accumulate (rows 0-15 and 16-31, by columns 0-15 and 16-31), 4 and 5 are rows of A, 6 and 7 columns of B.
 class TileShape {
  public:
@@ -41,6 +44,7 @@ class TileShape {
     int first = static_cast<int>(std::min<int64_t>(rows, 16)), second = rows > 16 ? static_cast<int>(rows - 16) : 1;
     const int heights[8] = {first, first, second, second, first, second, 16, 16};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = static_cast<uint8_t>(heights[i]);
+    fence(&config);
     _tile_loadconfig(&config);
   }
 
@@ -65,6 +69,7 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
               typename Step::C* c, bool accumulate, bool stream = false) {
   constexpr bool integer = sizeof(typename Step::A) == 1;
   const int64_t stride = lda * static_cast<int64_t>(sizeof(*a));
+  fence(b);
   shape.set(rows);
   if (rows <= 16) {
     if (accumulate) {

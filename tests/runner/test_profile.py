@@ -61,7 +61,6 @@ def test_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for peak in machine.peaks.values():
         if native.available() != "none":
             assert peak.register and peak.register_one_thread and peak.product
-            assert peak.register >= 0.8 * peak.product
             assert peak.highest >= peak.register
     monkeypatch.setattr("skyline.kernels.cpu.machine.measure", lambda threads: pytest.fail("measured again"))
     assert load_or_measure(1) == machine

@@ -46,7 +46,7 @@ def using(instruction_set: str) -> Iterator[None]:
     functions = None if instruction_set == "none" else load(instruction_set)
     before, _current = _current, _Library(instruction_set, functions)
     try:
-        if instruction_set == "amx":
+        if functions is not None and instruction_set == "amx":
             functions.amx_request()
         yield
     finally:

@@ -72,8 +72,7 @@ def measure_batches(
         except BaseException:
             worker.close()
             raise
-        meaning = PEERS[name].formats[kind]
-        results.describe(name, kind, {"meaning": meaning, "versions": reply["versions"], "settings": reply["settings"]})
+        _describe(results, name, kind, reply)
         return worker
 
     def take(worker: Worker, name: str, cell: str, number: int) -> None:
@@ -123,9 +122,12 @@ def measure_first_token(
         _read(plan.files(model, kind, name))
         worker = Worker(PEERS[name], plan.work, plan.threads, f"first-{model}-{kind}")
         try:
-            worker.load(plan.files(model, kind, name), settings)
+            reply = worker.load(plan.files(model, kind, name), settings)
             worker.generate(plan.prompts(1, 16), 1)
-            return time.perf_counter() - worker.began
+            seconds = time.perf_counter() - worker.began
+            if kind not in results.engines.get(name, {}):
+                _describe(results, name, kind, reply)
+            return seconds
         finally:
             worker.close()
 
@@ -147,6 +149,11 @@ def measure_first_token(
     for cell in cells:
         for name in names:
             results.add(model, kind, cell, name, values.get((cell, name), []), "s")
+
+
+def _describe(results: Results, name: str, kind: str, reply: dict[str, Any]) -> None:
+    what = {"meaning": PEERS[name].formats[kind], "versions": reply["versions"], "settings": reply["settings"]}
+    results.describe(name, kind, what)
 
 
 def _read(path: Path) -> None:

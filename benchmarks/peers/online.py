@@ -121,7 +121,7 @@ def _arguments(name: str, path: str, port: int, threads: int, kind: str, setting
                 "--max-model-len", length, "--max-num-seqs", seqs, "--no-enable-prefix-caching",
                 "--kv-cache-memory-bytes", str(room)]  # fmt: skip
     return ["-m", "llama_cpp.server", "--model", path, *where, "--n_threads", str(threads), "--n_threads_batch",
-            str(threads), "--n_ctx", length]  # fmt: skip
+            str(threads), "--n_ctx", length, "--interrupt_requests", "false"]  # fmt: skip
 
 
 def measure_online(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ CELLS = (*BATCH_CELLS, "peak_memory", *FIRST_CELLS, *ONLINE_CELLS, "installed_si
 
 def main() -> None:
     arguments = _arguments()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # unwind, so that no stopped contender is left behind
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     arguments.work.mkdir(parents=True, exist_ok=True)
     missing = set_up(arguments.work, arguments.engines) if arguments.step in ("all", "setup") else {}
     if arguments.step == "setup":

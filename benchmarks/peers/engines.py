@@ -53,6 +53,7 @@ class Peer:
                 "VLLM_CACHE_ROOT": str(cache / "vllm"),
                 "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
                 "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",  # "auto" leaves one compute thread on two cores
+                "VLLM_USE_AOT_COMPILE": "0",  # 0.32 fails to load what it saved that way, and compiles at each start
                 "VLLM_NO_USAGE_STATS": "1",
                 "DO_NOT_TRACK": "1",
             }

@@ -60,6 +60,10 @@ class LlamaCpp(Engine):
         if not self.context:
             raise RuntimeError("llama.cpp could not make a context; see the log")
         self.shape = (batch, room)
+        # The first use of a context touches its buffers for the first time, which is no part of a measurement.
+        self._decode([(0, 0, 0, True)], [0], [0])
+        self._decode([(0, 1 + position, 0, False) for position in range(min(MICRO_BATCH, room - 1))], [0], [0])
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[int]:
         entries = [

@@ -49,6 +49,7 @@ rope = register(
             2 * nbytes(q, k) + positions.numel() * table.shape[1] * table.element_size(), 3 * (q.numel() + k.numel())
         ),
         cases=_rope_cases,
+        meta=lambda q, k, positions, table, head_dim: (q.new_empty(q.shape), k.new_empty(k.shape)),
         num_outputs=2,
     )
 )

@@ -31,6 +31,7 @@ embedding = register(
         _embedding,
         cost=lambda ids, weight: Cost(nbytes(ids) + 2 * ids.numel() * weight.shape[1] * weight.element_size(), 0),
         cases=_embedding_cases,
+        meta=lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[1])),
     )
 )
 
@@ -55,6 +56,7 @@ rms_norm = register(
         _rms_norm,
         cost=lambda x, weight, eps: Cost(2 * nbytes(x) + nbytes(weight), 4 * x.numel()),
         cases=_rms_norm_cases,
+        meta=lambda x, weight, eps: x.new_empty(x.shape),
     )
 )
 
@@ -78,6 +80,7 @@ head_rms_norm = register(
         _head_rms_norm,
         cost=lambda x, weight, eps: Cost(2 * nbytes(x) + nbytes(weight), 4 * x.numel()),
         cases=_head_rms_norm_cases,
+        meta=lambda x, weight, eps: x.new_empty(x.shape),
     )
 )
 
@@ -99,6 +102,7 @@ silu_mul = register(
         _silu_mul,
         cost=lambda x: Cost(nbytes(x) * 3 // 2, 3 * x.numel()),
         cases=_silu_mul_cases,
+        meta=lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
     )
 )
 
@@ -146,7 +150,15 @@ def _add_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]
         yield Case(f"T={rows}", (randn((rows, 20), dtype, generator), randn((rows, 20), dtype, generator)))
 
 
-add = register(Op("add", _add, cost=lambda x, y: Cost(3 * nbytes(x), x.numel()), cases=_add_cases))
+add = register(
+    Op(
+        "add",
+        _add,
+        cost=lambda x, y: Cost(3 * nbytes(x), x.numel()),
+        cases=_add_cases,
+        meta=lambda x, y: x.new_empty(x.shape),
+    )
+)
 
 
 def _split(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -180,5 +192,6 @@ select_rows = register(
         _select_rows,
         cost=lambda x, rows: Cost(2 * rows.numel() * x.shape[1] * x.element_size(), 0),
         cases=_select_rows_cases,
+        meta=lambda x, rows: x.new_empty((rows.shape[0], x.shape[1])),
     )
 )

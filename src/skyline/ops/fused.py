@@ -30,6 +30,7 @@ add_rms_norm = register(
         _add_rms_norm,
         cost=lambda x, residual, weight, eps: Cost(4 * nbytes(x) + nbytes(weight), 5 * x.numel()),
         cases=_add_rms_norm_cases,
+        meta=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
         num_outputs=2,
     )
 )

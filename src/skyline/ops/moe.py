@@ -36,6 +36,10 @@ topk_router = register(
         _topk_router,
         cost=lambda logits, top_k, renormalize: Cost(nbytes(logits) + 12 * logits.shape[0] * top_k, 4 * logits.numel()),
         cases=_topk_router_cases,
+        meta=lambda logits, top_k, renormalize: (
+            logits.new_empty((logits.shape[0], top_k), dtype=torch.float32),
+            logits.new_empty((logits.shape[0], top_k), dtype=torch.int64),
+        ),
         num_outputs=2,
     )
 )

@@ -147,10 +147,13 @@ def _report(
 ) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     providers = sorted({choice.kernel.provider for choice in program.choices.values()})
+    native_threads = config.device == "cpu" and native.available() != "none"
+    threads = native.thread_count(config.threads) if native_threads else torch.get_num_threads()
+    weights = "weights as they are" if config.quantization in (None, "none") else f"weights in {config.quantization}"
     rows = {
         "architecture": f"{model_config.architecture}, {parameters / 1e6:,.1f} M parameters, {source}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": f"{config.device}, {torch.get_num_threads()} threads, kernels: {', '.join(providers)}",
+        "dtype": f"{str(dtype).removeprefix('torch.')}, {weights}, {weight_bytes / 2**20:,.0f} MiB of them in memory",
+        "device": f"{config.device}, {threads} threads, kernels: {', '.join(providers)}",
         "program": f"{sum(program.launches().values())} launches a step",
         "KV cache": f"{memory.num_blocks:,} blocks of {config.block_size} tokens, {memory.kv_bytes / 2**20:,.0f} MiB",
         "memory": f"{memory.available_bytes / 2**20:,.0f} MiB were available, "

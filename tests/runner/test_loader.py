@@ -1,0 +1,18 @@
+"""Loading a model: what is not covered by those who use one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from skyline.demo import DEMO_PATH
+
+
+def test_does_not_import_the_compiler_of_torch() -> None:
+    """It takes a second, and shapes on the meta device bring it in unless ops say what theirs are."""
+    code = (
+        "import sys; from skyline.engine.config import EngineConfig; from skyline.runner.loader import load_model\n"
+        f"load_model(EngineConfig(model={str(DEMO_PATH)!r}, num_kv_blocks=64)).runner.close()\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -176,6 +176,17 @@ def test_decoding_equals_prefill(instruction_set: str, shape: Shape) -> None:
             assert torch.equal(one, whole[position : position + 1]), (position, options)
 
 
+def test_decoding_equals_prefill_on_denormal_values(instruction_set: str) -> None:
+    """Tiles take denormal numbers for zeros, vectors by themselves do not."""
+    requests = Requests(SHAPES[1], [100], seed=4)
+    assert requests.cache.v is not None
+    requests.cache.v *= 1e-38
+    whole = requests.whole(0, Options())
+    for position in (0, 1, 50, 99):
+        (one,) = requests.attend([(0, position, 1)], Options())
+        assert torch.equal(one, whole[position : position + 1])
+
+
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7]], ids=str)
 def test_bits_do_not_depend_on_the_threads(instruction_set: str, shape: Shape) -> None:
     requests = Requests(shape, [1030, 40, 300], seed=3)

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, provide, supports
+from skyline.kernels.cpu.native import library, only, provide
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
-from skyline.kernels.registry import Request
 
 _GROUPS = (32, 64, 128)
 
@@ -36,19 +35,6 @@ def _into(format: Format, group: int = 0) -> Callable[..., None]:
     return linear
 
 
-def _only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
-    def check(request: Request) -> str | None:
-        if (missing := supports(request)) is not None:
-            return missing
-        if request.dtype not in dtypes:
-            return why
-        if group is not None and request.int4_group != group:
-            return f"shares a scale among {group} values"
-        return None
-
-    return check
-
-
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 for _op, _format, _dtypes, _why in (
     ("linear", Format.BFLOAT16, _BFLOAT16, "multiplies in bfloat16"),
@@ -56,9 +42,9 @@ for _op, _format, _dtypes, _why in (
     ("linear_int8", Format.INT8, _FLOAT32 + _BFLOAT16, ""),
     ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, _BFLOAT16, "multiplies in bfloat16"),
 ):
-    provide(_op, _into(_format), _only(_dtypes, _why), layouts={1: _layout(_format)})
+    provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)})
 for _group in _GROUPS:
-    _check = _only(_BFLOAT16, "multiplies in bfloat16", _group)
+    _check = only(_BFLOAT16, "multiplies in bfloat16", _group)
     provide("linear_int4", _into(Format.INT4, _group), _check, layouts={1: _layout(Format.INT4, _group)})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, provide, supports
+from skyline.kernels.cpu.native import library, only, provide, supports
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
 from skyline.kernels.registry import Request
 
@@ -30,28 +30,15 @@ def _into(layouts: dict[int, PackedLayout]) -> Callable[..., None]:
     return moe_experts
 
 
-def _only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
-    def check(request: Request) -> str | None:
-        if (missing := supports(request)) is not None:
-            return missing
-        if request.dtype not in dtypes:
-            return why
-        if group is not None and request.int4_group != group:
-            return f"shares a scale among {group} values"
-        return None
-
-    return check
-
-
 def _provide(op: str, format: Format, check: Callable[[Request], str | None], group: int = 0) -> None:
     layouts = _layouts(format, group)
     provide(op, _into(layouts), check, layouts=layouts)
 
 
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
-_provide("moe_experts", Format.BFLOAT16, _only(_BFLOAT16, "multiplies in bfloat16"))
-_provide("moe_experts", Format.FLOAT32, _only(_FLOAT32, "multiplies in float32"))
+_provide("moe_experts", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16"))
+_provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
-_provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, _only(_BFLOAT16, "multiplies in bfloat16"))
+_provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
 for _group in (32, 64, 128):
-    _provide("moe_experts_int4", Format.INT4, _only(_BFLOAT16, "multiplies in bfloat16", _group), _group)
+    _provide("moe_experts_int4", Format.INT4, only(_BFLOAT16, "multiplies in bfloat16", _group), _group)

@@ -84,6 +84,21 @@ def supports(request: Request) -> str | None:
     return None
 
 
+def only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
+    """`supports`, and one of these dtypes, else `why`, and int4 weights with groups of that size."""
+
+    def check(request: Request) -> str | None:
+        if (missing := supports(request)) is not None:
+            return missing
+        if request.dtype not in dtypes:
+            return why
+        if group is not None and request.int4_group != group:
+            return f"shares a scale among {group} values"
+        return None
+
+    return check
+
+
 def provide(
     op: str, into: Callable[..., None], check: Callable[[Request], str | None] = supports, **options: Any
 ) -> None:
@@ -103,6 +118,12 @@ def provide(
     register(Kernel(op, PROVIDER, run, check, into, **options))
 
 
+def thread_count(count: int | None = None) -> int:
+    """How many threads `start_threads` starts for `count`: OMP_NUM_THREADS, else every physical core, unless given."""
+    cores = len(physical_cpus())
+    return count or _environment_threads() or min(cores, cgroup_cpus() or cores)
+
+
 def start_threads(count: int | None = None) -> int:
     """Start the kernels' threads, one to a physical core of this process's affinity mask, and return their number.
 
@@ -110,7 +131,7 @@ def start_threads(count: int | None = None) -> int:
     the control group's quota. With fewer threads than cores none is pinned: several engines may share the machine.
     """
     cpus = physical_cpus()
-    wanted = count or _environment_threads() or min(len(cpus), cgroup_cpus() or len(cpus))
+    wanted = thread_count(count)
     chosen = cpus if wanted == len(cpus) else [-1] * wanted
     library().pool_start(np.array(chosen, np.int32))
     return wanted

@@ -24,7 +24,7 @@ def _rope_kv_write(
     batch: AttentionBatch,
 ) -> None:
     keys, values = cache.tensors
-    scales = getattr(cache, "k_scale", None), getattr(cache, "v_scale", None)
+    scales = cache.k_scale, cache.v_scale
     library().rope_kv_write(out, qkv, q_norm, k_norm, eps, positions, table, keys, values, *scales, batch.slot_mapping)
 
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention_amx.h"
+#include "attention_stream_amx.h"
 #include "attention_vector.h"
 #include "tensors.h"
 #include "threads.h"
@@ -21,10 +22,11 @@ struct Plan {
   Scratch partial;
 };
 
-template <class Kernel, class T, class KV>
+// Few and Many: the kernels for items of few rows and of more.
+template <class Few, class Many, class T, class KV>
 class Run {
  public:
-  Run(const Attention<T, KV>& call, int64_t requests) : call_(call), requests_(requests), width_(Kernel::padded(call.head_dim)) {}
+  Run(const Attention<T, KV>& call, int64_t requests) : call_(call), requests_(requests), width_(Many::padded(call.head_dim)) {}
 
   void operator()() {
     static thread_local Plan plan;
@@ -62,7 +64,7 @@ class Run {
     auto queries_of = [&](int32_t r) { return call_.starts[r + 1] - call_.starts[r]; };
     auto tile_of = [&](int64_t rows) { return static_cast<int32_t>(std::max<int64_t>(1, rows / call_.group)); };
     // The larger a tile of queries is, the more of them share the packing of keys and values.
-    int64_t rows = Kernel::kMaxRows;
+    int64_t rows = Many::kMaxRows;
     auto tiles = [&] {
       int64_t count = 0;
       for (int32_t r = 0; r < requests_; r++) count += (queries_of(r) + tile_of(rows) - 1) / tile_of(rows);
@@ -82,7 +84,7 @@ class Run {
 
     // Heads that are next to each other are read together, unless that would leave threads without work.
     const int64_t head_bytes = call_.head_dim * static_cast<int64_t>(sizeof(KV));
-    int32_t heads = static_cast<int32_t>(std::clamp<int64_t>(Kernel::kHeadBytes / head_bytes, 1, call_.kv_heads));
+    int32_t heads = static_cast<int32_t>(std::clamp<int64_t>(Many::kHeadBytes / head_bytes, 1, call_.kv_heads));
     auto units = [&] {
       int64_t count = 0;
       for (int32_t r : plan.order) count += item_of(r, 1, 0, queries_of(r)).splits;
@@ -131,9 +133,20 @@ class Run {
   }
 
   void compute(const Item& item) {
-    static thread_local Scratch scratch, results;
+    static thread_local Scratch scratch;
     View<T, KV> view(call_, item);
-    Kernel kernel(view, scratch);
+    if (view.rows <= Few::kMaxRows) {
+      Few kernel(view, scratch);
+      compute(item, view, kernel);
+    } else {
+      Many kernel(view, scratch);
+      compute(item, view, kernel);
+    }
+  }
+
+  template <class Kernel>
+  void compute(const Item& item, const View<T, KV>& view, Kernel& kernel) {
+    static thread_local Scratch results;
     const int64_t rows = rows_of_item(item);
     if (item.partial >= 0) {
       for (int s = 0; s < item.splits; s++) {
@@ -190,7 +203,7 @@ class Run {
       const float shrink = exp2_scalar(state.largest - largest);
       factor = shrink / std::fma(state.total, shrink, exp2_scalar(sink - largest));
     }
-    Kernel::store(view.output(head, row), output, factor, call_.head_dim);
+    Many::store(view.output(head, row), output, factor, call_.head_dim);
   }
 
   const Attention<T, KV>& call_;
@@ -270,12 +283,12 @@ void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, f
           sinks.has_value() ? sink.data() : nullptr};
 #if defined(__AMX_TILE__)
       if constexpr (std::is_same_v<T, bf16>) {
-        attention::Run<attention::TileAttention<KV>, T, KV>(call, requests)();
+        attention::Run<attention::StreamAttention<KV>, attention::TileAttention<KV>, T, KV>(call, requests)();
       } else {
-        attention::Run<attention::VectorAttention<T, KV>, T, KV>(call, requests)();
+        attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
       }
 #else
-      attention::Run<attention::VectorAttention<T, KV>, T, KV>(call, requests)();
+      attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
 #endif
     };
     if (int8) {

@@ -8,6 +8,74 @@
 
 namespace skyline::attention {
 
+// GCC does not know that loading a tile reads memory.
+inline void tile_fence() { __asm__ volatile("" ::: "memory"); }
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+  void set(int tile, int count) {
+    bytes[tile] = 64;
+    rows[tile] = static_cast<uint8_t>(count);
+  }
+  void load() const {
+    __asm__ volatile("" : : "r"(this) : "memory");  // GCC's intrinsic claims to read 8 bytes of it
+    _tile_loadconfig(this);
+    tile_fence();
+  }
+};
+
+// 32 dimensions as bfloat16; those from the n-th on are zero.
+inline __m512i load_pairs(const bf16* from, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+}
+inline __m512i load_pairs(const int8_t* from, int64_t n) {
+  __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                          : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Of a matrix of 16 x 16 units of 32 bits.
+inline void transpose_pairs(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+  }
+}
+// The softmax numerators of a row of scores, as bfloat16 and times their keys' v_scale, at the beginning of the row.
+template <bool scaled>
+inline RowSum weigh_row(float* s, Span mine, Span all, const Scoring& scoring, const float* k_scale, const float* v_scale) {
+  bf16* to = reinterpret_cast<bf16*>(s);
+  return softmax(s, mine, all, scoring, k_scale, [&](int key, const Vec* weights) {
+    __m512 low = weights[0].v, high = weights[1].v;
+    if constexpr (scaled) {
+      low = _mm512_mul_ps(low, _mm512_load_ps(v_scale + key));
+      high = _mm512_mul_ps(high, _mm512_load_ps(v_scale + key + 16));
+    }
+    _mm512_storeu_si512(to + key, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  });
+}
+
 template <class KV>
 class TileAttention {
  public:
@@ -80,23 +148,11 @@ class TileAttention {
 
   int64_t padded_rows() const { return round_up(view_.rows, 16); }
 
-  // GCC does not know that loading a tile reads memory.
-  static void fence() { __asm__ volatile("" ::: "memory"); }
-
   // Tiles 0-3: results, 4 and 5: rows of A, 6 and 7: B.
   static void configure(int rows) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) {
-      config.bytes[i] = 64;
-      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic claims to read 8 bytes of it
-    _tile_loadconfig(&config);
-    fence();
+    TileConfig config;
+    for (int i = 0; i < 8; i++) config.set(i, i < 6 ? rows : 16);
+    config.load();
   }
 
   size_t carve(void* memory) {
@@ -114,45 +170,9 @@ class TileAttention {
     return carver.used();
   }
 
-  // 32 dimensions as bfloat16; those from the n-th on are zero.
-  static __m512i load(const bf16* from, int64_t n) {
-    return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
-  }
-  static __m512i load(const int8_t* from, int64_t n) {
-    __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
-                            : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  }
-
   const KV* row_of(const KV* cache, int64_t slot, int head) const {
     return slot < 0 ? nothing_ : cache + (slot + head) * dim_;
   }
-  static void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 8; i++) {
-      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-    }
-  }
-
   // Tiles [16 pairs of dimensions][16 keys], for each 16 keys those of all dimensions.
   void pack_keys(Span all) {
     const auto& call = view_.call;
@@ -164,8 +184,8 @@ class TileAttention {
         bf16* to = keys_ + (head * kSplit + key) * width_;
         for (int64_t d = 0; d < width_; d += 32, to += 512) {
           __m512i r[16];
-          for (int i = 0; i < 16; i++) r[i] = load(rows[i] + d, dim_ - d);
-          transpose(r);
+          for (int i = 0; i < 16; i++) r[i] = load_pairs(rows[i] + d, dim_ - d);
+          transpose_pairs(r);
           for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
         }
         if constexpr (sizeof(KV) == 1) {
@@ -188,7 +208,7 @@ class TileAttention {
         const KV *even = row_of(call.v, slots_[key], head), *odd = row_of(call.v, slots_[key + 1], head);
         bf16* to = values_ + (head * kSplit + key / kChunk * kChunk) * width_ + key % kChunk * 16;
         for (int64_t d = 0; d < width_; d += 32, to += 1024) {
-          __m512i a = load(even + d, dim_ - d), b = load(odd + d, dim_ - d);
+          __m512i a = load_pairs(even + d, dim_ - d), b = load_pairs(odd + d, dim_ - d);
           _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
           _mm512_store_si512(to + 512, _mm512_unpackhi_epi16(a, b));
         }
@@ -198,16 +218,16 @@ class TileAttention {
 
   template <bool two>
   void block(int index, int head, int row, int rows, Span span, RowSum* sums) {
-    fence();
+    tile_fence();
     products<two>(q_ + (head * padded_rows() + row) * width_, keys_ + head * kSplit * width_, span);
-    fence();
+    tile_fence();
     for (int i = 0; i < rows; i++) {
       Span mine = view_.visible(index, row + i, row + i);
       if (!mine.empty()) sums[i] = weigh(scores_ + i * kStride, head, mine, span);
     }
-    fence();
+    tile_fence();
     mix<two>(values_ + head * kSplit * width_, span);
-    fence();
+    tile_fence();
   }
 
   // Products of 16 or 32 queries with the keys of the span's chunks.
@@ -245,19 +265,9 @@ class TileAttention {
     }
   }
 
-  // Puts the weights, as bfloat16, at the beginning of the row of scores.
   RowSum weigh(float* s, int head, Span mine, Span span) const {
-    bf16* to = reinterpret_cast<bf16*>(s);
-    const bool scaled = sizeof(KV) == 1;
-    const float *k_scale = scaled ? k_scale_ + head * kSplit : nullptr, *v_scale = v_scale_ + head * kSplit;
-    return softmax(s, mine, span, scoring_, k_scale, [&](int key, const Vec* weights) {
-      __m512 low = weights[0].v, high = weights[1].v;
-      if constexpr (scaled) {
-        low = _mm512_mul_ps(low, _mm512_load_ps(v_scale + key));
-        high = _mm512_mul_ps(high, _mm512_load_ps(v_scale + key + 16));
-      }
-      _mm512_storeu_si512(to + key, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    });
+    const float* scale = sizeof(KV) == 1 ? k_scale_ + head * kSplit : nullptr;
+    return weigh_row<sizeof(KV) == 1>(s, mine, span, scoring_, scale, v_scale_ + head * kSplit);
   }
 
   // Weighted sums of the values of the span's chunks.

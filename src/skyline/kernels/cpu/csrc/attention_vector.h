@@ -192,7 +192,7 @@ class VectorAttention {
   const KV* row_of(const KV* cache, int64_t slot) const { return slot < 0 ? nothing_ : cache + slot * dim_; }
   void prefetch(const KV* cache, int64_t slot) const {
     const char* row = reinterpret_cast<const char*>(row_of(cache, slot));
-    for (int64_t byte = 0; byte < dim_ * static_cast<int64_t>(sizeof(KV)); byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+    for (int64_t byte = 0; byte < dim_ * static_cast<int64_t>(sizeof(KV)); byte += 64) prefetch_l1(row + byte);
   }
 
   // keys_: for each Vec::width keys [width_][Vec::width].

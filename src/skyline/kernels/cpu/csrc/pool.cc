@@ -13,13 +13,11 @@ void pool_start(TensorView cpus) {
   ThreadPool::get().start(std::vector<int>(list, list + cpus.shape()[0]));
 }
 void pool_stop() { ThreadPool::get().stop(); }
-int64_t pool_size() { return ThreadPool::get().size(); }
 void begin_step() { ThreadPool::get().begin_step(); }
 void end_step() { ThreadPool::get().end_step(); }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool_start, pool_start);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool_stop, pool_stop);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(pool_size, pool_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(begin_step, begin_step);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(end_step, end_step);
 

@@ -20,7 +20,7 @@ constexpr int64_t kAhead = 8192;
 template <int lines>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32
-  for (int i = 0; i < lines; i++) _mm_prefetch(from + kAhead + 64 * i, _MM_HINT_T1);
+  for (int i = 0; i < lines; i++) prefetch_l2(from + kAhead + 64 * i);
 }
 
 #if defined(__AMX_TILE__)

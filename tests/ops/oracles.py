@@ -49,7 +49,16 @@ def linear_int8_weight_only(
 def linear_int4(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activated: bool = False
 ) -> list[Tensor]:
-    return _finished(x.double().numpy() @ _dequantized(weight).T, bias, activated)
+    assert weight.group is not None
+    group, wide, rounded = weight.group, x.float().numpy(), np.empty(x.shape)
+    for row in range(wide.shape[0]):
+        for start in range(0, wide.shape[1], group):
+            part = wide[row, start : start + group]
+            largest = np.abs(part).max()
+            # In float32, like the op: a tie that falls the other way would change an integer.
+            levels = np.rint(part * (np.float32(127) / largest)) if largest else np.zeros_like(part)
+            rounded[row, start : start + group] = levels.astype(np.float64) * (float(largest) / 127)
+    return _finished(rounded @ _dequantized(weight).T, bias, activated)
 
 
 @oracle

@@ -56,8 +56,8 @@ class Op:
     cases: CaseGenerator
     num_outputs: int | Callable[..., int] = 1  # 0: works by its side effect alone
     tolerance: Tolerance = field(default_factory=lambda: DEFAULT_TOLERANCE)
-    # Result on the meta device. None: the reference itself, which must then not look at values, and be no more than views:
-    # torch's rules for arithmetic on that device are Python, whose first use imports its compiler (a second at start-up).
+    # Result on the meta device. None: the reference itself, which must then not look at values, and only make views:
+    # torch's rules for arithmetic on that device are Python, whose first use imports its compiler, a second of time.
     meta: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

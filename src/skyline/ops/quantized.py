@@ -129,24 +129,39 @@ def _linear_int8(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None,
     return _apply(levels, weight, bias, silu_mul, x.dtype, product)
 
 
-def _int4_product(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    assert weight.group is not None
-    y = x.new_zeros((x.shape[0], weight.shape[0]))
-    for index in range(weight.scales.shape[1]):
-        columns = slice(index * weight.group, (index + 1) * weight.group)
-        levels = weight.values[:, columns].float()
-        if weight.zeros is not None:
-            levels = levels - weight.zeros[:, index : index + 1].float()
-        y += (x[:, columns] @ levels.T) * weight.scales[:, index].float()
-    return y
+def quantize_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """`quantize_rows`, but each `group` neighbours of a row by themselves: [T, K] and scales [T, ceil(K / group)]."""
+    rows, k = x.shape
+    groups = -(-k // group)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * group - k))
+    levels, scales = quantize_rows(padded.view(rows * groups, group))
+    return levels.view(rows, groups * group)[:, :k], scales.view(rows, groups)
 
 
 def _linear_int4(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
     """`linear` with a weight of int4 in groups: x [T, K], weight [N, K], bias [N] -> [T, N] in x's dtype.
 
-    In float32: for each group in order, x times (value - zero), then the scale on that sum; rounded once at the end.
+    Each group of a row of x is quantized to int8 as in `quantize_groups`. The sum of a group's products of integers,
+    of which (sum of x's) * zero is taken off, is float32; it is multiplied by the scale of x's group and by that of
+    the weight's, and added up in the order of the groups. Rounded once at the end. (What llama.cpp does for Q4_0.)
     """
-    return _apply(x.float(), weight, bias, silu_mul, x.dtype, _int4_product)
+    assert weight.group is not None
+    group = weight.group
+    levels, x_scales = quantize_groups(x, group)
+
+    def product(levels: Tensor, weight: QuantizedWeight) -> Tensor:
+        y = x_scales.new_zeros((levels.shape[0], weight.shape[0]))
+        for index in range(weight.scales.shape[1]):
+            columns = slice(index * group, (index + 1) * group)
+            values = weight.values[:, columns].double()
+            if weight.zeros is not None:
+                values = values - weight.zeros[:, index : index + 1].double()
+            # float64 holds every such integer, so the order of the sum makes no difference.
+            sums = (levels[:, columns] @ values.T).float()
+            y += sums * x_scales[:, index : index + 1] * weight.scales[:, index].float()
+        return y
+
+    return _apply(levels, weight, bias, silu_mul, x.dtype, product)
 
 
 class _Described(NamedTuple):
@@ -228,10 +243,9 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
             yield from _linear_cases(f" group={group} zeros={zeros}", make, dtype, generator)
 
 
-# The references take x's values as they are and add in float32. Tolerances are those of `linear`: for float32, the
-# order of that addition (linear_int8 has none: its sums are exact); for bfloat16, the rounding of the result, and that
-# a kernel may round a weight's (value - zero) * scale to bfloat16 before it multiplies, 2^-9 of each product. The
-# integers themselves are exact in bfloat16.
+# Tolerances are those of `linear`: for float32, the order of additions (linear_int8 has none: its sums are exact); for
+# bfloat16, the rounding of the result, and that a kernel of linear_int8_weight_only may round a weight to bfloat16
+# before it multiplies, 2^-9 of each product. The integers themselves are exact in bfloat16.
 linear_int8_weight_only = register(
     Op(
         "linear_int8_weight_only",

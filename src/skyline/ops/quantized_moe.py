@@ -125,14 +125,16 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
             yield from _moe_cases(f" group={group} zeros={zeros}", make, dtype, generator)
 
 
+# Where activations are quantized, a hidden value that is rounded to bfloat16 may become another integer.
+_TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 4e-2), torch.float16: (4e-3, 1e-2)}
+
 moe_experts_int8 = register(
     Op(
         "moe_experts_int8",
         _moe_experts_int8,
         cost=_cost(quantized.int8_bytes),
         cases=_int8_cases,
-        # A hidden value that is rounded to bfloat16 may become another integer.
-        tolerance={torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 4e-2), torch.float16: (4e-3, 1e-2)},
+        tolerance=_TOLERANCE,
         meta=_meta,
     )
 )
@@ -146,5 +148,12 @@ moe_experts_int8_weight_only = register(
     )
 )
 moe_experts_int4 = register(
-    Op("moe_experts_int4", _moe_experts_int4, cost=_cost(quantized.int4_bytes), cases=_int4_cases, meta=_meta)
+    Op(
+        "moe_experts_int4",
+        _moe_experts_int4,
+        cost=_cost(quantized.int4_bytes),
+        cases=_int4_cases,
+        tolerance=_TOLERANCE,
+        meta=_meta,
+    )
 )

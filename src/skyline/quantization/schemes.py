@@ -26,5 +26,5 @@ SCHEMES: dict[str, Scheme] = {
         ops.linear_int8_weight_only, ops.linear_int8_weight_only, ops.moe_experts_int8_weight_only
     ),
     # The head's errors go straight into the logits, and it is one weight of many.
-    "int4": Scheme(ops.linear_int4, ops.linear_int8_weight_only, ops.moe_experts_int4),
+    "int4": Scheme(ops.linear_int4, ops.linear_int8, ops.moe_experts_int4),
 }

@@ -44,7 +44,7 @@ for _op, _format, _dtypes, _why in (
 ):
     provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)})
 for _group in _GROUPS:
-    _check = only(_BFLOAT16, "multiplies in bfloat16", _group)
+    _check = only(_FLOAT32 + _BFLOAT16, "", _group)
     provide("linear_int4", _into(Format.INT4, _group), _check, layouts={1: _layout(Format.INT4, _group)})
 
 

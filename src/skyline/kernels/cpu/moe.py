@@ -41,4 +41,4 @@ _provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
 _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
 for _group in (32, 64, 128):
-    _provide("moe_experts_int4", Format.INT4, only(_BFLOAT16, "multiplies in bfloat16", _group), _group)
+    _provide("moe_experts_int4", Format.INT4, only(_FLOAT32 + _BFLOAT16, "", _group), _group)

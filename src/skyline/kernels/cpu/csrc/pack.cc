@@ -191,14 +191,9 @@ class Packer {
       quantize<By::kQuotient>(x, count, half_to_float(scales[column]), -8, 7, 0, q);
       for (int64_t i = 0; i < count; i++) q[i] = static_cast<int8_t>(q[i] + 8);
     }
-    uint16_t* words = reinterpret_cast<uint16_t*>(group + (m.zeros ? 128 : 64)) + column / kTile * 128 + column % kTile * 2;
-    for (int64_t block = 0; block < m.group / 32; block++, words += 256, q += 32)
-      for (int j = 0; j < 4; j++)
-        for (int odd = 0; odd < 2; odd++) {
-          int word = 0;
-          for (int s = 0; s < 4; s++) word |= q[8 * j + 2 * s + odd] << (4 * s);
-          words[j * 32 + odd] = static_cast<uint16_t>(word);
-        }
+    uint8_t* bytes = group + (m.zeros ? 128 : 64) + column / kTile * 256 + column % kTile * 4;
+    for (int64_t block = 0; block < m.group / 32; block++, bytes += 512, q += 32)
+      for (int i = 0; i < 16; i++) bytes[i / 4 * 64 + i % 4] = static_cast<uint8_t>(q[i] | q[16 + i] << 4);
   }
 
   const PackedMatrix& m;
@@ -227,9 +222,9 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
   }
   const uint8_t* group = panel + i / m.group * m.group_bytes();
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(group);
-  const uint16_t* words = reinterpret_cast<const uint16_t*>(group + (m.zeros ? 128 : 64)) + i % m.group / 32 * 256 + tile * 128;
-  int64_t pair = i % 32 / 2;
-  int level = words[pair / 4 * 32 + lane * 2 + i % 2] >> (pair % 4 * 4) & 15;
+  const int64_t four = i % 16 / 4, in_block = i % m.group / 32 * 512 + tile * 256;
+  const uint8_t byte = group[(m.zeros ? 128 : 64) + in_block + four * 64 + lane * 4 + i % 4];
+  const int level = i % 32 < 16 ? byte & 15 : byte >> 4;
   float zero = m.zeros ? half_to_float(scales[kPanel + place % kPanel]) : 0;
   return (level - 8 - zero) * half_to_float(scales[place % kPanel]);
 }

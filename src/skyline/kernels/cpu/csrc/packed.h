@@ -7,8 +7,9 @@
 //   bfloat16           [K/32] x two tiles [16 pairs of k][16 rows][2]: the B operand of TDPBF16PS and of VDPBF16PS
 //   int8 weight-only   [K/32] x two tiles [16 pairs of k][16 rows][2], widened to bfloat16 before use
 //   int8               [K/64] x two tiles [16 fours of k][16 rows][4]: the B operand of TDPBSSD and of VPDPBUSD
-//   int4               for each group of k: 32 float16 scales, 32 float16 zero points (asymmetric only), then for each 32 k
-//                      two tiles [4][16 rows x 2] of uint16, whose nibble s of word j is pair 4 j + s
+//   int4               for each group of k: 32 float16 scales, 32 float16 zero points less 8 (asymmetric only), then for each
+//                      32 k two tiles [4][16 rows][4]: byte e of row j has k = 4 j + e in its low and k = 4 (j + 4) + e in its
+//                      high nibble, so that the halves are the two halves of an int8 tile of 32 k
 //
 // `gated` weights hold the gate in the first half of their rows and the up projection in the second: tile 0 of a panel is 16
 // rows of gate and tile 1 the same 16 of up, so that silu(gate) * up needs one panel only.

@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <cstring>
+#include <limits>
 
 #include "threads.h"
 #include "tiles.h"
@@ -12,9 +13,11 @@ constexpr int64_t kMostRows = 512;
 constexpr int64_t kPiece = 512;                 // columns of A that are gone through before the next block of rows
 constexpr int64_t kCacheBytes = 1 << 20;        // of A, to stay in a core's second-level cache
 
+constexpr int64_t kGroups = 4;                  // of int4, multiplied before their sums are added up
+
 struct alignas(64) Scratch {
   float c[kMostRows * kPanel];
-  float partial[kRowBlock * kPanel];
+  int32_t partial[kGroups * kRowBlock * kPanel];
   uint8_t b[kPiece * kPanel * 2];
 };
 
@@ -23,30 +26,110 @@ Scratch& scratch() {
   return *mine;
 }
 
-int64_t activation_bytes(Format format) { return format == Format::kFloat32 ? 4 : format == Format::kInt8 ? 1 : 2; }
+bool quantizes(Format format) { return format == Format::kInt8 || format == Format::kInt4; }  // activations, to int8
 
-// c [rows][32] += partial * scale (- zero * scale * sum of the group's activations), with scales and zeros of the group.
-void add_group(const PackedMatrix& m, const uint8_t* group, const float* partial, const float* sums, int64_t sums_stride,
-               int64_t rows, float* c) {
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(group);
-  for (int64_t i = 0; i < kPanel; i += Vec::width) {
+int64_t activation_bytes(Format format) { return format == Format::kFloat32 ? 4 : quantizes(format) ? 1 : 2; }
+
+// Values of a row that share a scale once they are quantized.
+int64_t shared(const PackedMatrix& m) { return m.format == Format::kInt4 ? m.group : m.padded_k(); }
+
 #if defined(__AVX512F__)
-    auto widen = [](const uint16_t* p) { return Vec{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; };
+Vec widen_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+Vec difference(const int32_t* p, int32_t x) {
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(x)))};
+}
 #else
-    auto widen = [](const uint16_t* p) { return Vec{_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; };
+Vec widen_half(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+Vec difference(const int32_t* p, int32_t x) {
+  const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(from, _mm256_set1_epi32(x)))};
+}
 #endif
-    Vec scale = widen(halves + i);
-    if (!m.zeros) {
-      for (int64_t r = 0; r < rows; r++)
-        fma(Vec::load(partial + r * kPanel + i), scale, Vec::load(c + r * kPanel + i)).store(c + r * kPanel + i);
-      continue;
+
+// c [R][32] += (partial - zero * sum) * scale of x * scale of the weight, for the groups [g, g + count) in order; x of the
+// rows from `row` on. partial: [count][kRowBlock][32]. `levels`: partial is of levels 0 to 15, not of -8 to 7.
+template <int R, bool levels>
+void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const uint8_t* panel, int64_t g, int64_t count,
+                const int32_t* partial, float* c) {
+  for (int64_t i = 0; i < kPanel; i += Vec::width) {
+    Vec sum[R];
+    for (int r = 0; r < R; r++) sum[r] = Vec::load(c + r * kPanel + i);
+    for (int64_t at = g; at < g + count; at++) {
+      const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel + at * m.group_bytes()) + i;
+      const float* scales = a.scales + at * a.rows + row;
+      const int32_t *sums = a.sums + at * a.rows + row, *from = partial + (at - g) * kRowBlock * kPanel + i;
+      const Vec scale = widen_half(halves), zero = m.zeros ? Vec::zero() - widen_half(halves + kPanel) : Vec::zero();
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        Vec value = difference(from + r * kPanel, levels ? 8 * sums[r] : 0);
+        if (m.zeros) value = fma(Vec::all(static_cast<float>(sums[r])), zero, value);
+        sum[r] = fma(value * Vec::all(scales[r]), scale, sum[r]);
+      }
     }
-    Vec offset = Vec::zero() - scale * widen(halves + kPanel + i);
-    for (int64_t r = 0; r < rows; r++) {
-      Vec sum = fma(Vec::load(partial + r * kPanel + i), scale, Vec::load(c + r * kPanel + i));
-      fma(Vec::all(sums[r * sums_stride]), offset, sum).store(c + r * kPanel + i);
+    for (int r = 0; r < R; r++) sum[r].store(c + r * kPanel + i);
+  }
+}
+
+// Up to so many rows, int4 is multiplied as it is read from memory; more are worth widening it once for all, for tiles.
+#if defined(__AMX_TILE__)
+constexpr int64_t kLevelRows = 4;
+#else
+constexpr int64_t kLevelRows = kMostRows;
+#endif
+
+template <int R = 4>
+void multiply_few(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
+                     const uint8_t* panel, Scratch& s, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_few<R - 1>(m, a, x, row, rows, panel, s, c);
+  }
+  const int64_t head = m.zeros ? 128 : 64, group_bytes = m.group_bytes(), groups = m.padded_k() / m.group;
+  for (int64_t g = 0; g < groups; g++) {
+    multiply_levels<R>(x + g * m.group, a.stride, panel + g * group_bytes + head, m.group / 32, s.partial);
+    add_groups<R, true>(m, a, row, panel, g, 1, s.partial, c);
+  }
+}
+
+void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel, Scratch& s) {
+  std::memset(s.c, 0, rows * kPanel * sizeof(float));
+  const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
+  if (rows <= kLevelRows) {
+    for (int64_t r = 0; r < rows; r += 4)
+      multiply_few(m, a, x + r * a.stride, begin + r, std::min<int64_t>(4, rows - r), panel, s, s.c + r * kPanel);
+    return;
+  }
+#if defined(__AMX_TILE__)
+  TileShape shape;
+  const int64_t head = m.zeros ? 128 : 64, group_bytes = m.group_bytes(), groups = m.padded_k() / m.group;
+  const int64_t at_once = kPiece / m.group, wide_bytes = m.group * kPanel;
+  for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
+    const int64_t end = std::min(g0 + at_once, groups);
+    for (int64_t g = g0; g < end; g++)
+      widen_int4(panel + g * group_bytes + head, m.group / 32, std::min<int64_t>(m.group, 64), s.b + (g - g0) * wide_bytes);
+    for (int64_t r = 0; r < rows; r += kRowBlock) {
+      const int64_t block = std::min(kRowBlock, rows - r);
+      for (int64_t g = g0; g < end; g += kGroups) {
+        const int64_t count = std::min(kGroups, end - g);
+        for (int64_t i = 0; i < count; i++) {
+          const int8_t* from = x + r * a.stride + (g + i) * m.group;
+          const uint8_t* b = s.b + (g + i - g0) * wide_bytes;
+          int32_t* to = s.partial + i * kRowBlock * kPanel;
+          if (m.group == 32) {
+            multiply<Int8HalfStep>(shape, from, a.stride, block, b, 1, to, false);
+          } else {
+            multiply<Int8Step>(shape, from, a.stride, block, b, m.group / 64, to, false);
+          }
+        }
+        fence(s.partial);
+        int64_t done = 0;
+        for (; done + 8 <= block; done += 8)
+          add_groups<8, false>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
+        for (; done < block; done++)
+          add_groups<1, false>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
+      }
     }
   }
+#endif
 }
 
 // c [rows][32] for rows of A along the whole of K.
@@ -71,27 +154,8 @@ void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int6
                            std::min(piece, k - k0) / 64, c + r * kPanel, k0 > 0, rows <= kRowBlock);
     return;
   }
+  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, s);
   const bf16* x = static_cast<const bf16*>(a.data) + begin * a.stride;
-  if (m.format == Format::kInt4) {
-    std::memset(s.c, 0, rows * kPanel * sizeof(float));
-    const int64_t head = m.zeros ? 128 : 64, group_bytes = m.group_bytes(), wide_bytes = m.group * kPanel * 2;
-    const int64_t groups = k / m.group, at_once = kPiece / m.group;
-    for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
-      const int64_t count = std::min(at_once, groups - g0);
-      for (int64_t g = 0; g < count; g++)
-        widen_int4(panel + (g0 + g) * group_bytes + head, m.group / 32, s.b + g * wide_bytes);
-      for (int64_t r = 0; r < rows; r += kRowBlock) {
-        const int64_t block = std::min(kRowBlock, rows - r);
-        for (int64_t g = 0; g < count; g++) {
-          multiply<Bf16Step>(shape, x + r * a.stride + (g0 + g) * m.group, a.stride, block, s.b + g * wide_bytes, m.group / 32,
-                             s.partial, false);
-          const float* sums = m.zeros ? a.group_sums + (begin + r) * groups + g0 + g : nullptr;
-          add_group(m, panel + (g0 + g) * group_bytes, s.partial, sums, groups, block, s.c + r * kPanel);
-        }
-      }
-    }
-    return;
-  }
   const bool direct = m.format == Format::kBfloat16;
   const int64_t piece = direct && rows <= kRowBlock ? k : kPiece;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
@@ -154,16 +218,18 @@ void finish(const Product<T>& p, int64_t begin, int64_t rows, int64_t panel, con
     }
 }
 
-// Symmetric to the row's largest magnitude, rounded to even; returns the scale.
+// Symmetric to the largest magnitude, rounded to even; returns the scale.
 template <class T>
-float quantize_row(const T* x, int64_t k, int64_t padded, int8_t* q) {
+float quantize(const T* x, int64_t k, int64_t padded, int8_t* q) {
   Vec best = Vec::zero(), poison = Vec::zero();  // 0 times what is no number is NaN, which a maximum would lose
   for (int64_t i = 0; i < k; i += Vec::width) {
     Vec v = Vec::load(x + i, static_cast<int>(k - i));
     best = max(best, abs(v));
     poison = fma(v, Vec::zero(), poison);
   }
-  const float most = best.max(), inverse = most == 0 ? 0 : 127.0f / most;
+  const float most = best.max();
+  float inverse = 127.0f / most;
+  if (!(inverse <= std::numeric_limits<float>::max())) inverse = 0;  // of zeros, or as good as that
   for (int64_t i = 0; i < k; i += Vec::width) {
     const int count = static_cast<int>(std::min<int64_t>(Vec::width, k - i));
     Vec v = Vec::load(x + i, count) * Vec::all(inverse);
@@ -192,7 +258,7 @@ void convert_row(const T* x, int64_t k, int64_t padded, bf16* to) {
 template <class T>
 bool usable_as_is(const PackedMatrix& m) {
   if (m.format == Format::kFloat32) return sizeof(T) == 4;
-  return sizeof(T) == 2 && m.format != Format::kInt8 && m.k % m.k_step() == 0;
+  return sizeof(T) == 2 && !quantizes(m.format) && m.k % m.k_step() == 0;
 }
 
 // Rows are kept off power-of-two strides, at which their lines would compete for the same places in the cache.
@@ -207,52 +273,35 @@ int64_t max_rows(const PackedMatrix& m) {
 
 template <class T>
 int64_t prepared_bytes(const PackedMatrix& m, int64_t rows, int64_t stride) {
-  int64_t sums = m.format == Format::kInt4 && m.zeros ? rows * (m.padded_k() / m.group) * 4 : 0;
-  int64_t scales = m.format == Format::kInt8 ? rows * 4 : 0;
+  int64_t scales = quantizes(m.format) ? 2 * rows * (m.padded_k() / std::max<int64_t>(shared(m), 1)) * 4 : 0;  // and sums
   int64_t converted = usable_as_is<T>(m) ? 0 : rows * scratch_stride(m) * activation_bytes(m.format);
-  return ceil_div(converted, 64) * 64 + sums + scales;
+  return ceil_div(converted, 64) * 64 + scales;
 }
 
 template <class T>
 Activations prepare(const PackedMatrix& m, const T* x, int64_t stride, int64_t rows, uint8_t* scratch) {
-  Activations a{x, stride, nullptr, nullptr};
-  uint8_t* extra = scratch;
-  const int64_t padded = m.padded_k(), wide = scratch_stride(m);
-  const int64_t grain = 1 + 16384 / (m.k + 1);
-  if (!usable_as_is<T>(m)) {
-    extra += ceil_div(rows * wide * activation_bytes(m.format), 64) * 64;
-    a.data = scratch;
-    a.stride = wide;
-    float* scales = reinterpret_cast<float*>(extra);
-    if (m.format == Format::kInt8) {
-      a.scales = scales;
-      extra += rows * 4;
-    }
-    ThreadPool::get().run_ranges(rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        if (m.format == Format::kInt8) {
-          scales[r] = quantize_row(x + r * stride, m.k, padded, reinterpret_cast<int8_t*>(scratch) + r * wide);
-        } else {
-          convert_row(x + r * stride, m.k, padded, reinterpret_cast<bf16*>(scratch) + r * wide);
+  if (usable_as_is<T>(m)) return {x, stride, nullptr, nullptr, rows};
+  const int64_t padded = m.padded_k(), wide = scratch_stride(m), part = shared(m), parts = part ? padded / part : 0;
+  float* scales = reinterpret_cast<float*>(scratch + ceil_div(rows * wide * activation_bytes(m.format), 64) * 64);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + rows * parts);
+  ThreadPool::get().run_ranges(rows, 1 + 16384 / (m.k + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      if (!quantizes(m.format)) {
+        convert_row(x + r * stride, m.k, padded, reinterpret_cast<bf16*>(scratch) + r * wide);
+        continue;
+      }
+      for (int64_t i = 0; i < parts; i++) {
+        int8_t* to = reinterpret_cast<int8_t*>(scratch) + r * wide + i * part;
+        scales[i * rows + r] = quantize(x + r * stride + i * part, std::min(part, m.k - i * part), part, to);
+        if (m.format == Format::kInt4) {
+          int32_t sum = 0;
+          for (int64_t j = 0; j < part; j++) sum += to[j];
+          sums[i * rows + r] = sum;
         }
       }
-    });
-  }
-  if (m.format == Format::kInt4 && m.zeros) {
-    float* sums = reinterpret_cast<float*>(extra);
-    a.group_sums = sums;
-    const int64_t groups = padded / m.group;
-    ThreadPool::get().run_ranges(rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++)
-        for (int64_t g = 0; g < groups; g++) {
-          Vec sum = Vec::zero();
-          for (int64_t i = g * m.group; i < std::min((g + 1) * m.group, m.k); i += Vec::width)
-            sum = sum + Vec::load(x + r * stride + i, static_cast<int>(std::min((g + 1) * m.group, m.k) - i));
-          sums[r * groups + g] = sum.sum();
-        }
-    });
-  }
-  return a;
+    }
+  });
+  return {scratch, wide, scales, sums, rows};
 }
 
 template <class T>

@@ -10,8 +10,9 @@ namespace skyline {
 struct Activations {
   const void* data;
   int64_t stride;            // elements between rows
-  const float* scales;       // int8: one a row
-  const float* group_sums;   // int4 with zero points: [rows][groups]
+  const float* scales;       // int8: one a row; int4: [groups][rows]
+  const int32_t* sums;       // int4: of a group's integers, [groups][rows]
+  int64_t rows;
 };
 
 // y = activations x weight (+ bias), written to rows of type T (float or bf16).

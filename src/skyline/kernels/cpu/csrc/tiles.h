@@ -33,23 +33,28 @@ inline void fence(const void* memory) { __asm__ volatile("" : : "r"(memory) : "m
 // Tiles 0-3 accumulate (rows 0-15 and 16-31, by columns 0-15 and 16-31), 4 and 5 are rows of A, 6 and 7 columns of B.
 class TileShape {
  public:
-  void set(int64_t rows) {
-    if (rows == rows_) return;
+  // depth: bytes of A's rows, 4 for each row of B.
+  void set(int64_t rows, int64_t depth) {
+    if (rows == rows_ && depth == depth_) return;
     rows_ = rows;
+    depth_ = depth;
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     int first = static_cast<int>(std::min<int64_t>(rows, 16)), second = rows > 16 ? static_cast<int>(rows - 16) : 1;
-    const int heights[8] = {first, first, second, second, first, second, 16, 16};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = static_cast<uint8_t>(heights[i]);
+    const int deep = static_cast<int>(depth / 4), heights[8] = {first, first, second, second, first, second, deep, deep};
+    for (int i = 0; i < 8; i++) {
+      config.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth : 64);
+      config.rows[i] = static_cast<uint8_t>(heights[i]);
+    }
     fence(&config);
     _tile_loadconfig(&config);
   }
 
  private:
-  int64_t rows_ = 0;
+  int64_t rows_ = 0, depth_ = 0;
 };
 
 struct Bf16Step {
@@ -62,15 +67,21 @@ struct Int8Step {
   using C = int32_t;
   static constexpr int64_t k = 64;
 };
+struct Int8HalfStep {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 32;
+};
 
 // c [rows][32] (+)= a [rows, steps * k] (row stride lda) times the panel's blocks at b.
 template <class Step>
 void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
               typename Step::C* c, bool accumulate, bool stream = false) {
   constexpr bool integer = sizeof(typename Step::A) == 1;
+  constexpr int64_t depth = Step::k * static_cast<int64_t>(sizeof(*a)), tile = depth * kTile;  // in bytes
   const int64_t stride = lda * static_cast<int64_t>(sizeof(*a));
   fence(b);
-  shape.set(rows);
+  shape.set(rows, depth);
   if (rows <= 16) {
     if (accumulate) {
       _tile_loadd(0, c, 128);
@@ -79,11 +90,11 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
       _tile_zero(0);
       _tile_zero(1);
     }
-    for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048) {
+    for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2 * tile) {
       if (stream) prefetch<32>(b);
       _tile_loadd(4, a, stride);
       _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + 1024, 64);
+      _tile_loadd(7, b + tile, 64);
       if constexpr (integer) {
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
@@ -109,11 +120,11 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; s++, a += Step::k, a2 += Step::k, b += 2048) {
+  for (int64_t s = 0; s < steps; s++, a += Step::k, a2 += Step::k, b += 2 * tile) {
     if (stream) prefetch<32>(b);
     _tile_loadd(4, a, stride);
     _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + 1024, 64);
+    _tile_loadd(7, b + tile, 64);
     _tile_loadd(5, a2, stride);
     if constexpr (integer) {
       _tile_dpbssd(0, 4, 6);
@@ -317,34 +328,78 @@ inline void widen_int8(const uint8_t* from, int64_t blocks, uint8_t* to) {
   }
 }
 
-// The same for int4: levels 0 to 15 become -8 to 7.
-inline void widen_int4(const uint8_t* from, int64_t blocks, uint8_t* to) {
+// int4 levels 0 to 15 times rows of A, for the `blocks` blocks of 32 k of one group: c [R][32] = a [R, 32 * blocks] times the
+// levels at b. Unlike signed ones, levels go into the instructions as they are; the caller takes 8 * sum(a) off again.
+template <int R>
+void multiply_levels(const int8_t* a, int64_t lda, const uint8_t* b, int64_t blocks, int32_t* c) {
+  auto four = [](const int8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return bytes;
+  };
 #if defined(__AVX512F__)
-  // VPERMW looks at the low 5 bits of a word, of which the fifth belongs to the next nibble: the table holds all twice.
-  alignas(64) static constexpr uint16_t table[32] = {
-      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
-      0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
-  const __m512i values = _mm512_load_si512(table);
-#endif
-  for (int64_t i = 0; i < blocks * 8; i++, from += 64, to += 256) {
-    prefetch<1>(from);
-#if defined(__AVX512F__)
-    __m512i words = _mm512_loadu_si512(from);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(words, values));
-    _mm512_storeu_si512(to + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), values));
-    _mm512_storeu_si512(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), values));
-    _mm512_storeu_si512(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), values));
-#else
-    for (int half = 0; half < 4; half++) {
-      __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * half)));
-      for (int s = 0; s < 4; s++) {
-        __m256i level = _mm256_and_si256(_mm256_srli_epi32(words, 4 * s), _mm256_set1_epi32(15));
-        Vec{_mm256_cvtepi32_ps(_mm256_sub_epi32(level, _mm256_set1_epi32(8)))}.store(
-            reinterpret_cast<bf16*>(to + 64 * s) + 8 * half);
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512i acc[R][4];  // by tile and nibble
+  for (auto& row : acc)
+    for (__m512i& vec : row) vec = _mm512_setzero_si512();
+  for (int64_t block = 0; block < blocks; block++, a += 32, b += 512)
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) {
+      prefetch_l2(b + kAhead + 64 * part);
+      const __m512i bytes = _mm512_loadu_si512(b + 64 * part);
+      const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+      const int t = part / 4 * 2;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const int8_t* x = a + r * lda + part % 4 * 4;
+        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], low, _mm512_set1_epi32(four(x)));
+        acc[r][t + 1] = _mm512_dpbusd_epi32(acc[r][t + 1], high, _mm512_set1_epi32(four(x + 16)));
       }
     }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++)
+      _mm512_storeu_si512(c + r * kPanel + 16 * t, _mm512_add_epi32(acc[r][2 * t], acc[r][2 * t + 1]));
+#else
+  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  for (int eight = 0; eight < 4; eight++) {  // of the panel's columns
+    __m256i acc[R];
+    for (__m256i& vec : acc) vec = _mm256_setzero_si256();
+    for (int64_t block = 0; block < blocks; block++)
+      for (int part = 0; part < 4; part++) {
+        const uint8_t* at = b + block * 512 + eight / 2 * 256 + part * 64 + eight % 2 * 32;
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        const __m256i low = _mm256_and_si256(bytes, nibble), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        for (int r = 0; r < R; r++) {
+          const int8_t* x = a + r * lda + block * 32 + part * 4;
+          const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_set1_epi32(four(x))),
+                                                 _mm256_maddubs_epi16(high, _mm256_set1_epi32(four(x + 16))));
+          acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    for (int r = 0; r < R; r++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + r * kPanel + 8 * eight), acc[r]);
+  }
 #endif
+}
+
+#if defined(__AMX_TILE__)
+
+// Widens int4 blocks of 32 k to int8 tiles, -8 to 7, for steps of 32 or 64 k.
+inline void widen_int4(const uint8_t* from, int64_t blocks, int64_t step_k, uint8_t* to) {
+  const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+  const int64_t tile = step_k * kTile;
+  for (int64_t block = 0; block < blocks; block++) {
+    uint8_t* at = to + block * 32 / step_k * 2 * tile + block * 32 % step_k * kTile;
+    for (int t = 0; t < 2; t++, at += tile)
+      for (int part = 0; part < 4; part++, from += 64) {
+        prefetch_l2(from + kAhead);
+        const __m512i bytes = _mm512_loadu_si512(from);
+        const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        _mm512_storeu_si512(at + 64 * part, _mm512_sub_epi8(low, eight));
+        _mm512_storeu_si512(at + 64 * part + 256, _mm512_sub_epi8(high, eight));
+      }
   }
 }
+
+#endif
 
 }  // namespace skyline

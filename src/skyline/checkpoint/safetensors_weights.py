@@ -24,7 +24,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 * 1024 * 1024
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -146,7 +146,7 @@ class SafetensorsWeights:
                 if name in self._headers:
                     raise CheckpointError(f"tensor {name!r} is in both {self._file_of[name]} and {file_name}")
                 header = file.get_slice(name)
-                dtype = _DTYPES.get(header.get_dtype())
+                dtype = DTYPES.get(header.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{path}: tensor {name!r} has the unsupported dtype {header.get_dtype()}")
                 self._headers[name] = (tuple(header.get_shape()), dtype)

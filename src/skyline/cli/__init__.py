@@ -17,6 +17,7 @@ from skyline.cli.generate import generate
 from skyline.cli.kernels import kernels
 from skyline.cli.profile import profile
 from skyline.cli.serve import serve
+from skyline.cli.tune import tune
 from skyline.cli.version import version
 
 app = typer.Typer(
@@ -71,6 +72,12 @@ app.command(
         "skyline profile --quantization int8 --json",
     )
 )(profile)
+app.command(
+    epilog=_examples(
+        "skyline tune Qwen/Qwen3-0.6B",
+        "skyline tune Qwen/Qwen3-0.6B --quantization int4 --budget 30",
+    )
+)(tune)
 app.command(
     "eval",
     epilog=_examples(

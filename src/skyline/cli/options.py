@@ -56,6 +56,14 @@ QuantizationGroup = Annotated[
     int,
     typer.Option(help="Weights that share an int4 scale: 32, 64 or 128.", rich_help_panel=MODEL),
 ]
+WeightCache = Annotated[
+    bool,
+    typer.Option(
+        "--weight-cache",
+        help="Keep the weights on disk, packed and quantized, for faster starts on this CPU.",
+        rich_help_panel=MODEL,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Compute threads.", show_default="all usable cores", rich_help_panel=MODEL)
 ]

@@ -51,6 +51,7 @@ def profile(
     load_format: options.Format = "auto",
     quantization: options.Quantize = None,
     quantization_group: options.QuantizationGroup = 64,
+    weight_cache: options.WeightCache = False,
     kv_cache_dtype: options.KVCacheDtype = "auto",
     threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -77,6 +78,7 @@ def profile(
         load_format=load_format,
         quantization=quantization,
         quantization_group=quantization_group,
+        weight_cache=weight_cache,
         kv_cache_dtype=kv_cache_dtype,
         threads=threads,
     )

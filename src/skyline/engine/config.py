@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     load_format: LoadFormat = "auto"  # "dummy": random weights of the right shape, for measuring speed
     quantization: Quantization | None = None  # of the weights of linear layers, while they are read
     quantization_group: int = 64  # neighbours of a row that share a scale, with int4
+    weight_cache: bool = False  # keep weights on disk as the CPU's kernels want them, for the next start
     max_model_len: int | None = None  # tokens of prompt and output together
     max_num_seqs: int = 256  # requests running at once
     max_num_batched_tokens: int = 2048  # token budget of a step
@@ -52,6 +53,10 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.quantization_group not in QUANTIZATION_GROUPS:
             raise ValueError(f"quantization_group must be 32, 64 or 128, not {self.quantization_group}")
+        if self.weight_cache and self.device.startswith("cuda"):
+            raise ValueError("weight_cache is for the CPU's kernels; leave it out with device cuda")
+        if self.weight_cache and self.load_format == "dummy":
+            raise ValueError("weight_cache keeps a checkpoint's weights; leave it out with load_format dummy")
         if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
             raise ValueError(f"memory_fraction must be above 0 and at most 1, not {self.memory_fraction}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -20,6 +20,7 @@ from torch import fx, nn
 from skyline.graph.buffers import BufferPlan, plan_buffers
 from skyline.graph.capture import INPUTS, resolve
 from skyline.kernels import Choice, Kernel, Layout, Request, choose
+from skyline.kernels.tuning import Tunings
 from skyline.ops import AttentionBatch, Op
 
 # Sizes for which bound arguments are kept. Decoding changes its number of requests rarely, and by one at a time.
@@ -79,11 +80,14 @@ class Program:
         output: int,
         choices: dict[str, Choice],
         weights: list[WeightUse],
+        dtype: torch.dtype,
     ) -> None:
         self.calls = calls
+        self.dtype = dtype  # of the activations
         self.choices = choices  # by op name
         self.weights = weights
         self.fusions: dict[str, int] = {}  # how often each pass matched
+        self._tunings = Tunings("")
         self._constants = constants  # by slot; None for activations
         self._output = output
         self._plan: BufferPlan | None = None
@@ -105,6 +109,15 @@ class Program:
         """Make room for steps of so many tokens and rows of logits at once; larger steps would allocate anew."""
         self.plan.reserve(num_tokens, num_rows)
         self._bindings.clear()
+
+    def tune(self, tunings: Tunings) -> None:
+        """Use these tactics from the next step on."""
+        self._tunings = tunings
+        self._bindings.clear()
+
+    def constant(self, slot: int) -> Any:
+        """What is in this slot in every step: a weight, a cache, a number. None if it is not the same in every step."""
+        return self._constants[slot]
 
     def observe(self, around: Callable[[Call, Callable[..., Any]], Callable[..., Any]] | None) -> None:
         """Let around(call, run) take the place of each call's `run` from the next step on; None: no longer.
@@ -175,10 +188,14 @@ class Program:
             yield _Step(call.kernel.run, (), call.arguments, call.results, call.frees)
             return
         slots = (*call.results, *call.arguments)
+        into = call.kernel.into
+        if call.kernel.tactics is not None and known[call.arguments[0]]:
+            rows, weight = (values[slot] for slot in call.arguments[:2])
+            into = self._tunings.into(call.kernel, rows.shape[0], weight) or into
         if all(known[slot] for slot in slots):
-            yield _Step(call.kernel.into, tuple(values[slot] for slot in slots))
+            yield _Step(into, tuple(values[slot] for slot in slots))
         else:
-            yield _Step(call.kernel.into, (), slots)
+            yield _Step(into, (), slots)
 
     def trace(self, *inputs: Any, visit: Callable[[Call, tuple[Any, ...], tuple[Any, ...]], None]) -> torch.Tensor:
         """Follow the calls on tensors of the meta device, showing each with its arguments and results.
@@ -312,7 +329,7 @@ class _Builder:
             arguments = (*call.arguments[:index], slot, *call.arguments[index + 1 :])
             self._calls[at] = Call(call.op, call.name, call.kernel, arguments, call.results, call.frees)
         weights = list(self._weights.values())
-        program = Program(self._calls, self._constants, output, self._choices, weights)
+        program = Program(self._calls, self._constants, output, self._choices, weights, self._dtype)
         for use in weights:
             if use.layout is not None and not use.parameter.is_meta:  # a model that is already filled
                 target = use.layout.allocate(tuple(use.parameter.shape), use.parameter.dtype)

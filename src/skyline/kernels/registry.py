@@ -54,7 +54,9 @@ class Kernel:
     `supports` returns None, or the reason why it cannot serve the request. `into(*outputs, *arguments)`, where there is
     one, writes its results to tensors it is given, so that a Program can plan its memory. `layouts` maps the position
     of a weight among the arguments to the layout it must have, or to a function that tells it from all the arguments;
-    `any_layout` are positions where a layout that some other op wants of the same weight is understood.
+    `any_layout` are positions where a layout that some other op wants of the same weight is understood. `tactics`, of a
+    kernel whose first arguments are rows and a weight, are what `into` takes as its keyword `tactic` for a number of
+    rows, the default first: ways to the same bits, of which measuring tells the fastest (skyline.kernels.tuning).
     """
 
     op: str
@@ -64,6 +66,7 @@ class Kernel:
     into: Callable[..., None] | None = None
     layouts: Mapping[int, Layout | Callable[[tuple[Any, ...]], Layout]] = field(default_factory=dict)
     any_layout: frozenset[int] = frozenset()
+    tactics: Callable[[int], tuple[Any, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

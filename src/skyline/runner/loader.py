@@ -13,12 +13,14 @@ from skyline.checkpoint.weights import SafetensorsWeights, load
 from skyline.engine.config import EngineConfig
 from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
+from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.models import create_model, destinations, ignorable, kv_caches
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import MemoryPlan, available_bytes, peak_activation_bytes, plan_memory, set_kv_dtype
 from skyline.runner.model_runner import ModelRunner
 from skyline.runner.sampler import Sampler
+from skyline.runner.weight_cache import WeightCache
 from skyline.runner.weight_store import WeightStore
 
 
@@ -85,14 +87,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()
+    tunings = None
+    if device.type == "cpu" and native.available() != "none":
+        _, tunings = tuning.kept(config.threads)
+        program.tune(tunings)
     store = WeightStore(model, program, device)
     if config.load_format == "dummy":
         store.randomize(model, config.seed)
         source = "random weights"
     else:
-        with SafetensorsWeights(folder) as weights:
-            read = load(weights, destinations(model), ignore=ignorable(model), write=store.write)
-        source = f"{read.bytes / 2**20:,.0f} MiB"
+        source = _read_weights(config, model, store, dtype)
     load_seconds = time.perf_counter() - began
 
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -131,8 +135,23 @@ def load_model(config: EngineConfig) -> LoadedModel:
         enable_prefix_caching=config.enable_prefix_caching,
     )
     report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
+    if tunings is not None and tunings.tactics:
+        report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
+
+
+def _read_weights(config: EngineConfig, model: torch.nn.Module, store: WeightStore, dtype: torch.dtype) -> str:
+    """Fill the store, and say from where."""
+    cache = WeightCache(config, dtype, native.available(), store.tensors()) if config.weight_cache else None
+    if cache is not None and cache.read():
+        return f"{cache.nbytes / 2**20:,.0f} MiB from the weight cache"
+    with SafetensorsWeights(Path(config.model)) as weights:
+        read = load(weights, destinations(model), ignore=ignorable(model), write=store.write)
+    source = f"{read.bytes / 2**20:,.0f} MiB"
+    if cache is not None and cache.write():
+        source += f", {cache.nbytes / 2**20:,.0f} MiB written to the weight cache"
+    return source
 
 
 def _report(

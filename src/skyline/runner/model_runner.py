@@ -8,9 +8,11 @@ next step in that time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import to_device, token_positions
 from skyline.runner.sampler import Sampler, SampleResult
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -89,6 +93,10 @@ class ModelRunner:
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
+
+    def between_steps(self, function: Callable[[], T]) -> T:
+        """Call it on the thread that computes, and wait for what it returns."""
+        return self._worker.submit(function).result()
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -5,6 +5,7 @@ The model's parameters have no memory of their own here: a parameter that only p
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class WeightStore:
     @property
     def nbytes(self) -> int:
         return sum(target.nbytes for targets in self._targets.values() for _, target in targets)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of the memory, each tensor under the names of its parameter, of its layout, and of the part it is."""
+        found: dict[str, torch.Tensor] = {}
+        for use, memory in (pair for targets in self._targets.values() for pair in targets):
+            name = f"{self._names[id(use.parameter)]}/{'plain' if use.layout is None else use.layout.name}"
+            if isinstance(memory, torch.Tensor):
+                parts = {name: memory}
+            else:
+                values = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
+                parts = {f"{name}/{part}": v for part, v in values.items() if isinstance(v, torch.Tensor)}
+            assert not found.keys() & parts.keys(), f"two layouts of one weight have the same name: {name}"
+            found |= parts
+        return found
 
     def write(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe."""

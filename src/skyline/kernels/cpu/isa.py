@@ -57,3 +57,12 @@ def detect() -> str:
     if wanted not in have:
         raise ValueError(f"{OVERRIDE}={wanted}: this CPU supports {', '.join(have)}")
     return wanted
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, or an empty string."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, only, provide
+from skyline.kernels.cpu.native import available, library, only, provide
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
 
 _GROUPS = (32, 64, 128)
+
+
+class Tactic(NamedTuple):
+    """How a product is gone through, as in csrc/product.h; results are the same to the bit."""
+
+    rows: int = 512
+    piece: int = 512
+    level_rows: int = 4
+
+
+DEFAULT = Tactic()
+_BLOCKINGS = (DEFAULT, Tactic(piece=256), Tactic(rows=256), Tactic(rows=256, piece=256), Tactic(rows=128))
+_CROSSINGS = tuple(Tactic(level_rows=rows) for rows in (4, 1, 2, 8, 16))
+
+
+def _tactics(format: Format) -> Callable[[int], tuple[Tactic, ...]]:
+    """What there is to choose from for a number of rows, the default first."""
+
+    def tactics(rows: int) -> tuple[Tactic, ...]:
+        if rows > 64:
+            return _BLOCKINGS
+        if format is Format.INT4 and 1 < rows <= 16 and available() == "amx":
+            return _CROSSINGS
+        return (DEFAULT,)
+
+    return tactics
 
 
 def _layout(format: Format, group: int = 0) -> Callable[[tuple[Any, ...]], PackedLayout]:
@@ -27,10 +53,17 @@ def _layout(format: Format, group: int = 0) -> Callable[[tuple[Any, ...]], Packe
 def _into(format: Format, group: int = 0) -> Callable[..., None]:
     choose = _layout(format, group)
 
-    def linear(out: Tensor, x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> None:
+    def linear(
+        out: Tensor,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None = None,
+        silu_mul: bool = False,
+        tactic: Tactic = DEFAULT,
+    ) -> None:
         if not isinstance(weight, PackedWeight):  # a caller without a loader: slow, and right
             weight = pack(weight, choose((x, weight, bias, silu_mul)))
-        library().linear(out, x, bias, *weight.arguments)
+        library().linear(out, x, bias, *tactic, *weight.arguments)
 
     return linear
 
@@ -42,10 +75,11 @@ for _op, _format, _dtypes, _why in (
     ("linear_int8", Format.INT8, _FLOAT32 + _BFLOAT16, ""),
     ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, _BFLOAT16, "multiplies in bfloat16"),
 ):
-    provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)})
+    provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)}, tactics=_tactics(_format))
 for _group in _GROUPS:
     _check = only(_FLOAT32 + _BFLOAT16, "", _group)
-    provide("linear_int4", _into(Format.INT4, _group), _check, layouts={1: _layout(Format.INT4, _group)})
+    _layouts = {1: _layout(Format.INT4, _group)}
+    provide("linear_int4", _into(Format.INT4, _group), _check, layouts=_layouts, tactics=_tactics(Format.INT4))
 
 
 def _embedding(out: Tensor, ids: Tensor, weight: Any) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.build import cache_folder, library_path
+from skyline.kernels.cpu.isa import cpu_model
 from skyline.kernels.cpu.packed import Format
 from skyline.kernels.registry import Request, choose
 from skyline.ops import OPS
@@ -70,7 +71,7 @@ class Machine(msgspec.Struct, frozen=True):
 def measure(threads: int | None = None) -> Machine:
     """Measure on an own thread, in about five seconds, and keep the figures in the cache folder."""
     isa = native.available()
-    count = threads or _default_threads()
+    count = native.thread_count(threads)
     # The kernels' first thread gets pinned; torch's threads, started from there, would share its core. So torch
     # computes on a thread of its own.
     with ThreadPoolExecutor(1, "kernels") as kernels, ThreadPoolExecutor(1, "torch") as other:
@@ -92,7 +93,7 @@ def measure(threads: int | None = None) -> Machine:
         finally:
             if isa != "none":
                 kernels.submit(native.stop_threads).result()
-    machine = Machine(_cpu_model(), isa, count, _library(isa), every, one, peaks)
+    machine = Machine(cpu_model(), isa, count, _library(isa), every, one, peaks)
     _save(machine)
     return machine
 
@@ -100,7 +101,7 @@ def measure(threads: int | None = None) -> Machine:
 def load_or_measure(threads: int | None = None) -> Machine:
     """The figures of an earlier measurement with this CPU, number of threads and library, if there is one."""
     isa = native.available()
-    wanted = (_cpu_model(), isa, threads or _default_threads(), _library(isa))
+    wanted = (cpu_model(), isa, native.thread_count(threads), _library(isa))
     for machine in _saved():
         if (machine.cpu, machine.isa, machine.threads, machine.library) == wanted:
             return machine
@@ -186,13 +187,6 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _default_threads() -> int:
-    """As native.start_threads."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(native.physical_cpus())
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else min(cores, native.cgroup_cpus() or cores)
-
-
 @contextlib.contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -201,14 +195,6 @@ def _torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _library(isa: str) -> str:

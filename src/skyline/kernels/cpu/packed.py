@@ -122,10 +122,12 @@ class PackedLayout:
             rows = rows[len(part) :]
 
 
-@functools.cache
 def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:
     """One object a layout: layouts are compared by identity."""
-    return PackedLayout(format, gated, group, zeros)
+    return _layout(format, gated, group, zeros)
+
+
+_layout = functools.cache(PackedLayout)  # tells calls apart by how they are written, hence the function above
 
 
 def pack(weight: Tensor | QuantizedWeight, layout: PackedLayout) -> PackedWeight:

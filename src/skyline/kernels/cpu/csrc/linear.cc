@@ -6,9 +6,13 @@
 #include "workspace.h"
 
 namespace skyline {
-// out [T, N], or [T, N / 2] for a gated weight; x [T, K] of the same dtype; bias [N] of that dtype.
-void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, PACKED_PARAMETERS) {
+// out [T, N], or [T, N / 2] for a gated weight; x [T, K] of the same dtype; bias [N] of that dtype. The Tactic's fields.
+void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_t tactic_rows, int64_t tactic_piece,
+            int64_t tactic_level_rows, PACKED_PARAMETERS) {
   const PackedMatrix m = PACKED_MATRIX;
+  const Tactic tactic{tactic_rows, tactic_piece, tactic_level_rows};
+  SKYLINE_CHECK(tactic.rows >= 128 && tactic.rows <= 512 && tactic.level_rows >= 0 &&
+                    (tactic.piece == 128 || tactic.piece == 256 || tactic.piece == 512), "no tactic that there is");
   dispatch_float(x, [&]<class T>(T*) {
     auto to = rows_of<T>(out);
     auto from = rows_of<const T>(x);
@@ -20,8 +24,8 @@ void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, PACKED
     static thread_local Workspace workspace;
     uint8_t* memory = workspace.at_least(prepared_bytes<T>(m, from.rows, from.stride));
     const Activations a = prepare<T>(m, from.data, from.stride, from.rows, memory);
-    const Product<T> product{m, a, bias.has_value() ? data<const T>(bias.value()) : nullptr, to.data, to.stride};
-    const int64_t panels = m.panels(), at_once = max_rows(m);
+    const Product<T> product{m, a, bias.has_value() ? data<const T>(bias.value()) : nullptr, to.data, to.stride, tactic};
+    const int64_t panels = m.panels(), at_once = max_rows(m, tactic);
     // Enough tasks that a thread which is held up costs little, few enough that each streams through much memory.
     const int64_t tasks = std::min<int64_t>(panels, 16 * ThreadPool::get().size());
     for (int64_t begin = 0; begin < from.rows; begin += at_once) {

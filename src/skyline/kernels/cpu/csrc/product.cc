@@ -9,16 +9,15 @@
 namespace skyline {
 namespace {
 
-constexpr int64_t kMostRows = 512;
-constexpr int64_t kPiece = 512;                 // columns of A that are gone through before the next block of rows
-constexpr int64_t kCacheBytes = 1 << 20;        // of A, to stay in a core's second-level cache
+constexpr int64_t kMostRows = 512, kMostPiece = 512;  // of any tactic
+constexpr int64_t kCacheBytes = 1 << 20;              // of A, to stay in a core's second-level cache
 
-constexpr int64_t kGroups = 4;                  // of int4, multiplied before their sums are added up
+constexpr int64_t kGroups = 4;                        // of int4, multiplied before their sums are added up
 
 struct alignas(64) Scratch {
   float c[kMostRows * kPanel];
   int32_t partial[kGroups * kRowBlock * kPanel];
-  uint8_t b[kPiece * kPanel * 2];
+  uint8_t b[kMostPiece * kPanel * 2];
 };
 
 Scratch& scratch() {
@@ -70,13 +69,6 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
   }
 }
 
-// Up to so many rows, int4 is multiplied as it is read from memory; more are worth widening it once for all, for tiles.
-#if defined(__AMX_TILE__)
-constexpr int64_t kLevelRows = 4;
-#else
-constexpr int64_t kLevelRows = kMostRows;
-#endif
-
 template <int R = 4>
 void multiply_few(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
                      const uint8_t* panel, Scratch& s, float* c) {
@@ -90,10 +82,16 @@ void multiply_few(const PackedMatrix& m, const Activations& a, const int8_t* x, 
   }
 }
 
-void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel, Scratch& s) {
+void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                     const Tactic& tactic, Scratch& s) {
   std::memset(s.c, 0, rows * kPanel * sizeof(float));
   const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
-  if (rows <= kLevelRows) {
+#if defined(__AMX_TILE__)
+  const bool in_tiles = rows > tactic.level_rows;
+#else
+  const bool in_tiles = false;
+#endif
+  if (!in_tiles) {
     for (int64_t r = 0; r < rows; r += 4)
       multiply_few(m, a, x + r * a.stride, begin + r, std::min<int64_t>(4, rows - r), panel, s, s.c + r * kPanel);
     return;
@@ -101,7 +99,7 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
 #if defined(__AMX_TILE__)
   TileShape shape;
   const int64_t head = m.zeros ? 128 : 64, group_bytes = m.group_bytes(), groups = m.padded_k() / m.group;
-  const int64_t at_once = kPiece / m.group, wide_bytes = m.group * kPanel;
+  const int64_t at_once = tactic.piece / m.group, wide_bytes = m.group * kPanel;
   for (int64_t g0 = 0; g0 < groups; g0 += at_once) {
     const int64_t end = std::min(g0 + at_once, groups);
     for (int64_t g = g0; g < end; g++)
@@ -133,31 +131,32 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
 }
 
 // c [rows][32] for rows of A along the whole of K.
-void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel, Scratch& s) {
+void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                const Tactic& tactic, Scratch& s) {
   TileShape shape;
   const int64_t k = m.padded_k();
   if (m.format == Format::kFloat32) {
     const float* x = static_cast<const float*>(a.data) + begin * a.stride;
-    for (int64_t k0 = 0; k0 < k; k0 += kPiece)
+    for (int64_t k0 = 0; k0 < k; k0 += tactic.piece)
       for (int64_t r = 0; r < rows; r += 4)
         multiply_float(x + r * a.stride + k0, a.stride, std::min<int64_t>(4, rows - r),
-                       reinterpret_cast<const float*>(panel) + k0 * kPanel, std::min(kPiece, k - k0), s.c + r * kPanel, k0 > 0);
+                       reinterpret_cast<const float*>(panel) + k0 * kPanel, std::min(tactic.piece, k - k0), s.c + r * kPanel, k0 > 0);
     return;
   }
   if (m.format == Format::kInt8) {
     const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
     int32_t* c = reinterpret_cast<int32_t*>(s.c);
-    const int64_t piece = rows <= kRowBlock ? k : 2 * kPiece;
+    const int64_t piece = rows <= kRowBlock ? k : 2 * tactic.piece;
     for (int64_t k0 = 0; k0 < k; k0 += piece)
       for (int64_t r = 0; r < rows; r += kRowBlock)
         multiply<Int8Step>(shape, x + r * a.stride + k0, a.stride, std::min(kRowBlock, rows - r), panel + k0 * kPanel,
                            std::min(piece, k - k0) / 64, c + r * kPanel, k0 > 0, rows <= kRowBlock);
     return;
   }
-  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, s);
+  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, tactic, s);
   const bf16* x = static_cast<const bf16*>(a.data) + begin * a.stride;
   const bool direct = m.format == Format::kBfloat16;
-  const int64_t piece = direct && rows <= kRowBlock ? k : kPiece;
+  const int64_t piece = direct && rows <= kRowBlock ? k : tactic.piece;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t steps = std::min(piece, k - k0) / 32;
     const uint8_t* b = panel + k0 * kPanel * 2;
@@ -266,9 +265,9 @@ int64_t scratch_stride(const PackedMatrix& m) { return m.padded_k() + 64; }
 
 }  // namespace
 
-int64_t max_rows(const PackedMatrix& m) {
+int64_t max_rows(const PackedMatrix& m, const Tactic& tactic) {
   int64_t fit = kCacheBytes / (m.padded_k() * activation_bytes(m.format)) / kRowBlock * kRowBlock;
-  return std::clamp<int64_t>(fit, 4 * kRowBlock, kMostRows / kRowBlock * kRowBlock);
+  return std::clamp<int64_t>(fit, 4 * kRowBlock, tactic.rows / kRowBlock * kRowBlock);
 }
 
 template <class T>
@@ -307,7 +306,7 @@ Activations prepare(const PackedMatrix& m, const T* x, int64_t stride, int64_t r
 template <class T>
 void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel) {
   Scratch& s = scratch();
-  accumulate(product.weight, product.a, begin, end - begin, product.weight.panel(panel), s);
+  accumulate(product.weight, product.a, begin, end - begin, product.weight.panel(panel), product.tactic, s);
   finish(product, begin, end - begin, panel, s);
 }
 

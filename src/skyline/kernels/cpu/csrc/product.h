@@ -15,6 +15,13 @@ struct Activations {
   int64_t rows;
 };
 
+// How a product is gone through. Nothing of this changes its result by a bit, so the fastest can be chosen for any shape.
+struct Tactic {
+  int64_t rows = 512;       // of A, that a panel is multiplied by before the next panel: at most 512
+  int64_t piece = 512;      // columns of A that all of those are gone through before the next: 128, 256 or 512
+  int64_t level_rows = 4;   // up to so many rows, int4 is multiplied as it is read; more are worth widening it for, in tiles
+};
+
 // y = activations x weight (+ bias), written to rows of type T (float or bf16).
 template <class T>
 struct Product {
@@ -23,6 +30,7 @@ struct Product {
   const T* bias;
   T* out;
   int64_t out_stride;
+  Tactic tactic = {};
 };
 
 // Bytes of scratch that `prepare` needs for so many rows; 0 if x can be used as it is.
@@ -33,10 +41,10 @@ int64_t prepared_bytes(const PackedMatrix& weight, int64_t rows, int64_t stride)
 template <class T>
 Activations prepare(const PackedMatrix& weight, const T* x, int64_t stride, int64_t rows, uint8_t* scratch);
 
-// Rows [begin, end) of one panel's columns. At most max_rows(weight) rows at once.
+// Rows [begin, end) of one panel's columns. At most max_rows(weight, tactic) rows at once.
 template <class T>
 void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel);
 
-int64_t max_rows(const PackedMatrix& weight);
+int64_t max_rows(const PackedMatrix& weight, const Tactic& tactic = {});
 
 }  // namespace skyline

@@ -1,0 +1,157 @@
+"""Tactics give the same bits whichever is chosen, and the measured one runs. Which is faster is not tested."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skyline.engine.config import EngineConfig
+from skyline.kernels import candidates, tuning
+from skyline.kernels.cpu import isa, native
+from skyline.kernels.cpu.linear import DEFAULT, Tactic
+from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from skyline.kernels.tuning import Tunings, bucket, fastest, kept, place, save
+from skyline.runner.loader import load_model
+from skyline.runner.tune import tune
+from tests.cli.test_commands import one_red_line, skyline
+
+pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+
+FORMATS = {
+    "bfloat16": ("linear", Format.BFLOAT16, 0),
+    "int8": ("linear_int8", Format.INT8, 0),
+    "int8 weight only": ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, 0),
+    "int4 by 32": ("linear_int4", Format.INT4, 32),
+    "int4 by 128": ("linear_int4", Format.INT4, 128),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def kernel_of(op: str, format: Format, group: int) -> Any:
+    weight = torch.randn(8, 128).bfloat16()
+    for kernel in candidates(op):
+        if kernel.provider == native.PROVIDER:
+            layout: Any = kernel.layouts[1]
+            if layout((None, weight)) is packed_layout(format, group=group):
+                return kernel
+    raise AssertionError(f"no kernel of {op} for {format!r}")
+
+
+@pytest.mark.parametrize("instruction_set", [*isa.REQUIRES])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_tactic_gives_the_same_bits(name: str, instruction_set: str) -> None:
+    if instruction_set not in isa.supported():
+        pytest.skip(f"this CPU has no {instruction_set}")
+    op, format, group = FORMATS[name]
+    kernel = kernel_of(op, format, group)
+    with native.using(instruction_set):
+        weight = pack(torch.randn(72, 1100).bfloat16() / 32, packed_layout(format, group=group))
+        for rows in (1, 2, 7, 16, 65, 300, 600):
+            x = torch.randn(rows, 1100).bfloat16()
+            expected, got = torch.empty(rows, 72).bfloat16(), torch.empty(rows, 72).bfloat16()
+            kernel.into(expected, x, weight)
+            first, *others = kernel.tactics(rows)
+            assert first == DEFAULT and len({first, *others}) == 1 + len(others)
+            for tactic in others:
+                kernel.into(got.fill_(7), x, weight, tactic=tactic)
+                assert torch.equal(got, expected), (rows, tactic)
+
+
+def test_there_is_something_to_choose_from() -> None:
+    assert len(kernel_of("linear", Format.BFLOAT16, 0).tactics(256)) > 1
+    few = kernel_of("linear_int4", Format.INT4, 64).tactics(8)
+    assert (len(few) > 1) == (native.available() == "amx")
+
+
+def test_a_tactic_that_does_not_exist_is_refused() -> None:
+    weight = pack(torch.randn(8, 64).bfloat16(), packed_layout(Format.BFLOAT16))
+    x, out = torch.randn(2, 64).bfloat16(), torch.empty(2, 8).bfloat16()
+    for tactic in (Tactic(rows=1024), Tactic(piece=100), Tactic(level_rows=-1)):
+        with pytest.raises(ValueError, match="no tactic"):
+            kernel_of("linear", Format.BFLOAT16, 0).into(out, x, weight, tactic=tactic)
+
+
+def test_the_fastest_is_the_default_unless_another_is_clearly_better() -> None:
+    assert fastest({"a": [3.0, 1.0, 2.0], "b": [1.99, 1.99, 1.99]}, ["a", "b"]) == "a"
+    assert fastest({"a": [3.0, 1.0, 2.0], "b": [1.9, 9.0, 1.0], "c": [1.5, 1.5, 1.5]}, ["a", "b", "c"]) == "c"
+
+
+def test_rows_fall_into_buckets() -> None:
+    assert [bucket(rows) for rows in (1, 2, 3, 5, 100, 2048, 9999)] == [1, 2, 4, 8, 128, 2048, 2048]
+
+
+def test_measure_keep_and_use(tiny_checkpoint: Path, folder: Path) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), threads=1, quantization="int4", dtype="bfloat16")
+    facts = tune(config, budget=60, most_rows=128)
+    file, found = kept(1)
+    assert file.parent == folder and facts["file"] == str(file) and facts["left"] == 0
+    assert {row["place"] for row in facts["places"]} == set(found.tactics) and len(found.tactics) >= 4
+    assert all(row["seconds"] > 0 and row["default_s"] > 0 for row in facts["places"])
+    for row in facts["places"]:
+        assert Tactic(**row["tactic"]) == Tactic(*found.tactics[row["place"]])
+
+    # What is kept is what runs: choose something else than the default everywhere.
+    found.tactics = dict.fromkeys(found.tactics, tuple(Tactic(rows=128)))
+    save(file, found)
+    loaded = load_model(config)
+    try:
+        assert "measured by `skyline tune`" in loaded.report["tuning"]
+        steps = loaded.program._bind(100, 1).steps
+        chosen = [step.run.keywords["tactic"] for step in steps if isinstance(step.run, functools.partial)]
+        assert chosen == [Tactic(rows=128)] * 8  # four products a layer; the head sees one row
+        loaded.program.tune(Tunings(""))
+        assert not any(isinstance(step.run, functools.partial) for step in loaded.program._bind(100, 1).steps)
+    finally:
+        loaded.runner.close()
+
+
+def test_what_is_stale_or_damaged_is_not_used(folder: Path) -> None:
+    file, nothing = kept(1)
+    assert nothing.tactics == {}
+    save(file, Tunings(nothing.measured_on, {"a": (1, 2, 3)}))
+    assert kept(1)[1].tactics == {"a": (1, 2, 3)} and kept(2)[1].tactics == {}
+    save(file, Tunings("another CPU", {"a": (1, 2, 3)}))
+    assert kept(1)[1].tactics == {}
+    for damaged in (b"", b"{", json.dumps({"measured_on": nothing.measured_on, "tactics": {"a": ["x"]}}).encode()):
+        file.write_bytes(damaged)
+        assert kept(1)[1] == nothing
+    assert list(folder.iterdir()) == [file]
+
+
+def test_an_unknown_tactic_is_the_default() -> None:
+    kernel = kernel_of("linear", Format.BFLOAT16, 0)
+    weight = pack(torch.randn(8, 64).bfloat16(), packed_layout(Format.BFLOAT16))
+    where = place(kernel, 256, weight)
+    assert Tunings("", {where: (9, 9, 9)}).into(kernel, 256, weight) is None
+    assert Tunings("", {where: tuple(DEFAULT)}).into(kernel, 256, weight) is None
+    assert Tunings("", {where: tuple(Tactic(rows=128))}).into(kernel, 16, weight) is None
+    chosen = Tunings("", {where: tuple(Tactic(rows=128))}).into(kernel, 200, weight)
+    assert isinstance(chosen, functools.partial) and chosen.keywords == {"tactic": Tactic(rows=128)}
+
+
+def test_no_time_leaves_defaults(tiny_checkpoint: Path, folder: Path) -> None:
+    facts = tune(EngineConfig(model=str(tiny_checkpoint), threads=1, dtype="bfloat16"), budget=0, most_rows=256)
+    assert facts["places"] == [] and facts["left"] > 0
+
+
+def test_the_command(tiny_checkpoint: Path) -> None:
+    done = skyline("tune", str(tiny_checkpoint), "--dtype", "bfloat16", "--budget", "0", "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["places"] == []
+    assert "0 measured" in skyline("tune", str(tiny_checkpoint), "--budget", "0", "--threads", "1").stdout
+    assert "no-such" in one_red_line(skyline("tune", "./no-such-model"))
+
+
+def test_without_kernels_there_is_nothing_to_tune(tiny_checkpoint: Path) -> None:
+    with native.using("none"), pytest.raises(ValueError, match="no such kernels"):
+        tune(EngineConfig(model=str(tiny_checkpoint)), budget=1, most_rows=1)

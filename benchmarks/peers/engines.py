@@ -77,7 +77,7 @@ PEERS = {
             {
                 "bf16": "bfloat16",
                 "int8": "quantization='int8': int8 weights, activations quantized to int8 while running",
-                "int4": "quantization='int4', its default group (64)",
+                "int4": "quantization='int4', its default group (64); activations quantized to int8 in the same groups",
             },
         ),
         Peer(

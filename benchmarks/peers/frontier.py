@@ -1,6 +1,6 @@
 """Draw the frontier of records: throughput of all requests together against that of each one, batches 1, 8 and 32.
 
-    python -m benchmarks.peers.frontier benchmarks/results/NAME.json... docs/frontier.svg [--model qwen3-0.6b]
+python -m benchmarks.peers.frontier benchmarks/results/NAME.json... docs/frontier.svg [--model qwen3-0.6b]
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from typing import Any
 
 BATCHES = (1, 8, 32)
 FORMATS = ("bf16", "int8", "int4")
-COLOURS = {"skyline": "#0b6bcb", "openvino": "#c4622d", "vllm": "#3d8b40", "llama.cpp": "#8a4fbf", "transformers": "#777"}
+COLOURS = {
+    "skyline": "#0b6bcb",
+    "openvino": "#c4622d",
+    "vllm": "#3d8b40",
+    "llama.cpp": "#8a4fbf",
+    "transformers": "#777",
+}
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 330, 340, 52, 46, 34  # of one format's picture
 
 

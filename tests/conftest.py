@@ -7,11 +7,13 @@ import os
 # Tests run side by side, also those that start an engine process: more threads than cores would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from skyline.demo import DEMO_PATH
+from skyline.kernels.cpu import isa, native
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -25,3 +27,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_model() -> Path:
     """The embedded model's folder."""
     return DEMO_PATH
+
+
+@pytest.fixture(params=[*isa.REQUIRES])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set that the CPU kernels are compiled for; they run in it until the test ends."""
+    chosen: str = request.param
+    if chosen not in isa.supported():
+        pytest.skip(f"this CPU has no {chosen}")
+    with native.using(chosen):
+        yield chosen

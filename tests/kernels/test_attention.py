@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,23 +10,11 @@ import torch
 from torch import Tensor
 
 from skyline.kernels import candidates
-from skyline.kernels.cpu import build, isa, native
+from skyline.kernels.cpu import native
 from skyline.ops import OPS, AttentionBatch, KVCache
 
 CPU = torch.device("cpu")
-SETS = ("amx", "avx512", "avx2")
 REFERENCE = OPS["paged_attention"].reference
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in isa.supported():
-        pytest.skip(f"this CPU has no {request.param}")
-    try:
-        with native.using(request.param):
-            yield request.param
-    except build.BuildError as error:
-        pytest.skip(str(error))
 
 
 def kernel(name: str):  # type: ignore[no-untyped-def]

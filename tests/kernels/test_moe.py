@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skyline import ops
 from skyline.graph import capture, lower, quantize_linears, run_passes
 from skyline.kernels import Kernel, Layout, Request, choose
-from skyline.kernels.cpu import isa, native
+from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import PackedWeight
 from skyline.ops import OPS, QuantizedWeight
 from skyline.ops.contract import randn
@@ -33,7 +33,6 @@ EVERY = [
     ("moe_experts_int4", FLOAT32),
     ("moe_experts_int4", BFLOAT16),
 ]
-_every_isa = pytest.mark.parametrize("name", [*isa.REQUIRES], indirect=True)
 _every_op = pytest.mark.parametrize(
     "op,dtype", EVERY, ids=[f"{op}-{str(dtype).removeprefix('torch.')}" for op, dtype in EVERY]
 )
@@ -41,17 +40,8 @@ _every_op = pytest.mark.parametrize(
 SHAPES = [(1, 32, 4, 256, 128), (7, 5, 1, 40, 18), (33, 60, 8, 100, 50), (300, 3, 2, 72, 33), (1, 1, 1, 1, 1)]
 
 
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> Iterator[str]:
-    chosen: str = request.param
-    if chosen not in isa.supported():
-        pytest.skip(f"this CPU has no {chosen}")
-    with native.using(chosen):
-        yield chosen
-
-
-def kernel_of(op: str, name: str, dtype: torch.dtype) -> Kernel:
-    kernel = choose(Request(OPS[op], "cpu", dtype, batch_invariant=True, isa=name)).kernel
+def kernel_of(op: str, instruction_set: str, dtype: torch.dtype) -> Kernel:
+    kernel = choose(Request(OPS[op], "cpu", dtype, batch_invariant=True, isa=instruction_set)).kernel
     assert kernel.provider == native.PROVIDER
     return kernel
 
@@ -106,9 +96,8 @@ def check(op: str, dtype: torch.dtype, run: Callable[..., Tensor], given: list[A
 
 
 @_every_op
-@_every_isa
-def test_equals_the_reference(op: str, dtype: torch.dtype, name: str) -> None:
-    kernel = kernel_of(op, name, dtype)
+def test_equals_the_reference(op: str, dtype: torch.dtype, instruction_set: str) -> None:
+    kernel = kernel_of(op, instruction_set, dtype)
     for shape in SHAPES:
         arguments = inputs(op, dtype, shape)
         # Quantizing what is quantized would not give the same integers again; the op's cases cover those weights.
@@ -117,9 +106,8 @@ def test_equals_the_reference(op: str, dtype: torch.dtype, name: str) -> None:
 
 
 @_every_op
-@_every_isa
-def test_one_expert_for_all_and_strided_rows(op: str, dtype: torch.dtype, name: str) -> None:
-    kernel = kernel_of(op, name, dtype)
+def test_one_expert_for_all_and_strided_rows(op: str, dtype: torch.dtype, instruction_set: str) -> None:
+    kernel = kernel_of(op, instruction_set, dtype)
     x, gate_up, down, weights, ids = inputs(op, dtype, (600, 4, 1, 72, 40))
     ids.fill_(2)
     around = torch.cat((x + 1, x, x), dim=1)
@@ -129,10 +117,9 @@ def test_one_expert_for_all_and_strided_rows(op: str, dtype: torch.dtype, name: 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @_every_op
-@_every_isa
-def test_a_token_does_not_depend_on_the_others(op: str, dtype: torch.dtype, name: str, threads: int) -> None:
+def test_a_token_does_not_depend_on_the_others(op: str, dtype: torch.dtype, instruction_set: str, threads: int) -> None:
     """Bitwise: all tokens at once on some threads, and in random parts on one."""
-    kernel = kernel_of(op, name, dtype)
+    kernel = kernel_of(op, instruction_set, dtype)
     for shape in ((70, 9, 3, 100, 50), (300, 3, 2, 128, 64)):
         x, gate_up, down, weights, ids = packed(kernel, inputs(op, dtype, shape))
         native.library().pool_start(torch.full((threads,), -1, dtype=torch.int32).numpy())
@@ -148,9 +135,8 @@ def test_a_token_does_not_depend_on_the_others(op: str, dtype: torch.dtype, name
 
 
 @_every_op
-@_every_isa
-def test_a_nan_stays_in_its_row(op: str, dtype: torch.dtype, name: str) -> None:
-    kernel = kernel_of(op, name, dtype)
+def test_a_nan_stays_in_its_row(op: str, dtype: torch.dtype, instruction_set: str) -> None:
+    kernel = kernel_of(op, instruction_set, dtype)
     arguments = packed(kernel, inputs(op, dtype, (20, 4, 2, 72, 40)))
     clean = kernel.run(*arguments)
     arguments[0][11, 5] = float("nan")
@@ -205,14 +191,14 @@ def test_misfits_are_refused() -> None:
 class _Replayed(nn.Module):
     """The program in the model's place, for the harness."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, name: str, scheme: str | None = None) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, instruction_set: str, scheme: str | None = None) -> None:
         super().__init__()
         self.model = model
         graph = capture(model)
         if scheme is not None:
             quantize_linears(graph, scheme)
         run_passes(graph)
-        self.program = lower(graph, model, CPU, dtype, isa=name)
+        self.program = lower(graph, model, CPU, dtype, isa=instruction_set)
 
     def forward(self, *arguments: Any) -> Tensor:
         return self.program(*arguments).clone()  # valid until the next step only
@@ -231,9 +217,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@_every_isa
-def test_a_model_computes_the_same(folder: Path, name: str) -> None:
-    replayed = _Replayed(load_ours(folder), FLOAT32, name)
+def test_a_model_computes_the_same(folder: Path, instruction_set: str) -> None:
+    replayed = _Replayed(load_ours(folder), FLOAT32, instruction_set)
     assert replayed.program.choices["moe_experts"].kernel.provider == native.PROVIDER
     torch.testing.assert_close(logits(replayed), logits(load_ours(folder)), rtol=1e-4, atol=1e-4)
 

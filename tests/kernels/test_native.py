@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skyline.kernels import Kernel, Request, candidates
-from skyline.kernels.cpu import isa, native
+from skyline.kernels.cpu import native
 from skyline.ops import OPS, AttentionBatch, Case, KVCache, Op
 from skyline.ops.contract import randn
 
@@ -22,17 +22,7 @@ pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compile
 
 KERNELS = {op: kernel for op in OPS for kernel in candidates(op) if kernel.provider == native.PROVIDER}
 DTYPES = [torch.float32, torch.bfloat16]
-_every_isa = pytest.mark.parametrize("name", [*isa.REQUIRES], indirect=True)
 _every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> Iterator[str]:
-    chosen: str = request.param
-    if chosen not in isa.supported():
-        pytest.skip(f"this CPU has no {chosen}")
-    with native.using(chosen):
-        yield chosen
 
 
 def written(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -57,8 +47,8 @@ def widened(value: Any) -> Any:
     return value
 
 
-def kernel_of(op: str, name: str, dtype: torch.dtype) -> Kernel:
-    request = Request(OPS[op], "cpu", dtype, isa=name)
+def kernel_of(op: str, instruction_set: str, dtype: torch.dtype) -> Kernel:
+    request = Request(OPS[op], "cpu", dtype, isa=instruction_set)
     found = [kernel for kernel in candidates(op) if kernel.provider == native.PROVIDER]
     reasons = [kernel.supports(request) for kernel in found]
     if None not in reasons:
@@ -66,8 +56,8 @@ def kernel_of(op: str, name: str, dtype: torch.dtype) -> Kernel:
     return found[reasons.index(None)]
 
 
-def check(op: Op, case: Case, name: str, dtype: torch.dtype) -> None:
-    kernel = kernel_of(op.name, name, dtype)
+def check(op: Op, case: Case, instruction_set: str, dtype: torch.dtype) -> None:
+    kernel = kernel_of(op.name, instruction_set, dtype)
     expected = results(op.reference, tuple(widened(copy.deepcopy(value)) for value in case.args))
     actual = results(kernel.run, copy.deepcopy(case.args))
     rtol, atol = op.tolerance[dtype]
@@ -82,11 +72,10 @@ def check(op: Op, case: Case, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("op", KERNELS)
-@_every_isa
 @_every_dtype
-def test_equals_the_reference(op: str, name: str, dtype: torch.dtype) -> None:
+def test_equals_the_reference(op: str, instruction_set: str, dtype: torch.dtype) -> None:
     for case in OPS[op].cases(dtype, torch.Generator().manual_seed(3)):
-        check(OPS[op], case, name, dtype)
+        check(OPS[op], case, instruction_set, dtype)
 
 
 def angles(positions: int, rotary: int, generator: torch.Generator) -> Tensor:
@@ -171,11 +160,10 @@ def test_the_row_ops_are_here() -> None:
 
 
 @pytest.mark.parametrize("op", LARGE)
-@_every_isa
 @_every_dtype
-def test_equals_the_reference_on_large_and_odd_shapes(op: str, name: str, dtype: torch.dtype) -> None:
+def test_equals_the_reference_on_large_and_odd_shapes(op: str, instruction_set: str, dtype: torch.dtype) -> None:
     for case in large(op, dtype):
-        check(OPS[op], case, name, dtype)
+        check(OPS[op], case, instruction_set, dtype)
 
 
 @functools.cache
@@ -198,9 +186,8 @@ def only(op: str, arguments: tuple[Any, ...], rows: list[int]) -> tuple[Any, ...
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("op", LARGE)
-@_every_isa
 @_every_dtype
-def test_a_row_does_not_depend_on_the_others(op: str, name: str, dtype: torch.dtype, threads: int) -> None:
+def test_a_row_does_not_depend_on_the_others(op: str, instruction_set: str, dtype: torch.dtype, threads: int) -> None:
     """Bitwise: all rows at once on some threads, and in random parts on one."""
     for case in large(op, dtype):
         count = case.args[by_token(op)[0]].shape[0]
@@ -221,9 +208,8 @@ def test_a_row_does_not_depend_on_the_others(op: str, name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("op", [op for op in LARGE if op not in ("select_rows",)])
-@_every_isa
 @_every_dtype
-def test_a_nan_stays_in_its_row(op: str, name: str, dtype: torch.dtype) -> None:
+def test_a_nan_stays_in_its_row(op: str, instruction_set: str, dtype: torch.dtype) -> None:
     for case in large(op, dtype):
         place = by_token(op)[0]
         count = case.args[place].shape[0]
@@ -248,16 +234,14 @@ def test_a_nan_stays_in_its_row(op: str, name: str, dtype: torch.dtype) -> None:
             assert len(set(ids)) == len(ids) and all(0 <= i < arguments[0].shape[1] for i in ids)
 
 
-@_every_isa
-def test_router_prefers_the_lower_id_among_equals(name: str) -> None:
+def test_router_prefers_the_lower_id_among_equals(instruction_set: str) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0], [0.0] * 6])
     _, ids = KERNELS["topk_router"].run(logits, 4, False)
     assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
-@_every_isa
 @_every_dtype
-def test_int8_cache_has_a_scale_for_each_token_and_head(name: str, dtype: torch.dtype) -> None:
+def test_int8_cache_has_a_scale_for_each_token_and_head(instruction_set: str, dtype: torch.dtype) -> None:
     if not hasattr(KVCache(1, 8, torch.int8), "k_scale"):
         pytest.skip("caches have no scales yet")
     for tokens, size in ((1, 128), (50, 64), (7, 20)):
@@ -265,16 +249,15 @@ def test_int8_cache_has_a_scale_for_each_token_and_head(name: str, dtype: torch.
             dtype, tokens, heads=4, kv_heads=2, head_dim=size, rotary=size, norm=True, cached=torch.int8
         )
         inputs[0][0, -size:] = 0.0
-        check(OPS["rope_kv_write"], Case(f"{tokens}x{size}", inputs), name, dtype)
+        check(OPS["rope_kv_write"], Case(f"{tokens}x{size}", inputs), instruction_set, dtype)
         KERNELS["rope_kv_write"].run(*inputs)
         cache, slot = inputs[6], int(inputs[7].slot_mapping[0])
         assert not cache.v.flatten(0, 1)[slot, 1].any() and cache.v_scale.flatten(0, 1)[slot, 1] == 0
         assert cache.v.flatten(0, 1)[slot, 0].abs().max() == 127
 
 
-@_every_isa
 @_every_dtype
-def test_no_rows_are_no_work(name: str, dtype: torch.dtype) -> None:
+def test_no_rows_are_no_work(instruction_set: str, dtype: torch.dtype) -> None:
     """Where the references cannot tell the shape."""
     rows, table = torch.empty((0, 64), dtype=dtype), torch.ones(4, 16)
     for op, outputs, arguments in (

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from skyline.kernels import Request, choose
-from skyline.kernels.cpu import isa, native
 from skyline.kernels.cpu.packed import Format, pack, packed_layout
 from skyline.kernels.torch_quantized import INT4, INT8, Int4Layout
 from skyline.ops import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
@@ -48,14 +45,6 @@ def test_a_layout_refuses_what_is_no_number(layout: Int4Layout) -> None:
 
 
 # The native layouts
-
-
-@pytest.fixture(params=["amx", "avx512", "avx2"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in isa.supported():
-        pytest.skip(f"this CPU has no {request.param}")
-    with native.using(request.param):
-        yield request.param
 
 
 def _weight(dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from skyline.engine.messages import AdmittedRequest
 from skyline.engine.sampling_params import SamplingParams
-from skyline.kernels.cpu import isa, native, sampling
+from skyline.kernels.cpu import native, sampling
 from skyline.runner.sampler import Sampler
 from skyline.runner.sampling import choose
 
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compile
 
 LARGE = 151936
 VOCABS = [1, 2, 15, 64, 257, 4097, 9001, LARGE]
-_every_isa = pytest.mark.parametrize("name", [*isa.REQUIRES], indirect=True)
 _every_vocab = pytest.mark.parametrize("vocab", VOCABS)
 
 # temperature, top_k (0: off), top_p, min_p
@@ -39,15 +37,6 @@ MIX = [
     (1e4, 0, 0.5, 0.0),
     (0.7, 50, 1.0, 0.3),
 ]
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> Iterator[str]:
-    chosen: str = request.param
-    if chosen not in isa.supported():
-        pytest.skip(f"this CPU has no {chosen}")
-    with native.using(chosen):
-        yield chosen
 
 
 def make_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
@@ -114,11 +103,10 @@ def in_torch(logits: Tensor, numbers: np.ndarray[tuple[int], np.dtype[np.float64
     return int(tokens), float(tops)
 
 
-@_every_isa
 @_every_vocab
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 33])
-def test_greedy_equals_torch(name: str, vocab: int, dtype: torch.dtype, rows: int) -> None:
+def test_greedy_equals_torch(instruction_set: str, vocab: int, dtype: torch.dtype, rows: int) -> None:
     logits = make_logits(rows, vocab).to(dtype)
     before = logits.clone()
     tokens, tops = sampling.choose_tokens(logits, None)
@@ -129,11 +117,12 @@ def test_greedy_equals_torch(name: str, vocab: int, dtype: torch.dtype, rows: in
     assert torch.equal(logits, before)
 
 
-@_every_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 17, 4096, 8999])
-def test_a_row_that_is_not_finite_reports_it_alone(name: str, dtype: torch.dtype, bad: float, place: int) -> None:
+def test_a_row_that_is_not_finite_reports_it_alone(
+    instruction_set: str, dtype: torch.dtype, bad: float, place: int
+) -> None:
     vocab, count = 9001, len(MIX)
     logits, numbers = make_logits(count, vocab).to(dtype), make_numbers(count, vocab)
     clean, _ = choose.choose_native(logits, numbers)
@@ -152,10 +141,9 @@ def test_a_row_that_is_not_finite_reports_it_alone(name: str, dtype: torch.dtype
     assert (choose.choose_native(broken, numbers)[1] == -math.inf).all()
 
 
-@_every_isa
 @_every_vocab
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_equal_torch(name: str, vocab: int, dtype: torch.dtype) -> None:
+def test_draws_equal_torch(instruction_set: str, vocab: int, dtype: torch.dtype) -> None:
     count = 2 * len(MIX) if vocab == LARGE else 7 * len(MIX)
     logits, numbers = make_logits(count, vocab).to(dtype), make_numbers(count, vocab)
     tokens, tops = choose.choose_native(logits, numbers)
@@ -168,10 +156,11 @@ def test_draws_equal_torch(name: str, vocab: int, dtype: torch.dtype) -> None:
     assert differ <= count // 25  # exp differs in its last bit
 
 
-@_every_isa
 @pytest.mark.parametrize("vocab", [65, 4097, 9001])
 @pytest.mark.parametrize("parameters", MIX)
-def test_equal_weights_give_equal_tokens(name: str, vocab: int, parameters: tuple[float, int, float, float]) -> None:
+def test_equal_weights_give_equal_tokens(
+    instruction_set: str, vocab: int, parameters: tuple[float, int, float, float]
+) -> None:
     """Every weight is 1, so the two agree to the bit, also at the ends of u and in the order among equals."""
     temperature, top_k, top_p, min_p = parameters
     us = [0.0, 1 - 2.0**-53, *np.random.default_rng(1).random(30)]
@@ -183,8 +172,7 @@ def test_equal_weights_give_equal_tokens(name: str, vocab: int, parameters: tupl
     assert tokens.tolist() == [in_torch(logits[row], numbers[:, row])[0] for row in range(len(us))]
 
 
-@_every_isa
-def test_distribution_is_the_softmax(name: str) -> None:
+def test_distribution_is_the_softmax(instruction_set: str) -> None:
     """u on an even grid: each token comes as often as its probability says, to within one."""
     count, vocab = 5000, 300
     logits = make_logits(1, vocab)
@@ -197,10 +185,9 @@ def test_distribution_is_the_softmax(name: str) -> None:
         assert np.abs(np.bincount(tokens.numpy(), minlength=vocab) - expected).max() <= 1.001
 
 
-@_every_isa
 @pytest.mark.parametrize("vocab", [257, 9001, LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_depend_on_neither_batch_nor_threads(name: str, vocab: int, dtype: torch.dtype) -> None:
+def test_rows_depend_on_neither_batch_nor_threads(instruction_set: str, vocab: int, dtype: torch.dtype) -> None:
     count = 33
     wide = torch.zeros(count, vocab + 5, dtype=dtype)
     wide[:, :vocab] = make_logits(count, vocab)
@@ -222,8 +209,7 @@ def test_rows_depend_on_neither_batch_nor_threads(name: str, vocab: int, dtype: 
         native.stop_threads()
 
 
-@_every_isa
-def test_widen(name: str) -> None:
+def test_widen(instruction_set: str) -> None:
     x = make_logits(7, 4111).to(torch.bfloat16)
     for part in (x, x[:, 3:1001], x[:0], x[:1, :1]):
         out = torch.empty(part.shape)

@@ -47,7 +47,7 @@ Quantize = Annotated[
     Quantization | None,
     typer.Option(
         "--quantization",
-        help="Weights of linear layers in fewer bits; int8 takes the activations along.",
+        help="Weights of linear layers in fewer bits; int8 and int4 also take activations to int8.",
         show_default="none",
         rich_help_panel=MODEL,
     ),

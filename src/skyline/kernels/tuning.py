@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,7 @@ def save(file: Path, tunings: Tunings) -> None:
 
 def fastest(seconds: dict[Any, list[float]], tactics: Iterable[Any], margin: float = 0.02) -> Any:
     """Of tactics with their times, the one with the least median; the first, unless another is better by the margin."""
-
-    def median(tactic: Any) -> float:
-        times = sorted(seconds[tactic])
-        return times[len(times) // 2]
-
     first, *others = tactics
-    best = min(others, key=median, default=first)
-    return best if median(best) < (1 - margin) * median(first) else first
+    medians = {tactic: statistics.median(times) for tactic, times in seconds.items()}
+    best = min(others, key=medians.__getitem__, default=first)
+    return best if medians[best] < (1 - margin) * medians[first] else first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import torch
 
 from skyline.engine.config import EngineConfig
+from skyline.engine.scheduler import MAX_LOGIT_ROWS
 from skyline.graph import Call, Program
 from skyline.kernels import tuning
 from skyline.kernels.cpu import native
@@ -29,12 +31,13 @@ def tune(config: EngineConfig, budget: float, most_rows: int) -> dict[str, Any]:
     """
     if config.device != "cpu" or native.available() == "none":
         raise ValueError("tune chooses among the CPU kernels' tactics, and there are no such kernels here")
+    head_rows = tuning.bucket(min(config.max_num_seqs, config.max_num_batched_tokens) + MAX_LOGIT_ROWS)
     config = msgspec.structs.replace(config, max_num_seqs=1, num_kv_blocks=64, max_model_len=64)
     loaded = load_model(config)
     file, tunings = tuning.kept(config.threads)
     try:
         rows = [size for size in tuning.ROWS if size <= tuning.bucket(most_rows)]
-        results, left = loaded.runner.between_steps(lambda: _measure(loaded.program, tunings, rows, budget))
+        results, left = loaded.runner.between_steps(lambda: _measure(loaded.program, tunings, rows, head_rows, budget))
     finally:
         loaded.runner.close()
     try:
@@ -51,12 +54,20 @@ def tune(config: EngineConfig, budget: float, most_rows: int) -> dict[str, Any]:
     }
 
 
-def _measure(program: Program, tunings: Tunings, rows: list[int], budget: float) -> tuple[list[dict[str, Any]], int]:
+def _measure(
+    program: Program, tunings: Tunings, rows: list[int], head_rows: int, budget: float
+) -> tuple[list[dict[str, Any]], int]:
+    """rows: those to measure; head_rows: the most that the output layer sees, which computes only the logits wanted."""
     alike: dict[str, list[Call]] = defaultdict(list)
     for call in program.calls:
         if call.kernel.tactics is not None and call.kernel.into is not None:
             alike[tuning.place(call.kernel, 1, program.constant(call.arguments[1]))].append(call)
-    places = [(size, calls) for size in rows for calls in alike.values() if len(_tactics(calls[0], size)) > 1]
+    places = [
+        (size, calls)
+        for size in rows
+        for calls in alike.values()
+        if len(_tactics(calls[0], size)) > 1 and not (size > head_rows and program.output in calls[0].results)
+    ]
     until = time.perf_counter() + budget
     results: list[dict[str, Any]] = []
     for done, (size, calls) in enumerate(places):
@@ -92,5 +103,5 @@ def _fastest(program: Program, tunings: Tunings, rows: int, calls: list[Call]) -
     best = tuning.fastest(times, tactics)
     place = tuning.place(kernel, rows, weight)
     tunings.tactics[place] = tuple(best)
-    medians = [sorted(times[tactic])[_REPETITIONS // 2] for tactic in (tactics[0], best)]
-    return {"place": place, "tactic": best._asdict(), "default_s": medians[0], "seconds": medians[1]}
+    default_s, seconds = (statistics.median(times[tactic]) for tactic in (tactics[0], best))
+    return {"place": place, "tactic": best._asdict(), "default_s": default_s, "seconds": seconds}

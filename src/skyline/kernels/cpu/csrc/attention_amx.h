@@ -2,29 +2,12 @@
 // bfloat16; their scales go to the products and to the weights). Weights are rounded to bfloat16 before the values.
 #pragma once
 
+#include "amx.h"
 #include "attention.h"
 
 #if defined(__AMX_TILE__)
 
 namespace skyline::attention {
-
-// GCC does not know that loading a tile reads memory.
-inline void tile_fence() { __asm__ volatile("" ::: "memory"); }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-  void set(int tile, int count) {
-    bytes[tile] = 64;
-    rows[tile] = static_cast<uint8_t>(count);
-  }
-  void load() const {
-    __asm__ volatile("" : : "r"(this) : "memory");  // GCC's intrinsic claims to read 8 bytes of it
-    _tile_loadconfig(this);
-    tile_fence();
-  }
-};
 
 // 32 dimensions as bfloat16; those from the n-th on are zero.
 inline __m512i load_pairs(const bf16* from, int64_t n) {
@@ -62,6 +45,7 @@ inline void transpose_pairs(__m512i (&r)[16]) {
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
   }
 }
+
 // The softmax numerators of a row of scores, as bfloat16 and times their keys' v_scale, at the beginning of the row.
 template <bool scaled>
 inline RowSum weigh_row(float* s, Span mine, Span all, const Scoring& scoring, const float* k_scale, const float* v_scale) {

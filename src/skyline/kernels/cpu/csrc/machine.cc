@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "packed.h"
 #include "simd.h"
 #include "tensors.h"
@@ -29,21 +30,15 @@ inline __attribute__((always_inline)) void turn_vectors(V start, int64_t turns, 
   }
 }
 
-
 #if defined(__AMX_TILE__)
 template <bool integer>
 void turn_tiles(int64_t turns) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-  asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic claims to read 8 bytes; the other stores must stay
-  _tile_loadconfig(&config);
+  TileConfig config;
+  for (int i = 0; i < 8; i++) config.set(i, 16);
+  config.load();
   alignas(64) uint16_t ones[512];
   for (uint16_t& one : ones) one = integer ? 0x0101 : 0x3F80;
-  asm volatile("" : : "r"(ones) : "memory");
+  tile_fence();
   _tile_loadd(6, ones, 64);
   _tile_loadd(7, ones, 64);
   _tile_zero(0);

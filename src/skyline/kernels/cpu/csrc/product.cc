@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMostRows = 512, kMostPiece = 512;  // of any tactic
 constexpr int64_t kCacheBytes = 1 << 20;              // of A, to stay in a core's second-level cache
-
 constexpr int64_t kGroups = 4;                        // of int4, multiplied before their sums are added up
 
 struct alignas(64) Scratch {
@@ -69,9 +68,10 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
   }
 }
 
+// c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, along the whole of K.
 template <int R = 4>
 void multiply_few(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
-                     const uint8_t* panel, Scratch& s, float* c) {
+                  const uint8_t* panel, Scratch& s, float* c) {
   if constexpr (R > 1) {
     if (rows < R) return multiply_few<R - 1>(m, a, x, row, rows, panel, s, c);
   }
@@ -118,7 +118,7 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
             multiply<Int8Step>(shape, from, a.stride, block, b, m.group / 64, to, false);
           }
         }
-        fence(s.partial);
+        tile_fence();
         int64_t done = 0;
         for (; done + 8 <= block; done += 8)
           add_groups<8, false>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "packed.h"
 #include "simd.h"
 
@@ -27,9 +28,6 @@ inline void prefetch(const uint8_t* from) {
 
 constexpr int64_t kRowBlock = 32;
 
-// GCC does not know that its tile intrinsics read memory: this makes sure that it has been written before they do.
-inline void fence(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
-
 // Tiles 0-3 accumulate (rows 0-15 and 16-31, by columns 0-15 and 16-31), 4 and 5 are rows of A, 6 and 7 columns of B.
 class TileShape {
  public:
@@ -38,19 +36,11 @@ class TileShape {
     if (rows == rows_ && depth == depth_) return;
     rows_ = rows;
     depth_ = depth;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    int first = static_cast<int>(std::min<int64_t>(rows, 16)), second = rows > 16 ? static_cast<int>(rows - 16) : 1;
-    const int deep = static_cast<int>(depth / 4), heights[8] = {first, first, second, second, first, second, deep, deep};
-    for (int i = 0; i < 8; i++) {
-      config.bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth : 64);
-      config.rows[i] = static_cast<uint8_t>(heights[i]);
-    }
-    fence(&config);
-    _tile_loadconfig(&config);
+    TileConfig config;
+    const int64_t first = std::min<int64_t>(rows, 16), second = rows > 16 ? rows - 16 : 1;
+    const int64_t heights[8] = {first, first, second, second, first, second, depth / 4, depth / 4};
+    for (int i = 0; i < 8; i++) config.set(i, heights[i], i == 4 || i == 5 ? depth : 64);
+    config.load();
   }
 
  private:
@@ -80,7 +70,7 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
   constexpr bool integer = sizeof(typename Step::A) == 1;
   constexpr int64_t depth = Step::k * static_cast<int64_t>(sizeof(*a)), tile = depth * kTile;  // in bytes
   const int64_t stride = lda * static_cast<int64_t>(sizeof(*a));
-  fence(b);
+  tile_fence();
   shape.set(rows, depth);
   if (rows <= 16) {
     if (accumulate) {

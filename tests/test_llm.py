@@ -134,7 +134,15 @@ def test_threads_share_the_engine(llm: LLM) -> None:
     assert results == [expected] * 4
 
 
-def test_interrupt_aborts_and_leaves_it_usable(llm: LLM) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background jobs are started with interrupts ignored, and Python leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_aborts_and_leaves_it_usable(llm: LLM, interruptible: None) -> None:
     long = msgspec.structs.replace(GREEDY, max_tokens=200)
     # As Ctrl-C does: to the main thread, which waits.
     timer = threading.Timer(0.5, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from skyline.ops.host_memory import reserve
+
 
 @dataclass(slots=True, eq=False)
 class KVCache:
@@ -28,13 +30,13 @@ class KVCache:
     v_scale: torch.Tensor | None = None
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        # Not zeroed: on a CPU the pages are only committed as they are used. No kernel reads what was never written.
+        # On a CPU the pages are only committed as they are used. No kernel reads what was never written.
         shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
-        self.k = torch.empty(shape, dtype=self.dtype, device=device)
-        self.v = torch.empty(shape, dtype=self.dtype, device=device)
+        self.k = reserve(shape, self.dtype, device)
+        self.v = reserve(shape, self.dtype, device)
         if self.dtype == torch.int8:
-            self.k_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
-            self.v_scale = torch.empty(shape[:3], dtype=torch.float32, device=device)
+            self.k_scale = reserve(shape[:3], torch.float32, device)
+            self.v_scale = reserve(shape[:3], torch.float32, device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

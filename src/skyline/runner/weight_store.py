@@ -14,6 +14,7 @@ from torch import nn
 from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
 from skyline.layers import random_values
+from skyline.ops.host_memory import reserve
 
 
 class WeightStore:
@@ -25,7 +26,7 @@ class WeightStore:
         for use in program.weights:
             shape, dtype = tuple(use.parameter.shape), use.parameter.dtype
             if use.layout is None:
-                target = torch.empty(shape, dtype=dtype, device=device)
+                target = reserve(shape, dtype, device)
             else:
                 target = use.layout.allocate(shape, dtype)
             self._targets[id(use.parameter)].append((use, target))

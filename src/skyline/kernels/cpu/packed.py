@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skyline.kernels.cpu.native import library
 from skyline.ops import QuantizedWeight
+from skyline.ops.host_memory import host_zeros
 from skyline.ops.quantized_moe import expert_weight
 
 PANEL = 32
@@ -103,8 +104,7 @@ class PackedLayout:
         if self.gated and n % 2:
             raise ValueError(f"a gated weight needs an even number of rows, not {n}")
         panels = experts * self.panels(n)
-        # Zeros, for the padding; memory fresh from the system is not touched to become zero.
-        data = torch.zeros((panels, self.panel_bytes(k)), dtype=torch.uint8)
+        data = host_zeros((panels, self.panel_bytes(k)), torch.uint8)  # zeros, for the padding
         scales = sums = None
         if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
             scales = torch.zeros(panels * PANEL, dtype=torch.float32)

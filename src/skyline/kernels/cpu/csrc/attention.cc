@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention_amx.h"
+#include "attention_avx2.h"
 #include "attention_stream_amx.h"
 #include "attention_vector.h"
 #include "tensors.h"
@@ -287,8 +288,10 @@ void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, f
       } else {
         attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
       }
-#else
+#elif defined(__AVX512F__)
       attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
+#else
+      attention::Run<attention::LaneAttention<T, KV>, attention::LaneAttention<T, KV>, T, KV>(call, requests)();
 #endif
     };
     if (int8) {

@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <limits>
 
@@ -10,13 +12,16 @@ namespace skyline {
 namespace {
 
 constexpr int64_t kMostRows = 512, kMostPiece = 512;  // of any tactic
-constexpr int64_t kCacheBytes = 1 << 20;              // of A, to stay in a core's second-level cache
 constexpr int64_t kGroups = 4;                        // of int4, multiplied before their sums are added up
 
 struct alignas(64) Scratch {
   float c[kMostRows * kPanel];
+#if defined(__AVX512F__)
   int32_t partial[kGroups * kRowBlock * kPanel];
   uint8_t b[kMostPiece * kPanel * 2];
+#else
+  uint8_t wide[kMostPiece * kPanel * 2];
+#endif
 };
 
 Scratch& scratch() {
@@ -24,9 +29,33 @@ Scratch& scratch() {
   return *mine;
 }
 
+// Bytes of A that stay in a core's second-level cache while panels go by: half of it.
+int64_t cache_bytes() {
+  static const int64_t half = [] {
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not know
+    return std::clamp<int64_t>(size > 0 ? size : 1 << 20, 1 << 18, 1 << 21) / 2;
+  }();
+  return half;
+}
+
 bool quantizes(Format format) { return format == Format::kInt8 || format == Format::kInt4; }  // activations, to int8
 
-int64_t activation_bytes(Format format) { return format == Format::kFloat32 ? 4 : quantizes(format) ? 1 : 2; }
+#if defined(__AVX512F__)
+using Narrow = bf16;    // rows of A for weights of bfloat16 or int8 weight-only
+using Quantized = int8_t;  // and for int8
+#else
+using Narrow = float;
+using Quantized = int16_t;
+#endif
+
+int64_t activation_bytes(Format format) {
+  switch (format) {
+    case Format::kFloat32: return sizeof(float);
+    case Format::kInt8: return sizeof(Quantized);
+    case Format::kInt4: return sizeof(int8_t);
+    default: return sizeof(Narrow);
+  }
+}
 
 // Values of a row that share a scale once they are quantized.
 int64_t shared(const PackedMatrix& m) { return m.format == Format::kInt4 ? m.group : m.padded_k(); }
@@ -43,6 +72,8 @@ Vec difference(const int32_t* p, int32_t x) {
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(from, _mm256_set1_epi32(x)))};
 }
 #endif
+
+#if defined(__AVX512F__)
 
 // c [R][32] += (partial - zero * sum) * scale of x * scale of the weight, for the groups [g, g + count) in order; x of the
 // rows from `row` on. partial: [count][kRowBlock][32]. `levels`: partial is of levels 0 to 15, not of -8 to 7.
@@ -130,19 +161,10 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
 #endif
 }
 
-// c [rows][32] for rows of A along the whole of K.
-void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                const Tactic& tactic, Scratch& s) {
+void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                       const Tactic& tactic, Scratch& s) {
   TileShape shape;
   const int64_t k = m.padded_k();
-  if (m.format == Format::kFloat32) {
-    const float* x = static_cast<const float*>(a.data) + begin * a.stride;
-    for (int64_t k0 = 0; k0 < k; k0 += tactic.piece)
-      for (int64_t r = 0; r < rows; r += 4)
-        multiply_float(x + r * a.stride + k0, a.stride, std::min<int64_t>(4, rows - r),
-                       reinterpret_cast<const float*>(panel) + k0 * kPanel, std::min(tactic.piece, k - k0), s.c + r * kPanel, k0 > 0);
-    return;
-  }
   if (m.format == Format::kInt8) {
     const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
     int32_t* c = reinterpret_cast<int32_t*>(s.c);
@@ -168,6 +190,110 @@ void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int6
       multiply<Bf16Step>(shape, x + r * a.stride + k0, a.stride, std::min(kRowBlock, rows - r), b, steps, s.c + r * kPanel,
                          k0 > 0, direct && rows <= kRowBlock);
   }
+}
+
+#else  // AVX2
+
+// c [rows][32] = rows of A times a panel. A piece of it stays in the first-level cache while blocks of rows go by, widened if
+// those are many, and the next one is asked for meanwhile: it lies behind.
+template <class Panel, class A, class C>
+void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t k, int64_t piece, Scratch& s, C* c) {
+  const bool wide = rows > 8;
+  const int64_t blocks = ceil_div(rows, wide ? kWideRows : kRowBlock);
+  for (int64_t k0 = 0; k0 < k; k0 += piece) {
+    const uint8_t* b = panel + k0 / Panel::k * Panel::bytes;
+    const int64_t steps = std::min(piece, k - k0) / Panel::k, bytes = steps * Panel::bytes;
+    const Ahead ahead{b + bytes, b + 2 * bytes};
+    if (wide) widen<Panel>(b, steps, s.wide);
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+      const A* from = x + r * stride + k0;
+      C* to = c + r * kPanel;
+      if (!wide) {
+        multiply<Panel>(from, stride, count, b, steps, to, k0 > 0, ahead.part(i, blocks));
+      } else if (count == kWideRows) {
+        multiply_widened<Panel, kWideRows>(from, stride, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
+      } else {
+        multiply_widened<Panel, kWideRows - 1>(from, stride, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
+      }
+    }
+  }
+}
+
+// c [R][32] += R rows of A, from `row` on and at x, times the groups [g, end) of an int4 panel, in order.
+template <bool zeros, int R = static_cast<int>(kRowBlock)>
+void add_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows, const uint8_t* panel,
+                int64_t g, int64_t end, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return add_groups<zeros, R - 1>(m, a, x, row, rows, panel, g, end, c);
+  }
+  const int64_t group = m.group, group_bytes = m.group_bytes(), stride = a.stride;
+  for (; g < end; g++) {
+    const uint8_t* from = panel + g * group_bytes;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+    const float* scales = a.scales + g * a.rows + row;
+    float totals[R], offsets[R];
+    for (int r = 0; r < R; r++) {
+      totals[r] = static_cast<float>(a.sums[g * a.rows + row + r]);
+      offsets[r] = -8 * totals[r];
+    }
+    for (int vec = 0; vec < 4; vec++) {
+      __m256i sums[R];
+      multiply_levels<R>(x + g * group, stride, from + (zeros ? 128 : 64), vec, group / 32, sums);
+      const Vec scale = widen_half(halves + 8 * vec);
+      const Vec zero = zeros ? Vec::zero() - widen_half(halves + kPanel + 8 * vec) : Vec::zero();
+      repeat<R>(SKYLINE_EACH(r) {
+        Vec value = Vec{_mm256_cvtepi32_ps(sums[r])} + Vec::all(offsets[r]);  // exact: whole numbers below 2^24
+        if (zeros) value = fma(Vec::all(totals[r]), zero, value);
+        float* to = c + r * kPanel + 8 * vec;
+        fma(value * Vec::all(scales[r]), scale, Vec::load(to)).store(to);
+      });
+    }
+  }
+}
+
+void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                       const Tactic& tactic, Scratch& s) {
+  const int64_t k = m.padded_k();
+  if (m.format == Format::kInt4) {
+    std::memset(s.c, 0, rows * kPanel * sizeof(float));
+    const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
+    const int64_t groups = k / m.group, at_once = 2 * tactic.piece / m.group, blocks = ceil_div(rows, kRowBlock);
+    for (int64_t g = 0; g < groups; g += at_once)
+      for (int64_t i = 0; i < blocks; i++) {
+        const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+        const int64_t end = std::min(g + at_once, groups);
+        if (m.zeros) {
+          add_groups<true>(m, a, x + r * a.stride, begin + r, count, panel, g, end, s.c + r * kPanel);
+        } else {
+          add_groups<false>(m, a, x + r * a.stride, begin + r, count, panel, g, end, s.c + r * kPanel);
+        }
+      }
+  } else if (m.format == Format::kInt8) {
+    const int16_t* x = static_cast<const int16_t*>(a.data) + begin * a.stride;
+    accumulate_columns<Int8Fours>(x, a.stride, rows, panel, k, tactic.piece / 2, s, reinterpret_cast<int32_t*>(s.c));
+  } else {
+    const float* x = static_cast<const float*>(a.data) + begin * a.stride;
+    if (m.format == Format::kBfloat16) {
+      accumulate_columns<Bf16Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
+    } else {
+      accumulate_columns<Int8Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
+    }
+  }
+}
+
+#endif
+
+// c [rows][32] for rows of A along the whole of K.
+void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                const Tactic& tactic, Scratch& s) {
+  if (m.format != Format::kFloat32) return accumulate_packed(m, a, begin, rows, panel, tactic, s);
+  const float* x = static_cast<const float*>(a.data) + begin * a.stride;
+  for (int64_t k0 = 0; k0 < m.k; k0 += tactic.piece)
+    for (int64_t r = 0; r < rows; r += kFloatRows)
+      multiply_float(x + r * a.stride + k0, a.stride, std::min<int64_t>(kFloatRows, rows - r),
+                     reinterpret_cast<const float*>(panel) + k0 * kPanel, std::min(tactic.piece, m.k - k0), s.c + r * kPanel,
+                     k0 > 0);
 }
 
 // One vector of finished columns of a row: scaled, with bias, still in float32.
@@ -218,8 +344,8 @@ void finish(const Product<T>& p, int64_t begin, int64_t rows, int64_t panel, con
 }
 
 // Symmetric to the largest magnitude, rounded to even; returns the scale.
-template <class T>
-float quantize(const T* x, int64_t k, int64_t padded, int8_t* q) {
+template <class T, class Q>
+float quantize(const T* x, int64_t k, int64_t padded, Q* q) {
   Vec best = Vec::zero(), poison = Vec::zero();  // 0 times what is no number is NaN, which a maximum would lose
   for (int64_t i = 0; i < k; i += Vec::width) {
     Vec v = Vec::load(x + i, static_cast<int>(k - i));
@@ -232,32 +358,30 @@ float quantize(const T* x, int64_t k, int64_t padded, int8_t* q) {
   for (int64_t i = 0; i < k; i += Vec::width) {
     const int count = static_cast<int>(std::min<int64_t>(Vec::width, k - i));
     Vec v = Vec::load(x + i, count) * Vec::all(inverse);
-#if defined(__AVX512F__)
-    const __mmask16 mask = static_cast<__mmask16>(count == 16 ? 0xFFFF : (1u << count) - 1);
-    _mm512_mask_cvtsepi32_storeu_epi8(q + i, mask, _mm512_cvtps_epi32(v.v));
-#else
-    alignas(32) int32_t whole[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(v.v));
-    for (int j = 0; j < count; j++) q[i + j] = static_cast<int8_t>(std::clamp(whole[j], -127, 127));
-#endif
+    if constexpr (sizeof(Q) == 1) {
+      v.store(q + i, count);
+    } else {
+      store_in_pairs(v, q + i);
+    }
   }
-  std::memset(q + k, 0, padded - k);
+  const int64_t written = sizeof(Q) == 1 ? k : ceil_div(k, 8) * 8;
+  std::memset(q + written, 0, (padded - written) * sizeof(Q));
   return most / 127.0f + poison.sum();
 }
 
 template <class T>
-void convert_row(const T* x, int64_t k, int64_t padded, bf16* to) {
+void convert_row(const T* x, int64_t k, int64_t padded, Narrow* to) {
   for (int64_t i = 0; i < k; i += Vec::width) {
     const int count = static_cast<int>(std::min<int64_t>(Vec::width, k - i));
     Vec::load(x + i, count).store(to + i, count);
   }
-  std::memset(to + k, 0, (padded - k) * 2);
+  std::memset(to + k, 0, (padded - k) * sizeof(Narrow));
 }
 
 template <class T>
 bool usable_as_is(const PackedMatrix& m) {
   if (m.format == Format::kFloat32) return sizeof(T) == 4;
-  return sizeof(T) == 2 && !quantizes(m.format) && m.k % m.k_step() == 0;
+  return std::is_same_v<T, Narrow> && !quantizes(m.format) && m.k % m.k_step() == 0;
 }
 
 // Rows are kept off power-of-two strides, at which their lines would compete for the same places in the cache.
@@ -266,7 +390,7 @@ int64_t scratch_stride(const PackedMatrix& m) { return m.padded_k() + 64; }
 }  // namespace
 
 int64_t max_rows(const PackedMatrix& m, const Tactic& tactic) {
-  int64_t fit = kCacheBytes / (m.padded_k() * activation_bytes(m.format)) / kRowBlock * kRowBlock;
+  int64_t fit = cache_bytes() / (m.padded_k() * activation_bytes(m.format)) / kRowBlock * kRowBlock;
   return std::clamp<int64_t>(fit, 4 * kRowBlock, tactic.rows / kRowBlock * kRowBlock);
 }
 
@@ -286,17 +410,19 @@ Activations prepare(const PackedMatrix& m, const T* x, int64_t stride, int64_t r
   ThreadPool::get().run_ranges(rows, 1 + 16384 / (m.k + 1), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       if (!quantizes(m.format)) {
-        convert_row(x + r * stride, m.k, padded, reinterpret_cast<bf16*>(scratch) + r * wide);
+        convert_row(x + r * stride, m.k, padded, reinterpret_cast<Narrow*>(scratch) + r * wide);
+        continue;
+      }
+      if (m.format == Format::kInt8) {
+        scales[r] = quantize(x + r * stride, m.k, padded, reinterpret_cast<Quantized*>(scratch) + r * wide);
         continue;
       }
       for (int64_t i = 0; i < parts; i++) {
         int8_t* to = reinterpret_cast<int8_t*>(scratch) + r * wide + i * part;
         scales[i * rows + r] = quantize(x + r * stride + i * part, std::min(part, m.k - i * part), part, to);
-        if (m.format == Format::kInt4) {
-          int32_t sum = 0;
-          for (int64_t j = 0; j < part; j++) sum += to[j];
-          sums[i * rows + r] = sum;
-        }
+        int32_t sum = 0;
+        for (int64_t j = 0; j < part; j++) sum += to[j];
+        sums[i * rows + r] = sum;
       }
     }
   });

@@ -1,0 +1,200 @@
+// The inner kernels of matrix products for AVX2, which multiplies neither bfloat16 nor int8 at full width: up to 6 rows of A
+// by 16 or 32 columns of a panel.
+//
+// Floating-point products are made of float32 multiply-adds, whatever the weight is kept as; rows of A are float32 in memory,
+// from where an instruction spreads one element over a vector. int8 is widened to 16 bits, so that VPMADDWD adds exact pairs.
+// int4 levels are small enough for sums of eight products in 16 bits, which VPMADDUBSW makes four times as fast.
+#pragma once
+
+#include "packed.h"
+#include "repeat.h"
+#include "simd.h"
+
+namespace skyline {
+
+constexpr int64_t kRowBlock = 6;  // by two vectors: 12 accumulators of 16 registers
+
+inline __m256i load_whole(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i spread_four(const void* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return _mm256_set1_epi32(bits);
+}
+
+// What a panel is made of: blocks of k, in which two tiles follow each other. A vector is eight columns at two (or four)
+// consecutive k, whose first and second halves are multiplied by what `spread` makes of a row of A.
+struct Bf16Pairs {
+  static constexpr int64_t k = 32, bytes = 2048, vector = 32;
+  template <int half>
+  static __m256 columns(const uint8_t* p) {
+    const __m256i both = load_whole(p);
+    if constexpr (half == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  }
+  static __m256 spread(const float* a) { return _mm256_broadcast_ss(a); }
+  static __m256 widened(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+struct Int8Pairs {
+  static constexpr int64_t k = 32, bytes = 1024, vector = 16;
+  template <int half>
+  static __m256 columns(const uint8_t* p) {
+    __m256i both = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    if constexpr (half == 0) both = _mm256_slli_epi32(both, 16);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(both, 16));
+  }
+  static __m256 spread(const float* a) { return _mm256_broadcast_ss(a); }
+  static __m256 widened(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
+};
+// Rows of A are int8 in 16 bits, each four in the order 0 2 1 3: what is even and what is odd in a four of B are pairs.
+struct Int8Fours {
+  static constexpr int64_t k = 64, bytes = 2048, vector = 32;
+  template <int half>
+  static __m256i columns(const uint8_t* p) {
+    __m256i four = load_whole(p);
+    if constexpr (half == 0) four = _mm256_slli_epi16(four, 8);
+    return _mm256_srai_epi16(four, 8);
+  }
+  static __m256i spread(const int16_t* a) { return spread_four(a); }
+  static __m256i widened(const uint8_t* p) { return load_whole(p); }
+};
+
+inline void store_in_pairs(Vec v, int16_t* to) {
+  const __m256i whole = _mm256_cvtps_epi32(v.v);
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shufflehi_epi16(_mm_shufflelo_epi16(narrow, 0xD8), 0xD8));
+}
+
+// To the compiler, a value that it knows nothing about: it would put off additions until it ran out of registers.
+template <class V>
+inline __attribute__((always_inline)) V settled(V v) {
+  asm("" : "+x"(v));
+  return v;
+}
+
+inline __m256 multiply_add(__m256 sum, __m256 x, __m256 y) { return _mm256_fmadd_ps(x, y, sum); }
+inline __m256i multiply_add(__m256i sum, __m256i x, __m256i y) { return settled(_mm256_add_epi32(sum, _mm256_madd_epi16(x, y))); }
+
+inline __m256 load_sums(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256i load_sums(const int32_t* p) { return load_whole(p); }
+inline void store_sums(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+inline void store_sums(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+
+// Memory that is asked for while something else is being computed: a line with each few instructions.
+struct Ahead {
+  const uint8_t *next, *end;
+  Ahead part(int64_t i, int64_t parts) const {
+    const int64_t size = end - next;
+    return {next + size * i / parts, next + size * (i + 1) / parts};
+  }
+};
+
+// c [R][8 V] (+)= R rows of A times V vectors of columns, from vector `first` of the panel on.
+template <class Panel, int R, int V, class A, class C>
+inline void multiply_part(const A* a, int64_t lda, const uint8_t* b, int first, int64_t steps, C* c, bool accumulate, Ahead ahead) {
+  constexpr int64_t tile = Panel::bytes / 2, part = Panel::k / 16;
+  c += 8 * first;
+  decltype(load_sums(c)) acc[R][V] = {};
+  if (accumulate)
+    repeat<R>(SKYLINE_EACH(r) { repeat<V>(SKYLINE_EACH(v) { acc[r][v] = load_sums(c + r * kPanel + 8 * v); }); });
+  b += first / 2 * tile;
+  for (int64_t s = 0; s < steps; s++, b += Panel::bytes, a += Panel::k)
+    repeat<V / 2>(SKYLINE_EACH(t) {  // tile by tile: memory is fastest in its own order
+      const uint8_t* at = b + t * tile;
+      for (int i = 0; i < 16; i++, at += 2 * Panel::vector) {
+        const A* x = a + i * part;
+        if (ahead.next < ahead.end) {
+          prefetch_l2(ahead.next);
+          ahead.next += 64;
+        }
+        repeat<2>(SKYLINE_EACH(half) {
+          decltype(load_sums(c)) columns[2];
+          repeat<2>(SKYLINE_EACH(v) { columns[v] = Panel::template columns<half>(at + v * Panel::vector); });
+          repeat<R>(SKYLINE_EACH(r) {
+            const auto all = Panel::spread(x + r * lda + half * part / 2);
+            repeat<2>(SKYLINE_EACH(v) { acc[r][2 * t + v] = multiply_add(acc[r][2 * t + v], all, columns[v]); });
+          });
+        });
+      }
+    });
+  repeat<R>(SKYLINE_EACH(r) { repeat<V>(SKYLINE_EACH(v) { store_sums(c + r * kPanel + 8 * v, acc[r][v]); }); });
+}
+
+// c [rows][32] (+)= rows <= kRowBlock of A (row stride lda) times `steps` blocks of the panel.
+template <class Panel, class A, class C, int R = static_cast<int>(kRowBlock)>
+void multiply(const A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps, C* c, bool accumulate, Ahead ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply<Panel, A, C, R - 1>(a, lda, rows, b, steps, c, accumulate, ahead);
+  }
+  if constexpr (R <= 3) {
+    multiply_part<Panel, R, 4>(a, lda, b, 0, steps, c, accumulate, ahead);
+  } else {
+    multiply_part<Panel, R, 2>(a, lda, b, 0, steps, c, accumulate, ahead.part(0, 2));
+    multiply_part<Panel, R, 2>(a, lda, b, 2, steps, c, accumulate, ahead.part(1, 2));
+  }
+}
+
+// A panel's columns as they are multiplied, for blocks of rows to share: of each pair (or four) of k the four vectors of its
+// first half, then those of its second.
+template <class Panel>
+inline void widen(const uint8_t* b, int64_t steps, uint8_t* to) {
+  for (int64_t s = 0; s < steps; s++, b += Panel::bytes)
+    for (int i = 0; i < 16; i++, to += 256)
+      repeat<4>(SKYLINE_EACH(v) {
+        const uint8_t* at = b + v / 2 * (Panel::bytes / 2) + (2 * i + v % 2) * Panel::vector;
+        repeat<2>(SKYLINE_EACH(half) {
+          const auto columns = Panel::template columns<half>(at);
+          std::memcpy(to + 128 * half + 32 * v, &columns, 32);
+        });
+      });
+}
+
+constexpr int64_t kWideRows = 3;  // by four vectors: fewer elements of A to spread than with six rows and two vectors
+
+// c [R][32] (+)= R rows of A times widened columns.
+template <class Panel, int R, class A, class C>
+inline void multiply_widened(const A* a, int64_t lda, const uint8_t* b, int64_t steps, C* c, bool accumulate, Ahead ahead) {
+  constexpr int64_t part = Panel::k / 16;
+  decltype(load_sums(c)) acc[R][4] = {};
+  if (accumulate)
+    repeat<R>(SKYLINE_EACH(r) { repeat<4>(SKYLINE_EACH(v) { acc[r][v] = load_sums(c + r * kPanel + 8 * v); }); });
+  for (int64_t i = 0; i < 16 * steps; i++, b += 256, a += part) {
+    if (ahead.next < ahead.end) {
+      prefetch_l2(ahead.next);
+      ahead.next += 64;
+    }
+    repeat<2>(SKYLINE_EACH(half) {
+      repeat<R>(SKYLINE_EACH(r) {
+        const auto all = Panel::spread(a + r * lda + half * part / 2);
+        repeat<4>(SKYLINE_EACH(v) { acc[r][v] = multiply_add(acc[r][v], all, Panel::widened(b + 128 * half + 32 * v)); });
+      });
+    });
+  }
+  repeat<R>(SKYLINE_EACH(r) { repeat<4>(SKYLINE_EACH(v) { store_sums(c + r * kPanel + 8 * v, acc[r][v]); }); });
+}
+
+// R rows of A times eight columns of an int4 group, from vector `vec` of the panel on: sums of levels 0 to 15 times x. A sum of
+// eight products in 16 bits is at most 8 * 2 * 15 * 127.
+template <int R>
+inline __attribute__((always_inline)) void multiply_levels(const int8_t* a, int64_t lda, const uint8_t* b, int vec, int64_t blocks,
+                                                           __m256i (&sums)[R]) {
+  const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  b += vec / 2 * 256 + vec % 2 * 32;
+  repeat<R>(SKYLINE_EACH(r) { sums[r] = _mm256_setzero_si256(); });
+  for (int64_t block = 0; block < blocks; block++, b += 512, a += 32) {
+    __m256i acc[R];
+    repeat<4>(SKYLINE_EACH(part) {
+      const __m256i bytes = load_whole(b + part * 64);
+      const __m256i low = _mm256_and_si256(bytes, nibble), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+      repeat<R>(SKYLINE_EACH(r) {
+        const int8_t* x = a + r * lda + part * 4;
+        const __m256i product = _mm256_maddubs_epi16(low, spread_four(x));
+        acc[r] = part == 0 ? product : settled(_mm256_add_epi16(acc[r], product));
+        acc[r] = settled(_mm256_add_epi16(acc[r], _mm256_maddubs_epi16(high, spread_four(x + 16))));
+      });
+    });
+    repeat<R>(SKYLINE_EACH(r) { sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(acc[r], ones)); });
+  }
+}
+
+}  // namespace skyline

@@ -1,0 +1,254 @@
+// The inner kernels of matrix products for AVX-512 with VNNI and BF16, and for AMX: included by tiles.h.
+#pragma once
+
+#include "amx.h"
+#include "packed.h"
+#include "simd.h"
+
+namespace skyline {
+
+#if defined(__AMX_TILE__)
+
+constexpr int64_t kRowBlock = 32;
+
+// Tiles 0-3 accumulate (rows 0-15 and 16-31, by columns 0-15 and 16-31), 4 and 5 are rows of A, 6 and 7 columns of B.
+class TileShape {
+ public:
+  // depth: bytes of A's rows, 4 for each row of B.
+  void set(int64_t rows, int64_t depth) {
+    if (rows == rows_ && depth == depth_) return;
+    rows_ = rows;
+    depth_ = depth;
+    TileConfig config;
+    const int64_t first = std::min<int64_t>(rows, 16), second = rows > 16 ? rows - 16 : 1;
+    const int64_t heights[8] = {first, first, second, second, first, second, depth / 4, depth / 4};
+    for (int i = 0; i < 8; i++) config.set(i, heights[i], i == 4 || i == 5 ? depth : 64);
+    config.load();
+  }
+
+ private:
+  int64_t rows_ = 0, depth_ = 0;
+};
+
+struct Bf16Step {
+  using A = bf16;
+  using C = float;
+  static constexpr int64_t k = 32;
+};
+struct Int8Step {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 64;
+};
+struct Int8HalfStep {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 32;
+};
+
+// c [rows][32] (+)= a [rows, steps * k] (row stride lda) times the panel's blocks at b.
+template <class Step>
+void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
+              typename Step::C* c, bool accumulate, bool stream = false) {
+  constexpr bool integer = sizeof(typename Step::A) == 1;
+  constexpr int64_t depth = Step::k * static_cast<int64_t>(sizeof(*a)), tile = depth * kTile;  // in bytes
+  const int64_t stride = lda * static_cast<int64_t>(sizeof(*a));
+  tile_fence();
+  shape.set(rows, depth);
+  if (rows <= 16) {
+    if (accumulate) {
+      _tile_loadd(0, c, 128);
+      _tile_loadd(1, c + 16, 128);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+    }
+    for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2 * tile) {
+      if (stream) prefetch<32>(b);
+      _tile_loadd(4, a, stride);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + tile, 64);
+      if constexpr (integer) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+      } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    return;
+  }
+  const typename Step::A* a2 = a + 16 * lda;
+  typename Step::C* c2 = c + 16 * kPanel;
+  if (accumulate) {
+    _tile_loadd(0, c, 128);
+    _tile_loadd(1, c + 16, 128);
+    _tile_loadd(2, c2, 128);
+    _tile_loadd(3, c2 + 16, 128);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; s++, a += Step::k, a2 += Step::k, b += 2 * tile) {
+    if (stream) prefetch<32>(b);
+    _tile_loadd(4, a, stride);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + tile, 64);
+    _tile_loadd(5, a2, stride);
+    if constexpr (integer) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 128);
+  _tile_stored(1, c + 16, 128);
+  _tile_stored(2, c2, 128);
+  _tile_stored(3, c2 + 16, 128);
+}
+
+#else
+
+constexpr int64_t kRowBlock = 12;  // 24 accumulators, 2 columns, 1 row, of 32 registers
+
+struct TileShape {};
+
+struct Bf16Step {
+  using A = bf16;
+  using C = float;
+  static constexpr int64_t k = 32;
+  using V = __m512;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V load(const float* c) { return _mm512_loadu_ps(c); }
+  static void store(float* c, V v) { _mm512_storeu_ps(c, v); }
+  static __m512i spread(const bf16* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+};
+
+// VPDPBUSD takes an unsigned by a signed factor, so A is shifted by 128; the caller takes 128 * sum(b) off again.
+struct Int8Step {
+  using A = int8_t;
+  using C = int32_t;
+  static constexpr int64_t k = 64;
+  using V = __m512i;
+  static V zero() { return _mm512_setzero_si512(); }
+  static V load(const int32_t* c) { return _mm512_loadu_si512(c); }
+  static void store(int32_t* c, V v) { _mm512_storeu_si512(c, v); }
+  static __m512i spread(const int8_t* a) {
+    uint32_t four;
+    std::memcpy(&four, a, 4);
+    return _mm512_set1_epi32(static_cast<int32_t>(four ^ 0x80808080u));
+  }
+  static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
+};
+
+template <class Step, int R>
+void multiply_rows(const typename Step::A* a, int64_t lda, const uint8_t* b, int64_t steps, typename Step::C* c,
+                   bool accumulate) {
+  typename Step::V acc[R][2];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++) acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * t) : Step::zero();
+  constexpr int64_t a_part = Step::k / 16;
+  for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
+    for (int p = 0; p < 16; p++) {
+      __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        __m512i x = Step::spread(a + r * lda + p * a_part);
+        acc[r][0] = Step::dot(acc[r][0], x, left);
+        acc[r][1] = Step::dot(acc[r][1], x, right);
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++) Step::store(c + r * kPanel + 16 * t, acc[r][t]);
+}
+
+template <class Step, int R = static_cast<int>(kRowBlock)>
+void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
+              typename Step::C* c, bool accumulate, bool stream = false) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply<Step, R - 1>(shape, a, lda, rows, b, steps, c, accumulate);
+  }
+  multiply_rows<Step, R>(a, lda, b, steps, c, accumulate);
+}
+
+#endif
+
+// Widens `blocks` blocks of 32 k of an int8 weight-only panel to the bfloat16 layout. Integers up to 256 are exact in it.
+inline void widen_int8(const uint8_t* from, int64_t blocks, uint8_t* to) {
+  for (int64_t i = 0; i < blocks * 32; i++, from += 32, to += 64) {
+    if (i % 2 == 0) prefetch<1>(from);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16))));
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+}
+
+// int4 levels 0 to 15 times rows of A, for the `blocks` blocks of 32 k of one group: c [R][32] = a [R, 32 * blocks] times the
+// levels at b. Unlike signed ones, levels go into the instructions as they are; the caller takes 8 * sum(a) off again.
+template <int R>
+void multiply_levels(const int8_t* a, int64_t lda, const uint8_t* b, int64_t blocks, int32_t* c) {
+  auto four = [](const int8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return bytes;
+  };
+  const __m512i nibble = _mm512_set1_epi8(15);
+  __m512i acc[R][4];  // by tile and nibble
+  for (auto& row : acc)
+    for (__m512i& vec : row) vec = _mm512_setzero_si512();
+  for (int64_t block = 0; block < blocks; block++, a += 32, b += 512)
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; part++) {
+      prefetch_l2(b + kAhead + 64 * part);
+      const __m512i bytes = _mm512_loadu_si512(b + 64 * part);
+      const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+      const int t = part / 4 * 2;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const int8_t* x = a + r * lda + part % 4 * 4;
+        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], low, _mm512_set1_epi32(four(x)));
+        acc[r][t + 1] = _mm512_dpbusd_epi32(acc[r][t + 1], high, _mm512_set1_epi32(four(x + 16)));
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < 2; t++)
+      _mm512_storeu_si512(c + r * kPanel + 16 * t, _mm512_add_epi32(acc[r][2 * t], acc[r][2 * t + 1]));
+}
+
+#if defined(__AMX_TILE__)
+
+// Widens int4 blocks of 32 k to int8 tiles, -8 to 7, for steps of 32 or 64 k.
+inline void widen_int4(const uint8_t* from, int64_t blocks, int64_t step_k, uint8_t* to) {
+  const __m512i nibble = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+  const int64_t tile = step_k * kTile;
+  for (int64_t block = 0; block < blocks; block++) {
+    uint8_t* at = to + block * 32 / step_k * 2 * tile + block * 32 % step_k * kTile;
+    for (int t = 0; t < 2; t++, at += tile)
+      for (int part = 0; part < 4; part++, from += 64) {
+        prefetch_l2(from + kAhead);
+        const __m512i bytes = _mm512_loadu_si512(from);
+        const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        _mm512_storeu_si512(at + 64 * part, _mm512_sub_epi8(low, eight));
+        _mm512_storeu_si512(at + 64 * part + 256, _mm512_sub_epi8(high, eight));
+      }
+  }
+}
+
+#endif
+
+}  // namespace skyline

@@ -98,7 +98,7 @@ class Run {
     for (int32_t r : plan.order) {
       for (int32_t first = (queries_of(r) - 1) / tile * tile; first >= 0; first -= tile) {
         const int32_t queries = std::min(tile, queries_of(r) - first);
-        Item item = item_of(r, queries * call_.group > kManyRows ? 1 : heads, first, queries);
+        Item item = item_of(r, queries * call_.group > Many::kHeadRows ? 1 : heads, first, queries);
         for (; item.head < call_.kv_heads; item.head += item.heads) {
           item.heads = std::min<int32_t>(item.heads, static_cast<int32_t>(call_.kv_heads) - item.head);
           total += cost(item);

@@ -65,7 +65,7 @@ class TileAttention {
  public:
   using View = attention::View<bf16, KV>;
   // So many bytes of a token are read at a time: the hardware fetches ahead well only where memory is read in order.
-  static constexpr int kMaxRows = 256, kHeadBytes = 2048;
+  static constexpr int kMaxRows = 256, kHeadRows = 64, kHeadBytes = 2048;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 32); }
 

@@ -44,19 +44,21 @@ template <class T, class KV>
 class LaneAttention {
  public:
   using View = attention::View<T, KV>;
-  static constexpr int kMaxRows = 64, kHeadBytes = 1;  // one head at a time
+  static constexpr int kMaxRows = 96;
+  // Few rows take some heads together, whose keys lie next to each other: memory is fastest in long pieces.
+  static constexpr int kHeadRows = 4, kHeadBytes = 1024;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 16); }
 
   LaneAttention(const View& view, Scratch& scratch)
-      : view_(view), dim_(view.call.head_dim), width_(padded(dim_)), direct_(view.rows <= kFewRows && dim_ == width_),
+      : view_(view), dim_(view.call.head_dim), width_(padded(dim_)), heads_(view.item.heads), direct_(view.rows <= kHeadRows && dim_ == width_),
         scoring_(view.call.scale, view.call.softcap, sizeof(KV) == 1) {
     void* memory = scratch.ensure(carve(nullptr));
     carve(memory);
-    std::memset(nothing_, 0, width_ * sizeof(KV));
-    for (int row = 0; row < view.rows; row++) {
-      const T* from = view.query(0, row);
-      float* to = q_ + row * width_;
+    std::memset(nothing_, 0, heads_ * width_ * sizeof(KV));
+    for (int i = 0; i < heads_ * view.rows; i++) {
+      const T* from = view.query(i / view.rows, i % view.rows);
+      float* to = q_ + i * width_;
       if (dim_ == width_ && sizeof(T) == sizeof(KV)) {
         for (int64_t i = 0; i < width_; i += 16) store_dims(from + i, to + i);
       } else {
@@ -75,47 +77,59 @@ class LaneAttention {
       const int64_t slot = slots_[key];
       keys_[key] = slot < 0 ? nothing_ : view_.call.k + slot * dim_;
       values_[key] = slot < 0 ? nothing_ : view_.call.v + slot * dim_;
-      if (sizeof(KV) == 1) {
-        k_scale_[key] = slot < 0 ? 0 : view_.call.k_scale[slot];
-        v_scale_[key] = slot < 0 ? 0 : view_.call.v_scale[slot];
-      }
+      if (sizeof(KV) == 1)
+        for (int head = 0; head < heads_; head++) {
+          k_scale_[head * kSplit + key] = slot < 0 ? 0 : view_.call.k_scale[slot + head];
+          v_scale_[head * kSplit + key] = slot < 0 ? 0 : view_.call.v_scale[slot + head];
+        }
     }
+    for (int row = 0; row < view_.rows; row++) spans_[row] = view_.visible(index, row, row);
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
-      if (direct_) {
-        const KV* const* next = chunk + 1 < all.last_chunk() ? keys_ + (chunk + 1) * kChunk : values_ + all.first_chunk() * kChunk;
-        each_block<2>(index, chunk, [&]<int R>(int row) { products<R>(row, chunk, Cached{keys_ + chunk * kChunk}, next); });
-      } else {
-        convert(keys_ + chunk * kChunk);
-        each_block<3>(index, chunk, [&]<int R>(int row) { products<R>(row, chunk, Converted{wide_, width_}, nullptr); });
+      const bool last = chunk + 1 == all.last_chunk();
+      Ahead next(last ? values_ + all.first_chunk() * kChunk : keys_ + (chunk + 1) * kChunk, heads_ * dim_);
+      const KV* const* keys = keys_ + chunk * kChunk;
+      for (int head = 0; head < heads_; head++) {
+        if (direct_) {
+          each_block<2>(head, chunk, [&]<int R>(int row) { products<R>(row, chunk, Cached{keys, head * dim_}, next); });
+        } else {
+          convert(keys, head);
+          each_block<3>(head, chunk, [&]<int R>(int row) { products<R>(row, chunk, Converted{wide_, width_}, next); });
+        }
       }
     }
-    for (int row = 0; row < view_.rows; row++) {
-      const Span mine = view_.visible(index, row, row);
-      float* s = scores_ + row * kSplit;
+    for (int i = 0; i < heads_ * view_.rows; i++) {
+      const Span mine = spans_[i % view_.rows];
+      const int64_t head = i / view_.rows * kSplit;
+      float* s = scores_ + i * kSplit;
       if (mine.empty()) {
         std::fill_n(s, kSplit, 0.0f);
       } else {
-        sums_[row] = softmax(s, mine, all, scoring_, sizeof(KV) == 1 ? k_scale_ : nullptr, [&](int key, const Vec* w) {
-          for (int i = 0; i < kChunk; i += Vec::width) {
-            Vec weight = w[i / Vec::width];
-            if (sizeof(KV) == 1) weight = weight * Vec::load(v_scale_ + key + i);
-            weight.store(s + key + i);
+        sums_[i] = softmax(s, mine, all, scoring_, sizeof(KV) == 1 ? k_scale_ + head : nullptr, [&](int key, const Vec* w) {
+          for (int j = 0; j < kChunk; j += Vec::width) {
+            Vec weight = w[j / Vec::width];
+            if (sizeof(KV) == 1) weight = weight * Vec::load(v_scale_ + head + key + j);
+            weight.store(s + key + j);
           }
         });
       }
-      std::fill_n(mixed_ + row * width_, width_, 0.0f);
+      std::fill_n(mixed_ + i * width_, width_, 0.0f);
     }
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
-      if (direct_) {
-        const KV* const* next = chunk + 1 < all.last_chunk() ? values_ + (chunk + 1) * kChunk : nullptr;
-        each_block<2>(index, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Cached{values_ + chunk * kChunk}, next); });
-      } else {
-        convert(values_ + chunk * kChunk);
-        each_block<3>(index, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Converted{wide_, width_}, nullptr); });
+      const bool last = chunk + 1 == all.last_chunk();
+      Ahead next(last ? nullptr : values_ + (chunk + 1) * kChunk, heads_ * dim_);
+      const KV* const* values = values_ + chunk * kChunk;
+      for (int head = 0; head < heads_; head++) {
+        if (direct_) {
+          each_block<2>(head, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Cached{values, head * dim_}, next); });
+        } else {
+          convert(values, head);
+          each_block<3>(head, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Converted{wide_, width_}, next); });
+        }
       }
     }
-    for (int row = 0; row < view_.rows; row++) {
-      if (!view_.visible(index, row, row).empty()) done(0, row, sums_[row], mixed_ + row * width_);
+    for (int i = 0; i < heads_ * view_.rows; i++) {
+      const int row = i % view_.rows;
+      if (!spans_[row].empty()) done(i / view_.rows, row, sums_[i], mixed_ + i * width_);
     }
   }
 
@@ -136,48 +150,68 @@ class LaneAttention {
   }
 
  private:
-  static constexpr int kFewRows = 4;
-  static constexpr int64_t kLine = 64 / sizeof(KV);  // elements of a cache line
+  // A chunk's keys or values that are needed soon: row by row, a cache line with every few instructions.
+  class Ahead {
+   public:
+    Ahead(const KV* const* rows, int64_t dim) : row_(rows), end_(rows == nullptr ? rows : rows + kChunk), bytes_(dim * sizeof(KV)) {}
+    void ask() {
+      if (row_ == end_) return;
+      prefetch_l2(reinterpret_cast<const char*>(*row_) + at_);
+      at_ += 64;
+      if (at_ >= bytes_) {
+        at_ = 0;
+        row_++;
+      }
+    }
+
+   private:
+    const KV *const *row_, *const *end_;
+    int64_t bytes_, at_ = 0;
+  };
 
   // Where dimension i of a query, or of a sum of values, is kept.
   static int64_t place(int64_t i) { return sizeof(KV) == 2 ? i / 16 * 16 + i % 2 * 8 + i % 16 / 2 : i; }
 
   size_t carve(void* memory) {
     Carver carver(memory);
-    q_ = carver.take<float>(view_.rows * width_);
+    const int64_t rows = heads_ * view_.rows;  // head by head
+    q_ = carver.take<float>(rows * width_);
     wide_ = carver.take<float>(kChunk * width_);
-    scores_ = carver.take<float>(view_.rows * kSplit);
-    mixed_ = carver.take<float>(view_.rows * width_);
+    scores_ = carver.take<float>(rows * kSplit);
+    mixed_ = carver.take<float>(rows * width_);
     slots_ = carver.take<int64_t>(kSplit);
     keys_ = carver.take<const KV*>(kSplit);
     values_ = carver.take<const KV*>(kSplit);
-    k_scale_ = carver.take<float>(kSplit);
-    v_scale_ = carver.take<float>(kSplit);
-    sums_ = carver.take<RowSum>(view_.rows);
-    nothing_ = carver.take<KV>(width_);
+    k_scale_ = carver.take<float>(heads_ * kSplit);
+    v_scale_ = carver.take<float>(heads_ * kSplit);
+    sums_ = carver.take<RowSum>(rows);
+    spans_ = carver.take<Span>(view_.rows);
+    nothing_ = carver.take<KV>(heads_ * width_);
     return carver.used();
   }
 
-  // body<R>(row) for blocks of rows [row, row + R) of which some see something of the chunk.
+  // body<R>(row) for blocks of the head's rows [row, row + R), counted over all heads, of which some see something of the chunk:
+  // later rows see further, and begin later to.
   template <int R, class Body>
-  void each_block(int index, int chunk, const Body& body) const {
+  void each_block(int head, int chunk, const Body& body) const {
+    const int first = head * view_.rows;
     int row = 0;
     for (; row + R <= view_.rows; row += R)
-      if (sees(index, chunk, row, row + R - 1)) body.template operator()<R>(row);
+      if (sees(chunk, row, row + R - 1)) body.template operator()<R>(first + row);
     if constexpr (R > 1) {
       for (; row < view_.rows; row++)
-        if (sees(index, chunk, row, row)) body.template operator()<1>(row);
+        if (sees(chunk, row, row)) body.template operator()<1>(first + row);
     }
   }
-  bool sees(int index, int chunk, int first, int last) const {
-    const Span span = view_.visible(index, first, last);
+  bool sees(int chunk, int first, int last) const {
+    const Span span{spans_[first].lo, spans_[last].hi};
     return !span.empty() && span.first_chunk() <= chunk && chunk < span.last_chunk();
   }
 
   // The chunk's keys or values as float32, in the order of `place`.
-  void convert(const KV* const* rows) {
+  void convert(const KV* const* rows, int head) {
     for (int key = 0; key < kChunk; key++) {
-      const KV* from = rows[key];
+      const KV* from = rows[key] + head * dim_;
       float* to = wide_ + key * width_;
       for (int64_t i = 0; i < width_; i += 16) {
         if (i + 16 <= dim_) {
@@ -194,7 +228,8 @@ class LaneAttention {
   // Rows of a chunk, by key: as they are in the cache, or converted.
   struct Cached {
     const KV* const* rows;
-    const KV* operator()(int key) const { return rows[key]; }
+    int64_t offset;  // of the head
+    const KV* operator()(int key) const { return rows[key] + offset; }
   };
   struct Converted {
     const float* wide;
@@ -202,10 +237,10 @@ class LaneAttention {
     const float* operator()(int key) const { return wide + key * width; }
   };
 
-  // Products of R queries and the chunk's keys: eight chains of additions each, which are then added up. The rows of `next`, if
-  // any, are asked for from memory meanwhile.
+  // Products of R queries and the chunk's keys: eight chains of additions each, which are then added up. What is `next` is
+  // asked for from memory meanwhile.
   template <int R, class Rows>
-  void products(int row, int chunk, const Rows& rows, const KV* const* next) {
+  void products(int row, int chunk, const Rows& rows, Ahead& next) {
     constexpr int K = R == 1 ? 8 : 4;
     const float* q = q_ + row * width_;
     const int64_t width = width_;
@@ -213,10 +248,9 @@ class LaneAttention {
       decltype(rows(0)) keys[K];
       __m256 acc[R][K] = {};
       repeat<K>(SKYLINE_EACH(k) { keys[k] = rows(key + k); });
-      if (next != nullptr)
-        for (int k = key; k < key + K; k++)
-          for (int64_t d = 0; d < width; d += kLine) prefetch_l1(next[k] + d);
-      for (int64_t d = 0; d < width; d += 16)
+      for (int64_t d = 0; d < width; d += 16) {
+        next.ask();
+        next.ask();
         repeat<K>(SKYLINE_EACH(k) {
           __m256 first, second;
           load_dims(keys[k] + d, first, second);
@@ -225,6 +259,7 @@ class LaneAttention {
             acc[r][k] = _mm256_fmadd_ps(_mm256_loadu_ps(q + r * width + d + 8), second, acc[r][k]);
           });
         });
+      }
       float* s = scores_ + row * kSplit + chunk * kChunk + key;
       repeat<R>(SKYLINE_EACH(r) {
         repeat<K / 4>(SKYLINE_EACH(i) {
@@ -236,14 +271,14 @@ class LaneAttention {
 
   // Adds the chunk's values, weighted, in the order of the keys.
   template <int R, class Rows>
-  void mix(int row, int chunk, const Rows& rows, const KV* const* next) {
+  void mix(int row, int chunk, const Rows& rows, Ahead& next) {
     constexpr int N = R == 1 ? 4 : 2;  // times 16 dimensions
     int64_t d = 0;
     for (; d + 16 * N <= width_; d += 16 * N) mix_part<R, N>(row, chunk, d, rows, next);
     for (; d < width_; d += 16) mix_part<R, 1>(row, chunk, d, rows, next);
   }
   template <int R, int N, class Rows>
-  void mix_part(int row, int chunk, int64_t d, const Rows& rows, const KV* const* next) {
+  void mix_part(int row, int chunk, int64_t d, const Rows& rows, Ahead& next) {
     float* to = mixed_ + row * width_ + d;
     const float* weights = scores_ + row * kSplit + chunk * kChunk;
     const int64_t width = width_;
@@ -251,7 +286,7 @@ class LaneAttention {
     repeat<R>(SKYLINE_EACH(r) { repeat<2 * N>(SKYLINE_EACH(n) { acc[r][n] = _mm256_loadu_ps(to + r * width + n * 8); }); });
     for (int key = 0; key < kChunk; key++) {
       const auto* from = rows(key) + d;
-      if (next != nullptr && d % kLine == 0) prefetch_l1(next[key] + d);
+      next.ask();
       __m256 weight[R];
       repeat<R>(SKYLINE_EACH(r) { weight[r] = _mm256_broadcast_ss(weights + r * kSplit + key); });
       repeat<N>(SKYLINE_EACH(n) {
@@ -267,13 +302,14 @@ class LaneAttention {
   }
 
   const View view_;
-  const int64_t dim_, width_;
+  const int64_t dim_, width_, heads_;
   const bool direct_;  // few rows, which are not worth converting for
   const Scoring scoring_;
   float *q_, *wide_, *scores_, *mixed_, *k_scale_, *v_scale_;
   int64_t* slots_;
   const KV **keys_, **values_;  // rows of the split
   RowSum* sums_;
+  Span* spans_;  // keys of the split that each row sees
   KV* nothing_;
 };
 

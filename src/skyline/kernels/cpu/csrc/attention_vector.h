@@ -84,7 +84,7 @@ template <class T, class KV>
 class VectorAttention {
  public:
   using View = attention::View<T, KV>;
-  static constexpr int kMaxRows = 64, kHeadBytes = 1;  // one head at a time
+  static constexpr int kMaxRows = 64, kHeadRows = 64, kHeadBytes = 1;  // one head at a time
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 2 * Vec::width); }
 

@@ -12,7 +12,7 @@ from skyline.kernels.cpu.machine import Machine, Peak, load_or_measure, measure
 from skyline.runner.profile import profile
 
 PEAK = Peak("made up", 1e12, 5e11, 9e11, None)
-MACHINE = Machine("made up", "avx2", 1, "none", 1e10, 5e9, dict.fromkeys(("float32", "bfloat16", "int8"), PEAK))
+MACHINE = Machine("made up", "avx2", 1, "none", 1e10, 5e9, dict.fromkeys(("float32", "bfloat16", "int8", "int4"), PEAK))
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"dtype": "bfloat16", "quantization": "int4"}])

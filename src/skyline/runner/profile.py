@@ -24,7 +24,7 @@ from skyline.runner.loader import LoadedModel, load_model
 
 _WARM_UP = 2
 _PARTS = ("kernels", "python", "sampling", "preparation", "idle")
-# Ops that do arithmetic in the format of the activations, or in int8; all others compute in float32.
+# Ops that do arithmetic in the format of the activations, and in integers; all others compute in float32.
 _IN_ACTIVATIONS = (
     "linear",
     "linear_int8_weight_only",
@@ -32,7 +32,7 @@ _IN_ACTIVATIONS = (
     "moe_experts_int8_weight_only",
     "paged_attention",
 )
-_IN_INT8 = ("linear_int8", "linear_int4", "moe_experts_int8", "moe_experts_int4")
+_IN_INTEGERS = {"linear_int8": "int8", "moe_experts_int8": "int8", "linear_int4": "int4", "moe_experts_int4": "int4"}
 
 
 @dataclass(slots=True)
@@ -253,7 +253,7 @@ def _cost(program: Program, call: Call, values: tuple[Any, ...]) -> Cost:
 
 def _least_us(machine: Machine, call: Call, values: tuple[Any, ...], cost: Cost) -> float:
     activations = next(value.dtype for value in values if isinstance(value, torch.Tensor))
-    name = "int8" if call.op.name in _IN_INT8 else "float32"
+    name = _IN_INTEGERS.get(call.op.name, "float32")
     if call.op.name in _IN_ACTIVATIONS and activations == torch.bfloat16:
         name = "bfloat16"
     peak = machine.peaks[name].highest or machine.peaks["float32"].highest

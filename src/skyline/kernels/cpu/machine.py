@@ -32,12 +32,14 @@ _FORMATS = {
     "float32": ("linear", torch.float32, Format.FLOAT32),
     "bfloat16": ("linear", torch.bfloat16, Format.BFLOAT16),
     "int8": ("linear_int8", torch.bfloat16, Format.INT8),
+    "int4": ("linear_int4", torch.bfloat16, Format.INT4),
 }
 _FMA = {"amx": "vfmadd, 512 bits", "avx512": "vfmadd, 512 bits", "avx2": "vfmadd, 256 bits"}
 _INSTRUCTIONS = {
     "float32": _FMA,
     "bfloat16": {"amx": "tdpbf16ps", "avx512": "vdpbf16ps", "avx2": "vfmadd, 256 bits"},
-    "int8": {"amx": "tdpbssd", "avx512": "vpdpbusd", "avx2": "vpmaddubsw and vpmaddwd"},
+    "int8": {"amx": "tdpbssd", "avx512": "vpdpbusd", "avx2": "vpmaddwd"},
+    "int4": {"amx": "tdpbssd", "avx512": "vpdpbusd", "avx2": "vpmaddubsw"},
 }
 
 
@@ -65,7 +67,7 @@ class Machine(msgspec.Struct, frozen=True):
     library: str  # that the figures were measured with
     bandwidth: float
     bandwidth_one_thread: float
-    peaks: dict[str, Peak]  # by format: float32, bfloat16, int8
+    peaks: dict[str, Peak]  # by format: float32, bfloat16, int8, int4
 
 
 def measure(threads: int | None = None) -> Machine:
@@ -87,7 +89,7 @@ def measure(threads: int | None = None) -> Machine:
                 if isa != "none":
                     register = kernels.submit(_register_peaks, name).result()
                     product = kernels.submit(_product_peak, name, isa).result()
-                rival = None if name == "int8" else other.submit(_torch_peak, name, count).result()
+                rival = None if name in ("int8", "int4") else other.submit(_torch_peak, name, count).result()
                 instruction = _INSTRUCTIONS[name].get(isa, "")
                 peaks[name] = Peak(instruction, *register, product, rival)
         finally:

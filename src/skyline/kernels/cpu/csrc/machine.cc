@@ -71,7 +71,7 @@ void turn_tiles(int64_t turns) {
 double turn(Format format, int64_t turns) {
 #if defined(__AMX_TILE__)
   if (format == Format::kBfloat16) return turn_tiles<false>(turns), 6 * 16 * 16 * 32 * 2.0;
-  if (format == Format::kInt8) return turn_tiles<true>(turns), 6 * 16 * 16 * 64 * 2.0;
+  if (format != Format::kFloat32) return turn_tiles<true>(turns), 6 * 16 * 16 * 64 * 2.0;
 #elif defined(__AVX512F__)
   if (format == Format::kBfloat16) {
     __m512i ones = _mm512_set1_epi16(0x3F80);
@@ -79,21 +79,30 @@ double turn(Format format, int64_t turns) {
     turn_vectors(_mm512_setzero_ps(), turns, [&](__m512 a) { return _mm512_dpbf16_ps(a, (__m512bh)ones, (__m512bh)ones); });
     return kVectorChains * 32 * 2;
   }
-  if (format == Format::kInt8) {
+  if (format == Format::kInt8 || format == Format::kInt4) {
     __m512i ones = _mm512_set1_epi8(1);
     keep(ones);
     turn_vectors(_mm512_setzero_si512(), turns, [&](__m512i a) { return _mm512_dpbusd_epi32(a, ones, ones); });
     return kVectorChains * 64 * 2;
   }
 #else
-  if (format == Format::kInt8) {
-    // As in tiles.h, without the signs: three instructions for what VPDPBUSD does in one.
-    __m256i ones = _mm256_set1_epi8(1), wide = _mm256_set1_epi16(1);
+  if (format == Format::kInt8) {  // as in tiles_avx2.h: pairs of 16 bits
+    __m256i ones = _mm256_set1_epi16(1);
     keep(ones);
     turn_vectors(_mm256_setzero_si256(), turns, [&](__m256i a) {
       __m256i x = ones;
       keep(x);
-      return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(x, ones), wide));
+      return _mm256_add_epi32(a, _mm256_madd_epi16(x, ones));
+    });
+    return kVectorChains * 16 * 2;
+  }
+  if (format == Format::kInt4) {
+    __m256i ones = _mm256_set1_epi8(1);
+    keep(ones);
+    turn_vectors(_mm256_setzero_si256(), turns, [&](__m256i a) {
+      __m256i x = ones;
+      keep(x);
+      return _mm256_add_epi16(a, _mm256_maddubs_epi16(x, ones));
     });
     return kVectorChains * 32 * 2;
   }
@@ -145,7 +154,7 @@ void machine_fill(TensorView memory) {
 // Operations (a multiply and an add are two) that were done: `turns` turns on one thread, or as many on each.
 double machine_compute(int64_t format, int64_t turns, bool all_threads) {
   const auto kind = static_cast<Format>(format);
-  SKYLINE_CHECK(kind == Format::kFloat32 || kind == Format::kBfloat16 || kind == Format::kInt8, "no instruction of its own");
+  SKYLINE_CHECK(kind != Format::kInt8WeightOnly, "multiplies in bfloat16");
   if (!all_threads) return turn(kind, turns) * static_cast<double>(turns);
   // Small shares, so that a thread that starts late leaves some of its to the others.
   const int64_t shares = 16 * ThreadPool::get().size(), share = std::max<int64_t>(turns / 16, 1);

@@ -211,10 +211,8 @@ void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t*
       C* to = c + r * kPanel;
       if (!wide) {
         multiply<Panel>(from, stride, count, b, steps, to, k0 > 0, ahead.part(i, blocks));
-      } else if (count == kWideRows) {
-        multiply_widened<Panel, kWideRows>(from, stride, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
       } else {
-        multiply_widened<Panel, kWideRows - 1>(from, stride, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
+        multiply_widened<Panel>(from, stride, count, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
       }
     }
   }
@@ -284,16 +282,35 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
 
 #endif
 
+// The same for float32, where a panel needs no widening.
+void accumulate_float(const float* x, int64_t stride, int64_t rows, const float* panel, int64_t k, int64_t piece, float* c) {
+#if defined(__AVX512F__)
+  const int64_t whole = 0;
+#else
+  const int64_t whole = k / 32 * 32, blocks = ceil_div(rows, kWideRows);
+  for (int64_t k0 = 0; k0 < whole; k0 += piece / 4) {
+    const uint8_t* b = reinterpret_cast<const uint8_t*>(panel + k0 * kPanel);
+    const int64_t steps = std::min(piece / 4, whole - k0) / 32, bytes = steps * 32 * kPanel * 4;
+    const Ahead ahead{b + bytes, b + 2 * bytes};
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t r = rows * i / blocks;
+      multiply_widened<Bf16Pairs>(x + r * stride + k0, stride, rows * (i + 1) / blocks - r, b, steps, c + r * kPanel, k0 > 0,
+                                  ahead.part(i, blocks));
+    }
+  }
+#endif
+  for (int64_t k0 = whole; k0 < k; k0 += piece)
+    for (int64_t r = 0; r < rows; r += kFloatRows)
+      multiply_float(x + r * stride + k0, stride, std::min<int64_t>(kFloatRows, rows - r), panel + k0 * kPanel,
+                     std::min(piece, k - k0), c + r * kPanel, k0 > 0);
+}
+
 // c [rows][32] for rows of A along the whole of K.
 void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
                 const Tactic& tactic, Scratch& s) {
   if (m.format != Format::kFloat32) return accumulate_packed(m, a, begin, rows, panel, tactic, s);
   const float* x = static_cast<const float*>(a.data) + begin * a.stride;
-  for (int64_t k0 = 0; k0 < m.k; k0 += tactic.piece)
-    for (int64_t r = 0; r < rows; r += kFloatRows)
-      multiply_float(x + r * a.stride + k0, a.stride, std::min<int64_t>(kFloatRows, rows - r),
-                     reinterpret_cast<const float*>(panel) + k0 * kPanel, std::min(tactic.piece, m.k - k0), s.c + r * kPanel,
-                     k0 > 0);
+  accumulate_float(x, a.stride, rows, reinterpret_cast<const float*>(panel), m.k, tactic.piece, s.c);
 }
 
 // One vector of finished columns of a row: scaled, with bias, still in float32.

@@ -135,7 +135,7 @@ void multiply(const A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t s
 }
 
 // A panel's columns as they are multiplied, for blocks of rows to share: of each pair (or four) of k the four vectors of its
-// first half, then those of its second.
+// first half, then those of its second. Widened pairs of bfloat16 lie as a float32 panel does.
 template <class Panel>
 inline void widen(const uint8_t* b, int64_t steps, uint8_t* to) {
   for (int64_t s = 0; s < steps; s++, b += Panel::bytes)
@@ -151,9 +151,12 @@ inline void widen(const uint8_t* b, int64_t steps, uint8_t* to) {
 
 constexpr int64_t kWideRows = 3;  // by four vectors: fewer elements of A to spread than with six rows and two vectors
 
-// c [R][32] (+)= R rows of A times widened columns.
-template <class Panel, int R, class A, class C>
-inline void multiply_widened(const A* a, int64_t lda, const uint8_t* b, int64_t steps, C* c, bool accumulate, Ahead ahead) {
+// c [rows][32] (+)= rows <= kWideRows of A times widened columns.
+template <class Panel, class A, class C, int R = static_cast<int>(kWideRows)>
+void multiply_widened(const A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps, C* c, bool accumulate, Ahead ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_widened<Panel, A, C, R - 1>(a, lda, rows, b, steps, c, accumulate, ahead);
+  }
   constexpr int64_t part = Panel::k / 16;
   decltype(load_sums(c)) acc[R][4] = {};
   if (accumulate)

@@ -3,7 +3,7 @@
 //
 // Floating-point products are made of float32 multiply-adds, whatever the weight is kept as; rows of A are float32 in memory,
 // from where an instruction spreads one element over a vector. int8 is widened to 16 bits, so that VPMADDWD adds exact pairs.
-// int4 levels are small enough for sums of eight products in 16 bits, which VPMADDUBSW makes four times as fast.
+// int4 levels are small enough for VPMADDUBSW, whose sums of two products, and of eight, still fit 16 bits.
 #pragma once
 
 #include "packed.h"
@@ -58,12 +58,6 @@ struct Int8Fours {
   static __m256i spread(const int16_t* a) { return spread_four(a); }
   static __m256i widened(const uint8_t* p) { return load_whole(p); }
 };
-
-inline void store_in_pairs(Vec v, int16_t* to) {
-  const __m256i whole = _mm256_cvtps_epi32(v.v);
-  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shufflehi_epi16(_mm_shufflelo_epi16(narrow, 0xD8), 0xD8));
-}
 
 // To the compiler, a value that it knows nothing about: it would put off additions until it ran out of registers.
 template <class V>

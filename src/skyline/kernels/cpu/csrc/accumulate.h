@@ -1,0 +1,30 @@
+// What the accumulation of products works with: included by product.cc only, like accumulate_avx2.h and accumulate_avx512.h.
+#pragma once
+
+#include <cstring>
+
+#include "product.h"
+#include "tiles.h"
+
+namespace skyline {
+
+constexpr int64_t kMostRows = 512, kMostPiece = 512;  // of any tactic
+constexpr int64_t kGroups = 4;                        // of int4, multiplied before their sums are added up
+
+struct alignas(64) Scratch {
+  float c[kMostRows * kPanel];
+#if defined(__AVX512F__)
+  int32_t partial[kGroups * kRowBlock * kPanel];
+  uint8_t b[kMostPiece * kPanel * 2];
+#else
+  uint8_t wide[kMostPiece * kPanel * 2];
+#endif
+};
+
+#if defined(__AVX512F__)
+inline Vec widen_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+#else
+inline Vec widen_half(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+#endif
+
+}  // namespace skyline

@@ -1,0 +1,98 @@
+// c [rows][32] = rows of A times a panel, on AVX2.
+#pragma once
+
+#include "accumulate.h"
+
+namespace skyline {
+namespace {
+
+// c [rows][32] = rows of A times a panel. A piece of it stays in the first-level cache while blocks of rows go by, widened if
+// those are many, and the next one is asked for meanwhile: it lies behind.
+template <class Panel, class A, class C>
+void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t k, int64_t piece, Scratch& s, C* c) {
+  const bool wide = rows > 8;
+  const int64_t blocks = ceil_div(rows, wide ? kWideRows : kRowBlock);
+  for (int64_t k0 = 0; k0 < k; k0 += piece) {
+    const uint8_t* b = panel + k0 / Panel::k * Panel::bytes;
+    const int64_t steps = std::min(piece, k - k0) / Panel::k, bytes = steps * Panel::bytes;
+    const Ahead ahead{b + bytes, b + 2 * bytes};
+    if (wide) widen<Panel>(b, steps, s.wide);
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+      const A* from = x + r * stride + k0;
+      C* to = c + r * kPanel;
+      if (!wide) {
+        multiply<Panel>(from, stride, count, b, steps, to, k0 > 0, ahead.part(i, blocks));
+      } else {
+        multiply_widened<Panel>(from, stride, count, s.wide, steps, to, k0 > 0, ahead.part(i, blocks));
+      }
+    }
+  }
+}
+
+// c [R][32] += R rows of A, from `row` on and at x, times the groups [g, end) of an int4 panel, in order.
+template <bool zeros, int R = static_cast<int>(kRowBlock)>
+void add_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows, const uint8_t* panel,
+                int64_t g, int64_t end, float* c, bool ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return add_groups<zeros, R - 1>(m, a, x, row, rows, panel, g, end, c, ahead);
+  }
+  const int64_t group = m.group, group_bytes = m.group_bytes(), stride = a.stride;
+  for (; g < end; g++) {
+    const uint8_t* from = panel + g * group_bytes;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+    const float* scales = a.scales + g * a.rows + row;
+    float totals[R], offsets[R];
+    for (int r = 0; r < R; r++) {
+      totals[r] = static_cast<float>(a.sums[g * a.rows + row + r]);
+      offsets[r] = -8 * totals[r];
+    }
+    for (int vec = 0; vec < 4; vec++) {
+      if (ahead)
+        for (int64_t at = vec * group_bytes / 4; at < (vec + 1) * group_bytes / 4; at += 64) prefetch_l2(from + kAhead + at);
+      __m256i sums[R];
+      multiply_levels<R>(x + g * group, stride, from + (zeros ? 128 : 64), vec, group / 32, sums);
+      const Vec scale = widen_half(halves + 8 * vec);
+      const Vec zero = zeros ? Vec::zero() - widen_half(halves + kPanel + 8 * vec) : Vec::zero();
+      repeat<R>(SKYLINE_EACH(r) {
+        Vec value = Vec{_mm256_cvtepi32_ps(sums[r])} + Vec::all(offsets[r]);  // exact: whole numbers below 2^24
+        if (zeros) value = fma(Vec::all(totals[r]), zero, value);
+        float* to = c + r * kPanel + 8 * vec;
+        fma(value * Vec::all(scales[r]), scale, Vec::load(to)).store(to);
+      });
+    }
+  }
+}
+
+void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
+                       const Tactic& tactic, Scratch& s) {
+  const int64_t k = m.padded_k();
+  if (m.format == Format::kInt4) {
+    std::memset(s.c, 0, rows * kPanel * sizeof(float));
+    const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
+    const int64_t groups = k / m.group, at_once = 2 * tactic.piece / m.group, blocks = ceil_div(rows, kRowBlock);
+    for (int64_t g = 0; g < groups; g += at_once)
+      for (int64_t i = 0; i < blocks; i++) {
+        const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+        const int64_t end = std::min(g + at_once, groups);
+        if (m.zeros) {
+          add_groups<true>(m, a, x + r * a.stride, begin + r, count, panel, g, end, s.c + r * kPanel, i == 0);
+        } else {
+          add_groups<false>(m, a, x + r * a.stride, begin + r, count, panel, g, end, s.c + r * kPanel, i == 0);
+        }
+      }
+  } else if (m.format == Format::kInt8) {
+    const int16_t* x = static_cast<const int16_t*>(a.data) + begin * a.stride;
+    accumulate_columns<Int8Fours>(x, a.stride, rows, panel, k, tactic.piece / 2, s, reinterpret_cast<int32_t*>(s.c));
+  } else {
+    const float* x = static_cast<const float*>(a.data) + begin * a.stride;
+    if (m.format == Format::kBfloat16) {
+      accumulate_columns<Bf16Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
+    } else {
+      accumulate_columns<Int8Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace skyline

@@ -1,0 +1,28 @@
+// Rows of A as each instruction set multiplies them.
+#pragma once
+
+#include "packed.h"
+#include "simd.h"
+
+namespace skyline {
+
+#if defined(__AVX512F__)
+using Narrow = bf16;       // for weights of bfloat16, and of int8 weight-only
+using Quantized = int8_t;  // for int8
+#else
+using Narrow = float;
+using Quantized = int16_t;
+#endif
+
+inline bool quantizes(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+
+inline int64_t activation_bytes(Format format) {
+  switch (format) {
+    case Format::kFloat32: return sizeof(float);
+    case Format::kInt8: return sizeof(Quantized);
+    case Format::kInt4: return sizeof(int8_t);
+    default: return sizeof(Narrow);
+  }
+}
+
+}  // namespace skyline

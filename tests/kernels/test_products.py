@@ -1,0 +1,58 @@
+"""Products by packed weights longer than what stays in a cache: right, and the same bits for every number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from skyline.kernels.cpu import native
+from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from tests.kernels.test_tuning import FORMATS, kernel_of
+
+pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+
+N, K = 72, 1100  # a panel that is not full, and a K that is no multiple of any step
+# What quantizing the activations costs, relative to the size of a row of results.
+ERRORS = {"int8": 2e-2, "int4 by 32": 2e-2, "int4 by 128": 2e-2}
+ALL = {**FORMATS, "float32": ("linear", Format.FLOAT32, 0)}
+
+
+def product(name: str, weight: Any, x: torch.Tensor, gated: bool) -> torch.Tensor:
+    op, format, group = ALL[name]
+    out = torch.empty(len(x), N // 2 if gated else N, dtype=x.dtype)
+    kernel = kernel_of("linear", Format.BFLOAT16, 0) if format is Format.FLOAT32 else kernel_of(op, format, group)
+    kernel.into(out, x, weight, None, gated)
+    return out
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_every_number_of_rows_gives_the_same_bits(name: str, gated: bool, instruction_set: str) -> None:
+    _, format, group = ALL[name]
+    dtype = torch.float32 if format is Format.FLOAT32 else torch.bfloat16
+    generator = torch.Generator().manual_seed(4)
+    layout = packed_layout(format, gated=gated, group=group)
+    weight = pack(torch.randn((N, K), generator=generator).to(dtype) / 32, layout)
+    x = torch.randn((150, K), generator=generator).to(dtype)
+    together = product(name, weight, x, gated)
+    begin = 0
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 32, 37):
+        apart = product(name, weight, x[begin : begin + rows], gated)
+        assert torch.equal(apart, together[begin : begin + rows]), rows
+        begin += rows
+    assert begin == len(x)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 40, 600])
+@pytest.mark.parametrize("name", ALL)
+def test_equals_the_product_of_its_values(name: str, rows: int, instruction_set: str) -> None:
+    _, format, group = ALL[name]
+    dtype = torch.float32 if format is Format.FLOAT32 else torch.bfloat16
+    generator = torch.Generator().manual_seed(rows)
+    weight = pack(torch.randn((N, K), generator=generator).to(dtype) / 32, packed_layout(format, group=group))
+    x = torch.randn((rows, K), generator=generator).to(dtype)
+    expected = x.double() @ weight.dense().double().T
+    error = (product(name, weight, x, False).double() - expected).abs().max() / expected.abs().max()
+    assert error < ERRORS.get(name, 1e-5 if dtype == torch.float32 else 5e-3)

@@ -1,0 +1,51 @@
+"""Large host memory: zeros, aligned to huge pages and asking for them."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from skyline.ops.host_memory import HUGE_PAGE, host_zeros, reserve
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (1500, 2049), (3, HUGE_PAGE // 2)])
+def test_zeros_that_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    memory = host_zeros(shape, dtype)
+    assert memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
+    assert not memory.any()
+    memory.fill_(3)
+    assert (memory == 3).all()
+
+
+def test_large_memory_begins_on_a_huge_page_and_lives_as_long_as_its_views() -> None:
+    memory = host_zeros((2 * HUGE_PAGE + 100,), torch.uint8)
+    assert memory.data_ptr() % HUGE_PAGE == 0
+    view = memory[HUGE_PAGE:]
+    del memory
+    view.fill_(7)
+    assert int(view.sum()) == 7 * (HUGE_PAGE + 100)
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_HUGEPAGE") or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this system has no huge pages on request",
+)
+def test_whole_huge_pages_are_requested() -> None:
+    memory = reserve((2 * HUGE_PAGE,), torch.uint8, torch.device("cpu"))
+    flags = ""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= memory.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert " hg" in flags
+
+
+def test_another_device_is_left_to_torch() -> None:
+    assert reserve((4, 4), torch.float32, torch.device("meta")).device.type == "meta"

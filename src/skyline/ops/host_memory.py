@@ -21,7 +21,7 @@ def host_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Zeros on the CPU. The system gives their memory when it is first written, in huge pages if it has them.
 
     A step reads all of the weights, and each small page of them takes a walk through the page tables, in a virtual
-    machine through two: two Zen 3 cores read 31 GB/s from pages of 2 MiB where they read 18 GB/s from pages of 4 KiB.
+    machine through two: 3 to 5 % of the time on Zen 3 (benchmarks/huge_pages.py).
     Where huge pages are given only on request (`madvise`, the default of most distributions), this requests them.
     """
     nbytes = math.prod(shape) * dtype.itemsize

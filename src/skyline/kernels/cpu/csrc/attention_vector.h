@@ -1,12 +1,13 @@
-// Paged attention in float32 vectors, for every instruction set and all types.
+// Paged attention in float32 vectors, for all types: on AVX-512, and on AMX where q is float32. AVX2 has its own.
 #pragma once
+
+#if defined(__AVX512F__)
 
 #include "attention.h"
 
 namespace skyline::attention {
 
 // Four bytes of each element of a vector, as floats or as pairs of bfloat16.
-#if defined(__AVX512F__)
 inline void transpose(Vec (&r)[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -38,34 +39,6 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
 inline Vec load_int8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-#else
-inline void transpose(Vec (&r)[8]) {
-  __m256 t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
-    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i].v = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1].v = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
-    r[i + 2].v = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3].v = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2f128_ps(r[i].v, r[i + 4].v, 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i].v, r[i + 4].v, 0x31);
-  }
-  for (int i = 0; i < 8; i++) r[i].v = t[i];
-}
-inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
-  __m256i bits = _mm256_castps_si256(pairs.v);
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
-}
-inline Vec load_int8(const int8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
-#endif
 
 // The first n elements (all, from Vec::width on); the others are zero.
 template <class KV>
@@ -156,7 +129,7 @@ class VectorAttention {
 
  private:
   static constexpr int W = Vec::width;
-  static constexpr int kProductRows = 4, kMixRows = W == 16 ? 4 : 2;
+  static constexpr int kProductRows = 4, kMixRows = 4;
 
   size_t carve(void* memory) {
     Carver carver(memory);
@@ -309,3 +282,5 @@ class VectorAttention {
 };
 
 }  // namespace skyline::attention
+
+#endif

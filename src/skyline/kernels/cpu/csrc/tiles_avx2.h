@@ -77,6 +77,11 @@ inline void store_sums(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_
 // Memory that is asked for while something else is being computed: a line with each few instructions.
 struct Ahead {
   const uint8_t *next, *end;
+  void ask() {
+    if (next >= end) return;
+    prefetch_l2(next);
+    next += 64;
+  }
   Ahead part(int64_t i, int64_t parts) const {
     const int64_t size = end - next;
     return {next + size * i / parts, next + size * (i + 1) / parts};
@@ -97,10 +102,7 @@ inline void multiply_part(const A* a, int64_t lda, const uint8_t* b, int first, 
       const uint8_t* at = b + t * tile;
       for (int i = 0; i < 16; i++, at += 2 * Panel::vector) {
         const A* x = a + i * part;
-        if (ahead.next < ahead.end) {
-          prefetch_l2(ahead.next);
-          ahead.next += 64;
-        }
+        ahead.ask();
         repeat<2>(SKYLINE_EACH(half) {
           decltype(load_sums(c)) columns[2];
           repeat<2>(SKYLINE_EACH(v) { columns[v] = Panel::template columns<half>(at + v * Panel::vector); });
@@ -156,10 +158,7 @@ void multiply_widened(const A* a, int64_t lda, int64_t rows, const uint8_t* b, i
   if (accumulate)
     repeat<R>(SKYLINE_EACH(r) { repeat<4>(SKYLINE_EACH(v) { acc[r][v] = load_sums(c + r * kPanel + 8 * v); }); });
   for (int64_t i = 0; i < 16 * steps; i++, b += 256, a += part) {
-    if (ahead.next < ahead.end) {
-      prefetch_l2(ahead.next);
-      ahead.next += 64;
-    }
+    ahead.ask();
     repeat<2>(SKYLINE_EACH(half) {
       repeat<R>(SKYLINE_EACH(r) {
         const auto all = Panel::spread(a + r * lda + half * part / 2);

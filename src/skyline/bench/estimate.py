@@ -1,0 +1,36 @@
+"""A number with what it is worth."""
+
+from __future__ import annotations
+
+import pydantic
+
+
+class Estimate(pydantic.BaseModel):
+    """`value` with its confidence interval [low, high] (95 % unless said otherwise) from `n` samples.
+
+    Where there is too little to say anything, `value` is None and `refused` says what is missing. `low` and `high` are
+    None where the value is exact or nothing is known of its spread.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    refused: str | None = None
+
+    @classmethod
+    def refuse(cls, why: str, n: int = 0) -> Estimate:
+        return cls(value=None, n=n, refused=why)
+
+    def scaled(self, factor: float) -> Estimate:
+        """Times a positive constant, as in "per device"."""
+        return self._with(*(None if x is None else x * factor for x in (self.value, self.low, self.high)))
+
+    def inverted(self) -> Estimate:
+        """1 / x, for positive x: the ends of the interval change places."""
+        return self._with(*(None if x is None else 1 / x for x in (self.value, self.high, self.low)))
+
+    def _with(self, value: float | None, low: float | None, high: float | None) -> Estimate:
+        return self.model_copy(update={"value": value, "low": low, "high": high})

@@ -384,6 +384,32 @@ class Suite(Spec):
         return any(all(names[what] == name for what, name in rule.items()) for rule in self.exclude)
 
 
+def single(spec: PointSpec) -> Suite:
+    """The suite of this one point, to measure it again."""
+    level = spec.level
+    load: dict[str, Any] = {"kind": level.kind}
+    match level.kind:
+        case "closed":
+            load |= {"concurrency": [level.concurrency], "think_time_s": level.think_time_s}
+        case "ramp":
+            load |= {"start": level.rate, "end": level.end_rate}
+        case "trace":
+            load |= {"file": level.trace, "speed": [level.rate]}
+        case _:
+            load |= {"rate": [level.rate], "cv": level.cv}
+    return Suite.model_validate(
+        {
+            "name": "rerun",
+            "models": [spec.model.model_dump()],
+            "engines": [spec.engine.model_dump()],
+            "scenarios": [{**spec.workload.model_dump(), "load": load}],
+            "measure": {**spec.measure.model_dump(), "replicates": 1},
+            "slo": None if spec.slo is None else spec.slo.model_dump(),
+            "seed": spec.seed,
+        }
+    )
+
+
 def load_suite(name_or_path: str) -> Suite:
     """A suite that ships with the package (quick, inferencemax), or a YAML file. Raises SuiteError."""
     path = Path(name_or_path)

@@ -1,4 +1,4 @@
-"""Exact match on the held-out word problems, measured through any OpenAI-compatible server.
+"""Exact match on word problems, the held-out ones unless others are given, measured through any OpenAI-compatible server.
 
     result = asyncio.run(evaluate("http://127.0.0.1:8000"))
 
@@ -58,18 +58,21 @@ async def evaluate(
     concurrency: int = 16,
     max_tokens: int = 256,
     api_key: str | None = None,
+    problems: list[tuple[str, int]] | None = None,
+    headers: dict[str, str] | None = None,
 ) -> EvalResult:
-    """Ask the server every held-out problem at temperature 0 and compare the integer after the last ``####``.
+    """Ask the server every problem at temperature 0 and compare the integer after the last ``####``.
 
-    `base_url` may end in ``/v1`` or not.  Without `model`, the first model that the server lists is asked.
+    `problems` are (question, answer), the first `limit` held-out ones by default.  `base_url` may end in ``/v1`` or not.
+    Without `model`, the first model that the server lists is asked.  `headers` are sent along.
     `output_tokens` sums the usage that the server reports.  Raises `EvaluationError` if the server cannot be reached,
     answers with an HTTP error, or answers with something that is not a chat completion.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, not {concurrency}")
-    problems = load_heldout(limit)
+    problems = load_heldout(limit) if problems is None else problems[:limit]
     root = base_url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
     slots = asyncio.Semaphore(concurrency)
     timeout = aiohttp.ClientTimeout(total=600)
     connector = aiohttp.TCPConnector(limit=0)  # the semaphore is the limit

@@ -1,0 +1,393 @@
+"""Starts the workers, decides when there is enough, and puts together what they saw."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skyline.bench.load import messages
+from skyline.bench.load.arrivals import lengths, read_trace, schedule
+from skyline.bench.load.prompts import PromptSource, TokenCounter
+from skyline.bench.suite import Level, Measure, Workload
+
+Array = npt.NDArray[np.float64]
+
+# Clients that one worker serves before a second one helps, where cores allow it.
+_CLIENTS_PER_WORKER = 64
+_KEPT_TEXTS = 32
+_LENGTHS = 1 << 16
+_START_S = 0.2
+_READY_TIMEOUT_S = 120.0
+_TICK_S = 0.1
+_SHARED_PREFIX = 1 << 40  # request number of the sessions' common opening
+
+
+class LoadError(RuntimeError):
+    """The load could not be generated, or nothing came of it; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """One point's load. `extra` goes into each request's body, as {"ignore_eos": true} does for engines that know
+    it."""
+
+    url: str
+    model: str
+    workload: Workload
+    level: Level
+    measure: Measure
+    seed: int
+    salt: int
+    headers: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.workload.chat else "/v1/completions"
+
+    @property
+    def wanted_requests(self) -> int:
+        """Requests that should end within the window."""
+        clients = self.level.concurrency or 0
+        return max(self.measure.requests, clients * self.measure.requests_per_client)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is known while the load runs; `phase` is warming up or measuring."""
+
+    phase: str
+    seconds: float
+    ended: int
+    failed: int
+    tokens: int
+    under_way: int
+    last_error: str | None
+
+
+@dataclass
+class Observed:
+    """What the workers saw, merged in order of sending; `index` is the request's number in the load. Times are
+    seconds since the load's begin; `end` is NaN where a request was under way when the load ended.
+    `event_times[offsets[i]:offsets[i + 1]]` are request i's events."""
+
+    index: npt.NDArray[np.int64]
+    intended: Array
+    start: Array
+    end: Array
+    input: npt.NDArray[np.int64]
+    target: npt.NDArray[np.int64]
+    usage: Array  # output tokens as usage reports them, NaN where it does not
+    cached: Array  # prompt tokens from a prefix cache as usage reports them, NaN where it does not
+    error: list[str | None]
+    event_times: Array
+    offsets: npt.NDArray[np.int64]
+    texts: dict[int, str]
+    planned_input: npt.NDArray[np.int64]
+    lags: Array
+    lag_times: Array
+    cpu: list[list[tuple[float, float]]]  # (time, CPU seconds) of each worker
+    repeated_prompts: int
+    workers: int
+    warm_s: float
+    stop_s: float
+    stopped: str | None  # why before there was enough, or None
+
+    @property
+    def events(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+
+def default_workers(level: Level) -> int:
+    """One for every 64 clients, on at most half of the cores: the server may need the others."""
+    cores = len(os.sched_getaffinity(0))
+    wanted = math.ceil((level.concurrency or _CLIENTS_PER_WORKER) / _CLIENTS_PER_WORKER)
+    return max(1, min(wanted, cores // 2))
+
+
+async def generate(
+    plan: LoadPlan,
+    counter: TokenCounter,
+    *,
+    watch: Callable[[Live], None] = lambda live: None,
+    alive: Callable[[], str | None] = lambda: None,
+    all_texts: bool = False,
+) -> Observed:
+    """Runs the load until there is enough (Measure says how much). Raises LoadError, and SuiteError for a plan that
+    cannot be carried out. `alive` is asked now and then why the server died, if it did."""
+    workers = plan.measure.workers or default_workers(plan.level)
+    if plan.level.concurrency is not None:
+        workers = min(workers, plan.level.concurrency)
+    setups, planned = _setups(plan, counter, workers, all_texts)
+    async with _started(setups) as processes:
+        begin = perf_counter() + _START_S
+        for process in processes:
+            process.write(begin)
+        warm_s, stopped = await _wait_until_enough(plan, processes, begin, watch, alive)
+        stop_s = perf_counter() - begin
+        for process in processes:
+            process.write(0.0)
+        reports = [await process.report() for process in processes]
+    return _merge(reports, planned, begin, warm_s, stop_s, stopped)
+
+
+def _setups(
+    plan: LoadPlan, counter: TokenCounter, workers: int, all_texts: bool
+) -> tuple[list[messages.Setup], list[int]]:
+    workload, level, measure = plan.workload, plan.level, plan.measure
+    source = PromptSource.calibrate(counter, workload.chat, plan.salt)
+    inputs = lengths(workload.input, workload.ratio, _LENGTHS, plan.seed, stream=0)
+    outputs = lengths(workload.output, workload.ratio, _LENGTHS, plan.seed, stream=1)
+    starts: Array | None = None
+    if level.kind == "trace":
+        assert level.trace is not None and level.rate is not None
+        trace = read_trace(level.trace, level.rate)
+        starts, inputs, outputs = trace.times, trace.input, trace.output
+    elif level.kind != "closed":
+        starts = schedule(level, measure.warmup_s + measure.max_s, plan.seed)
+    source.content(0, min(inputs))  # raises if the shortest cannot be made
+
+    fields = {"model": plan.model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    fields |= plan.extra
+    opening = []
+    turns = 1
+    if workload.sessions is not None:
+        turns = workload.sessions.turns
+        if workload.sessions.shared_prefix:
+            text = source.content(_SHARED_PREFIX, workload.sessions.shared_prefix + source.overhead)
+            opening = [{"role": "system", "content": text}]
+    setups = [
+        messages.Setup(
+            worker=number,
+            workers=workers,
+            url=plan.url,
+            path=plan.path,
+            headers=plan.headers,
+            body=_body(fields, workload.chat),
+            words=source.words,
+            overhead=source.overhead,
+            salt=plan.salt,
+            inputs=inputs,
+            outputs=outputs,
+            timeout_s=measure.request_timeout_s,
+            keep_texts=None if all_texts or turns > 1 else math.ceil(_KEPT_TEXTS / workers),
+            clients=0 if level.concurrency is None else _share(level.concurrency, number, workers),
+            think_time_s=level.think_time_s,
+            starts=None if starts is None else starts[number::workers].tolist(),
+            turns=turns,
+            opening=opening,
+            request=fields,
+        )
+        for number in range(workers)
+    ]
+    return setups, inputs
+
+
+def _share(clients: int, number: int, workers: int) -> int:
+    return clients // workers + (number < clients % workers)
+
+
+def _body(fields: dict[str, Any], chat: bool) -> messages.Body:
+    content = "\x01content\x01"  # cannot stand in a name: it would be escaped there
+    whole = {**fields, **({"messages": [{"role": "user", "content": content}]} if chat else {"prompt": content})}
+    text = json.dumps({**whole, "max_tokens": "\x01tokens\x01"})
+    head, rest = text.split(json.dumps(content)[1:-1])
+    middle, tail = rest.split(json.dumps("\x01tokens\x01"))
+    return messages.Body(head.encode(), middle.encode(), tail.encode())
+
+
+class _WorkerProcess:
+    """A worker and the last it said."""
+
+    def __init__(self, process: asyncio.subprocess.Process, setup: messages.Setup) -> None:
+        self._process = process
+        self.progress = messages.Progress(0, 0, 0, 0)
+        self._ready = asyncio.Event()
+        self._report: asyncio.Future[messages.Report] = asyncio.get_running_loop().create_future()
+        self.failure: str | None = None
+        self.write(setup)
+        self._reader = asyncio.create_task(self._read())
+
+    def write(self, message: object) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            self._process.stdin.write(messages.frame(message))
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            while True:
+                match messages.decode_from_worker(await messages.read_frame(self._process.stdout)):
+                    case messages.Ready():
+                        self._ready.set()
+                    case messages.Progress() as progress:
+                        self.progress = progress
+                    case messages.Report() as report:
+                        self._report.set_result(report)
+                        return
+                    case messages.Failed(reason):
+                        self._fail(reason)
+                        return
+        except asyncio.IncompleteReadError:
+            assert self._process.stderr is not None
+            said = (await self._process.stderr.read()).decode("utf-8", "replace").strip()
+            self._fail(f"a worker of the load generator ended: {said[-2000:] or 'it said nothing'}")
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self._ready.set()
+        if not self._report.done():
+            self._report.set_exception(LoadError(reason))
+            self._report.exception()  # whoever asks for the report hears of it; nobody has to
+
+    async def ready(self) -> None:
+        try:
+            await asyncio.wait_for(self._ready.wait(), _READY_TIMEOUT_S)
+        except TimeoutError:
+            raise LoadError(f"a worker of the load generator was not ready after {_READY_TIMEOUT_S:g} s") from None
+        if self.failure is not None:
+            raise LoadError(self.failure)
+
+    async def report(self) -> messages.Report:
+        return await self._report
+
+    async def end(self) -> None:
+        self._reader.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        self._process._transport.close()  # type: ignore[attr-defined]  # pipes outlive the process otherwise
+
+
+@contextlib.asynccontextmanager
+async def _started(setups: list[messages.Setup]) -> AsyncIterator[list[_WorkerProcess]]:
+    processes: list[_WorkerProcess] = []
+    try:
+        for setup in setups:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "skyline.bench.load.worker",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=2**30,
+            )
+            processes.append(_WorkerProcess(process, setup))
+        for worker in processes:
+            await worker.ready()
+        yield processes
+    finally:
+        for worker in processes:
+            await worker.end()
+
+
+async def _wait_until_enough(
+    plan: LoadPlan,
+    processes: list[_WorkerProcess],
+    begin: float,
+    watch: Callable[[Live], None],
+    alive: Callable[[], str | None],
+) -> tuple[float, str | None]:
+    """The end of the warm-up in seconds since the begin, and why the load ended early, if it did."""
+    measure = plan.measure
+    # Every client of a closed loop has had an answer before anything counts.
+    warm_requests = plan.level.concurrency or 1
+    hopeless = max(20, 3 * warm_requests)
+    warm_s: float | None = None
+    ended_warm = 0
+    while True:
+        await asyncio.sleep(_TICK_S)
+        now = perf_counter() - begin
+        seen = [process.progress for process in processes]
+        ended, failed = sum(p.ended for p in seen), sum(p.failed for p in seen)
+        last_error = next((p.last_error for p in seen if p.last_error), None)
+        phase = "warming up" if warm_s is None else "measuring"
+        tokens, under_way = sum(p.tokens for p in seen), sum(p.under_way for p in seen)
+        watch(Live(phase, now, ended, failed, tokens, under_way, last_error))
+
+        for process in processes:
+            if process.failure is not None:
+                raise LoadError(process.failure)
+        if (dead := alive()) is not None:
+            raise LoadError(f"the engine ended while it was measured: {dead}")
+        if failed == ended >= hopeless:
+            raise LoadError(f"all of the first {failed} requests failed, the last with: {last_error}")
+        if warm_s is None and now >= measure.warmup_s and ended - failed >= warm_requests:
+            warm_s, ended_warm = now, ended
+        over = now >= measure.warmup_s + measure.max_s
+        if warm_s is not None:
+            in_window = ended - ended_warm
+            if now - warm_s >= measure.min_s and in_window >= plan.wanted_requests:
+                return warm_s, None
+            if over:
+                return warm_s, f"{in_window} of {plan.wanted_requests} requests ended within {measure.max_s:g} s"
+        elif over:
+            why = f"; the last error: {last_error}" if last_error else ""
+            raise LoadError(
+                f"only {ended - failed} requests ended well within {now:.0f} s, too few to measure "
+                f"({failed} failed{why}); raise `max_s`, or lower the load or the lengths"
+            )
+
+
+def _merge(
+    reports: list[messages.Report],
+    planned: list[int],
+    begin: float,
+    warm_s: float,
+    stop_s: float,
+    stopped: str | None,
+) -> Observed:
+    def column(name: str, dtype: type = np.float64) -> Any:
+        return np.concatenate([np.array(getattr(report, name), dtype=dtype) for report in reports])
+
+    start = column("start")
+    order = np.argsort(start, kind="stable")
+    counts = column("events", np.int64)
+    events = np.frombuffer(b"".join(report.event_times for report in reports))
+    ends = np.cumsum(counts)
+    first = ends - counts
+    pieces = [events[first[i] : ends[i]] for i in order]
+    texts: dict[int, str] = {}
+    base = 0
+    for report in reports:
+        texts |= {base + position: text for position, text in report.texts.items()}
+        base += len(report.start)
+    place = np.argsort(order)
+    end = column("end")[order]
+    errors = [error for report in reports for error in report.error]
+    index = column("index", np.int64)[order]
+    return Observed(
+        index=index,
+        intended=column("intended")[order] - begin,
+        start=start[order] - begin,
+        end=np.where(end > 0, end - begin, np.nan),
+        input=column("input", np.int64)[order],
+        target=column("target", np.int64)[order],
+        usage=column("output")[order],
+        cached=column("cached")[order],
+        error=[errors[i] for i in order],
+        event_times=(np.concatenate(pieces) if pieces else np.empty(0)) - begin,
+        offsets=np.concatenate([[0], np.cumsum(counts[order])]),
+        texts={int(place[position]): text for position, text in texts.items()},
+        planned_input=np.array(planned, dtype=np.int64)[index % len(planned)],
+        lags=np.frombuffer(b"".join(report.lags for report in reports)),
+        lag_times=np.frombuffer(b"".join(report.lag_times for report in reports)) - begin,
+        cpu=[[(at - begin, used) for at, used in report.cpu_times] for report in reports],
+        repeated_prompts=sum(report.repeated_prompts for report in reports),
+        workers=len(reports),
+        warm_s=warm_s,
+        stop_s=stop_s,
+        stopped=stopped,
+    )

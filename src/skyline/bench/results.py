@@ -130,12 +130,13 @@ class Window(Record):
 class ClientHealth(Record):
     """The load generator's own part in the numbers.
 
-    `loop_lag_p99_s`: lateness of a timer on the workers' event loops. `schedule_delay_p99_s`: lateness of sent
+    `loop_lag_*`: lateness of a timer on the workers' event loops. `schedule_delay_p99_s`: lateness of sent
     requests against their intended start. `cpu_share`: the busiest worker's CPU time by wall time. `null_*`: what the
     same workers get from a server that does nothing, and `headroom` = null output throughput / measured output
     throughput."""
 
     workers: int
+    loop_lag_mean_s: float
     loop_lag_p99_s: float
     schedule_delay_p99_s: float
     cpu_share: float

@@ -10,8 +10,10 @@ import sys
 
 import typer
 
+from skyline.cli.bench import bench as bench_app
 from skyline.cli.chat import chat
 from skyline.cli.evaluate import evaluate
+from skyline.cli.examples import examples
 from skyline.cli.explain import explain
 from skyline.cli.generate import generate
 from skyline.cli.kernels import kernels
@@ -34,53 +36,49 @@ app = typer.Typer(
 )
 
 
-def _examples(*lines: str) -> str:
-    return "Examples:\n\n" + "\n\n".join(f"[bold]{line}[/bold]" for line in lines)
-
-
 app.command(
-    epilog=_examples(
+    epilog=examples(
         "skyline serve",
         "skyline serve Qwen/Qwen3-0.6B --port 9000 --api-key secret",
         "skyline serve ./my-model --device cuda --max-model-len 8192 --kv-cache-memory 4GiB",
     )
 )(serve)
 app.command(
-    epilog=_examples(
+    epilog=examples(
         'skyline generate Qwen/Qwen3-0.6B-Base --prompt "Once upon a time" --temperature 0',
         "cat prompt.txt | skyline generate Qwen/Qwen3-0.6B-Base --max-tokens 500",
     )
 )(generate)
 app.command(
-    epilog=_examples(
+    epilog=examples(
         "skyline chat",
         'skyline chat Qwen/Qwen3-0.6B --system "Answer in one sentence."',
         'echo "What is 17 plus 25?" | skyline chat',
     )
 )(chat)
 app.command(
-    epilog=_examples(
+    epilog=examples(
         "skyline explain",
         "skyline explain Qwen/Qwen3-0.6B --device cuda --batch 64 --context 4096",
         "skyline explain --json",
     )
 )(explain)
 app.command(
-    epilog=_examples(
+    epilog=examples(
         "skyline profile --machine",
         "skyline profile Qwen/Qwen3-0.6B --batch 32 --context 1024",
         "skyline profile --quantization int8 --json",
     )
 )(profile)
 app.command(
-    epilog=_examples(
+    epilog=examples(
         "skyline tune Qwen/Qwen3-0.6B",
         "skyline tune Qwen/Qwen3-0.6B --quantization int4 --budget 30",
     )
 )(tune)
 app.command(
     "eval",
-    epilog=_examples(
+    epilog=examples(
         "skyline eval demo",
         "skyline eval demo --json --at-least 0.9",
         "skyline eval demo -- --dtype float32 --batch-invariant",
@@ -88,7 +86,8 @@ app.command(
     # What follows "--" belongs to `skyline serve`.
     context_settings={"allow_extra_args": True},
 )(evaluate)
-app.command(epilog=_examples("skyline kernels", "skyline kernels --build"))(kernels)
+app.command(epilog=examples("skyline kernels", "skyline kernels --build"))(kernels)
+app.add_typer(bench_app, name="bench")
 app.command()(version)
 
 

@@ -6,11 +6,14 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from skyline.engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def fail(message: str) -> NoReturn:
@@ -79,3 +82,10 @@ def engine_config(model: str | None, *, starts: bool = True, **fields: Any) -> E
     if starts:
         start_early()
     return config
+
+
+def screen() -> Console:
+    """Standard output for tables and pictures: as wide as the terminal, and wide enough for whole lines in a file."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)

@@ -103,6 +103,7 @@ class Observed:
     warm_s: float
     stop_s: float
     stopped: str | None  # why before there was enough, or None
+    began: float  # on perf_counter's clock
 
     @property
     def events(self) -> npt.NDArray[np.int64]:
@@ -390,4 +391,5 @@ def _merge(
         warm_s=warm_s,
         stop_s=stop_s,
         stopped=stopped,
+        began=begin,
     )

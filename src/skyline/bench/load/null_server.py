@@ -54,9 +54,18 @@ class NullServer:
         self._stepping = False
         self._loop = asyncio.get_running_loop()
         self._next = 0.0
+        self._requests = self._tokens = 0
+        self._first = self._last = 0.0
+
+    def stats(self) -> bytes:
+        """What was sent so far, and the seconds between the first request's arrival and the last token."""
+        seconds = self._last - self._first
+        return json.dumps({"requests": self._requests, "tokens": self._tokens, "seconds": seconds}).encode()
 
     def join(self, client: _Client) -> None:
         self._active.append(client)
+        self._requests += 1
+        self._first = self._first or self._loop.time()
         if not self._stepping:
             self._stepping = True
             self._next = self._loop.time() + self._step_s
@@ -78,6 +87,8 @@ class NullServer:
         if self._loop.time() < self._next:  # a stall began meanwhile
             self._loop.call_at(self._next, self._step)
             return
+        self._tokens += len(self._active)
+        self._last = self._loop.time()
         self._active = [client for client in self._active if client.step()]
         self._stepping = bool(self._active)
         if self._stepping:
@@ -111,7 +122,7 @@ class _Client(asyncio.Protocol):
             return
         request, self._buffer = self._buffer[:total], self._buffer[total:]
         if request.startswith(b"GET "):
-            body = _MODELS
+            body = self._server.stats() if request.startswith(b"GET /stats ") else _MODELS
             self._transport.write(
                 b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
             )

@@ -1,0 +1,100 @@
+"""Two configurations measured in turns, and what their difference is worth."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from skyline.bench.metrics import metric_of
+from skyline.bench.results import PointResult
+from skyline.bench.stats.compare import Pair
+from skyline.bench.suite import EngineSpec, PointSpec, Suite, SuiteError
+
+# One for each axis of the frontier, and what a user feels first.
+DEFAULT_METRICS = ("output_per_device", "interactivity", "ttft_p50")
+
+
+def paired_suite(suite: Suite, a: str, b: str, pairs: int) -> Suite:
+    """The suite with these two of its engines only, each ladder measured `pairs` times by both. Raises SuiteError."""
+    engines = {engine.name: engine for engine in suite.engines}
+    chosen: list[EngineSpec] = []
+    for name in (a, b):
+        if name not in engines:
+            raise SuiteError(f"the suite has no engine {name!r}; it has {', '.join(engines)}")
+        chosen.append(engines[name])
+    if a == b:  # A/A: how far a machine disagrees with itself
+        chosen[1] = chosen[1].model_copy(update={"name": f"{b} again"})
+    return suite.model_copy(
+        update={
+            "engines": chosen,
+            "measure": suite.measure.model_copy(update={"replicates": pairs}),
+            "exclude": [rule for rule in suite.exclude if rule.get("engine") in (None, a, b)],
+        }
+    )
+
+
+def in_turns(points: Iterable[PointSpec]) -> list[PointSpec]:
+    """A B B A A B B A …: neighbours in time are compared, and drift takes both sides equally. Neighbours of one side
+    serve twice from one start, and say how far a side disagrees with itself."""
+    by_replicate: dict[int, list[PointSpec]] = defaultdict(list)
+    for point in points:
+        by_replicate[point.replicate].append(point)
+    ordered: list[PointSpec] = []
+    for replicate, specs in sorted(by_replicate.items()):
+        names = list(dict.fromkeys(spec.engine.name for spec in specs))
+        if replicate % 2:
+            names.reverse()
+        for name, model in itertools.product(names, dict.fromkeys(spec.model.name for spec in specs)):
+            ordered += [spec for spec in specs if (spec.engine.name, spec.model.name) == (name, model)]
+    return ordered
+
+
+def pairs_of(
+    a: Sequence[PointResult], b: Sequence[PointResult], metrics: Sequence[str] = DEFAULT_METRICS
+) -> tuple[list[Pair], list[str]]:
+    """The pairs that both sides measured, by model, scenario, level and metric; and what is missing on one side."""
+    left, right = _by_place(a), _by_place(b)
+    pairs, missing = [], []
+    for place in dict.fromkeys([*left, *right]):
+        for metric in metrics:
+            values_a, values_b = _values(left.get(place, {}), metric), _values(right.get(place, {}), metric)
+            both = sorted(values_a.keys() & values_b.keys())
+            name = " · ".join((*place, metric))
+            if both:
+                better = metric_of(metric).better
+                pairs.append(Pair(name, [values_a[i] for i in both], [values_b[i] for i in both], better))
+            lost = len(values_a.keys() ^ values_b.keys())
+            if lost or not both:
+                missing.append(f"{name}: {lost or 'all'} replicates on one side only")
+    return pairs, missing
+
+
+def self_pairs(points: Sequence[PointResult], metrics: Sequence[str] = DEFAULT_METRICS) -> list[Pair]:
+    """What one side says about itself: replicates that followed each other, replicate 2k + 1 and 2k + 2 (or 2k and
+    2k + 1 for the side that is second), as A/A pairs."""
+    found = []
+    for place, by_replicate in _by_place(points).items():
+        for metric in metrics:
+            values = _values(by_replicate, metric)
+            times = {i: by_replicate[i].started for i in values}
+            order = sorted(values, key=lambda i: times[i])
+            neighbours = list(itertools.pairwise(order))
+            if neighbours:
+                first, second = [values[i] for i, _ in neighbours], [values[j] for _, j in neighbours]
+                found.append(Pair(" · ".join((*place, metric)), first, second, metric_of(metric).better))
+    return found
+
+
+def _by_place(points: Sequence[PointResult]) -> dict[tuple[str, str, str], dict[int, PointResult]]:
+    places: dict[tuple[str, str, str], dict[int, PointResult]] = {}
+    for point in points:
+        if point.status == "ok":
+            spec = point.spec
+            place = (spec.model.name, spec.workload.name, spec.level.label)
+            places.setdefault(place, {})[spec.replicate] = point
+    return places
+
+
+def _values(by_replicate: dict[int, PointResult], metric: str) -> dict[int, float]:
+    return {i: value for i, point in by_replicate.items() if (value := point.value(metric)) is not None}

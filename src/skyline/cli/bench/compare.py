@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from skyline.cli import console
+from skyline.cli.bench.options import FolderOption, StoreOption, bench_folder, opened, suite_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from skyline.bench.results import PointResult
+    from skyline.bench.stats.compare import Comparison
+    from skyline.bench.store import Store
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="The baseline: an engine of --suite, or a stored run (id or label).")],
+    b: Annotated[str, typer.Argument(help="What is compared with it, named the same way.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Measure A and B in turns over this suite's ladder.", show_default="compare stored runs"),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=3, help="How often both are measured.")] = 4,
+    engine: Annotated[str | None, typer.Option(help="Engine to look at, where stored runs hold several.")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=0.5, help="Smaller differences do not count.", show_default="the noise floor, at least 2 %"
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metrics to compare.", show_default="throughput, interactivity, TTFT")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Tells this run apart.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    store: StoreOption = None,
+    folder: FolderOption = None,
+) -> None:
+    """Compare two configurations over a whole frontier. Exit code 0: not worse; 1: worse; 3: cannot be told yet.
+
+    With --suite both are measured in turns (A B B A …), so that drift of the machine takes both alike, and neighbours
+    of one side say how far it disagrees with itself.
+    """
+    from skyline.bench.comparison import DEFAULT_METRICS, pairs_of, self_pairs
+    from skyline.bench.metrics import metric_of
+    from skyline.bench.stats.compare import compare as judge
+    from skyline.bench.stats.compare import noise_floor
+
+    metrics = metric or list(DEFAULT_METRICS)
+    for name in metrics:
+        try:
+            metric_of(name)
+        except KeyError as error:
+            console.fail(str(error.args[0]))
+    with opened(store) as results:
+        if suite is not None:
+            if engine is not None:
+                console.fail("--engine is for stored runs; with --suite, A and B name its engines")
+            left, right = _measured(a, b, suite, pairs, label, results, folder)
+        else:
+            left, right = _stored(results, a, engine), _stored(results, b, engine)
+    found, missing = pairs_of(left, right, metrics)
+    if not found:
+        console.fail("the two have no level in common that both measured" + (f": {missing[0]}" if missing else ""))
+    floor = noise_floor([*self_pairs(left, metrics), *self_pairs(right, metrics)]) if suite is not None else None
+    least = margin if margin is not None else max(0.02, floor or 0.0)
+    comparison = judge(found, margin=least)
+    _print(comparison, a, b, floor, least, missing, as_json)
+    raise typer.Exit(comparison.exit_code)
+
+
+def _measured(
+    a: str, b: str, suite: str, pairs: int, label: str | None, results: Store, folder: Path | None
+) -> tuple[list[PointResult], list[PointResult]]:
+    from skyline.bench import runner
+    from skyline.bench.comparison import in_turns, paired_suite
+    from skyline.cli.bench.progress import RichReporter
+
+    spec = paired_suite(suite_of(suite), a, b, pairs)
+    run = runner.unfinished(spec, results) or runner.new_run(spec, results, label, f"skyline bench compare {a} {b}")
+    with RichReporter() as reporter:
+        runner.execute(run, results, reporter, bench_folder(folder), order=in_turns)
+    names = [engine.name for engine in spec.engines]
+    points = results.points(run.id)
+    left, right = ([point for point in points if point.spec.engine.name == name] for name in names)
+    return left, right
+
+
+def _stored(results: Store, run: str, engine: str | None) -> list[PointResult]:
+    points = results.points(results.run(run).id)
+    names = sorted({point.spec.engine.name for point in points})
+    if engine is not None:
+        points = [point for point in points if point.spec.engine.name == engine]
+        if not points:
+            console.fail(f"run {run} holds no engine {engine!r}; it has {', '.join(names)}")
+    elif len(names) > 1:
+        console.fail(f"run {run} holds several engines; choose one with --engine: {', '.join(names)}")
+    return points
+
+
+def _print(
+    comparison: Comparison, a: str, b: str, floor: float | None, margin: float, missing: list[str], as_json: bool
+) -> None:
+    import dataclasses
+    import json
+
+    from rich.table import Table
+
+    if as_json:
+        found = dataclasses.asdict(comparison)
+        typer.echo(json.dumps({**found, "noise_floor": floor, "margin": margin, "missing": missing}, default=str))
+        return
+    screen = console.screen()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("level and metric")
+    for column in (f"{b} / {a}", "95 %", "p (Holm)", "verdict"):
+        table.add_column(column, justify="right")
+    for row in comparison.rows:
+        ratio = row.ratio
+        between = f"{ratio.low:.3f}–{ratio.high:.3f}" if ratio.low is not None and ratio.high is not None else "–"
+        value = "–" if ratio.value is None else f"{ratio.value:.3f}"
+        table.add_row(row.name, value, between, f"{row.p_adjusted:.3g}", row.verdict)
+    screen.print(table)
+    noise = "" if floor is None else f"; one side against itself differs by up to {floor:.1%}"
+    screen.print(f"{b} is [bold]{comparison.verdict}[/bold] against {a}, for differences above {margin:.1%}{noise}")
+    for text in missing:
+        screen.print(f"not compared: {text}", style="dim", markup=False)
+    if comparison.advice:
+        screen.print(comparison.advice, markup=False)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skyline.cli.bench.options import StoreOption, opened
+
+
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="Result files of other tools.")],
+    tool: Annotated[
+        str | None, typer.Option(help="vllm, guidellm, aiperf or inferencex.", show_default="recognized by its content")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Devices that served.", show_default="as the file says, else 1")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="Name of the engine, where the file does not say.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Name of the hardware, where the file does not say.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Take results of vLLM's bench, guidellm, aiperf or InferenceX into the store, on the same frontier."""
+    from skyline.bench.importers import import_file
+
+    given = {"devices": devices, "engine": engine, "hardware": hardware}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    with opened(store) as results:
+        for file in files:
+            counts = results.import_(import_file(file, tool, **overrides))
+            typer.echo(f"{file}: {counts.points} points")

@@ -31,7 +31,7 @@ def test_a_client_with_time_to_spare() -> None:
 
 
 def test_each_limit_of_the_client_is_found() -> None:
-    assert "1.2" in health(regular(), null=24.0).reason
+    assert "only 1.19 times" in health(regular(), null=24.0).reason
     busy = regular()
     busy.cpu = [[(t, 0.95 * t) for t in np.arange(0, 11, 0.25)]]
     assert "busy 95%" in health(busy).reason

@@ -18,7 +18,7 @@ from skyline.bench.energy import EnergyMeter
 from skyline.bench.engines.base import Endpoint
 from skyline.bench.estimate import Estimate
 from skyline.bench.load.generator import Live, LoadError, LoadPlan, Observed, default_workers, generate
-from skyline.bench.load.http import ask
+from skyline.bench.load.http import Reply, ask
 from skyline.bench.load.null import null_server
 from skyline.bench.load.prompts import PromptSource, TokenCounter
 from skyline.bench.metrics import cost_per_mtok, tokens_per_mw
@@ -29,6 +29,7 @@ Watch = Callable[[Live], None]
 
 _NULL_SECONDS = 1.5
 _PROBE_TOKENS = 4
+_ALIVE_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -103,7 +104,7 @@ async def _measure(
         extra=endpoint.ignore_eos,
     )
     overhead = PromptSource.calibrate(counter, spec.workload.chat, plan.salt).overhead
-    has_usage = await _reports_usage(plan, counter)
+    has_usage = await _reports_usage(plan)
     before = endpoint.cache_counters()
     with EnergyMeter() as meter:
         seen = await generate(plan, counter, watch=watch, alive=endpoint.alive, all_texts=not has_usage)
@@ -159,16 +160,29 @@ def _economics(analysis: Analysis, energy: Energy, devices: int, price: float | 
     return found
 
 
-async def _reports_usage(plan: LoadPlan, counter: TokenCounter) -> bool:
+async def _reports_usage(plan: LoadPlan) -> bool:
     """Asks for a few tokens as the load will. Raises LoadError if there is no usable answer."""
-    content = "Say hello."
-    fields: dict[str, Any] = {"model": plan.model, "stream": True, "stream_options": {"include_usage": True}}
-    fields |= {"temperature": 0, "max_tokens": _PROBE_TOKENS} | plan.extra
-    fields |= {"messages": [{"role": "user", "content": content}]} if plan.workload.chat else {"prompt": content}
-    reply = await ask(plan.url, plan.path, plan.headers, fields, plan.measure.request_timeout_s)
+    reply = await _probe(plan.url, plan.path, plan.model, plan.headers, plan.extra, plan.measure.request_timeout_s)
     if reply.error is not None:
         raise LoadError(f"{plan.url}{plan.path} does not answer a request for {_PROBE_TOKENS} tokens: {reply.error}")
     return reply.output is not None
+
+
+def answers(endpoint: Endpoint, spec: PointSpec) -> bool:
+    """Whether it still generates tokens."""
+    path = "/v1/chat/completions" if spec.workload.chat else "/v1/completions"
+    probe = _probe(endpoint.url, path, endpoint.model, endpoint.headers, endpoint.ignore_eos, _ALIVE_TIMEOUT_S)
+    return asyncio.run(probe).error is None
+
+
+async def _probe(
+    url: str, path: str, model: str, headers: dict[str, str], extra: dict[str, Any], timeout_s: float
+) -> Reply:
+    content = "Say hello."
+    fields: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    fields |= {"temperature": 0, "max_tokens": _PROBE_TOKENS} | extra
+    fields |= {"messages": [{"role": "user", "content": content}]} if "/chat/" in path else {"prompt": content}
+    return await ask(url, path, headers, fields, timeout_s)
 
 
 async def _null(bench: Bench, plan: LoadPlan, counter: TokenCounter, analysis: Analysis) -> tuple[float, float] | None:

@@ -18,7 +18,7 @@ from skyline.bench.engines import install, serve
 from skyline.bench.engines.base import Endpoint, EngineError
 from skyline.bench.hardware import price_of, provenance
 from skyline.bench.load.generator import Live
-from skyline.bench.measure import Bench, failed_point, log_path, measure_point
+from skyline.bench.measure import Bench, answers, failed_point, log_path, measure_point
 from skyline.bench.results import PointResult, Provenance, Run
 from skyline.bench.store import Store
 from skyline.bench.suite import EngineSpec, ModelSpec, PointSpec, Suite
@@ -123,6 +123,8 @@ def _measure_group(
                         bench, spec, endpoint, run=run.id, provenance=origin, price=price, watch=reporter.live
                     )
                     _keep(point, store, reporter)
+                    if point.status != "ok" and not answers(endpoint, spec):
+                        break  # the server may stand while what is behind it has died
         except EngineError as error:
             # It did not start, or died before a point was taken: it would again.
             while pending:

@@ -15,6 +15,7 @@ import re
 import sys
 
 _MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens"\s*:\s*(\d+)')
+_STREAM = re.compile(rb'"stream"\s*:\s*true')
 _LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -41,6 +42,20 @@ def _last(chat: bool, tokens: int) -> bytes:
     name = "chat.completion.chunk" if chat else "text_completion"
     events = _event(name, choices=[finish]) + _event(name, choices=[], usage=usage) + _chunk("[DONE]")
     return events + b"0\r\n\r\n"
+
+
+def _whole(chat: bool, tokens: int) -> bytes:
+    """An answer that is not streamed."""
+    text = " a" * tokens
+    choice: dict[str, object] = {"index": 0, "finish_reason": "length"}
+    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1}
+    return _json(json.dumps({"id": "null-1", "model": "null", "choices": [choice], "usage": usage}).encode())
+
+
+def _json(body: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % len(body) + body
 
 
 class NullServer:
@@ -122,15 +137,15 @@ class _Client(asyncio.Protocol):
             return
         request, self._buffer = self._buffer[:total], self._buffer[total:]
         if request.startswith(b"GET "):
-            body = self._server.stats() if request.startswith(b"GET /stats ") else _MODELS
-            self._transport.write(
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-            )
+            self._transport.write(_json(self._server.stats() if request.startswith(b"GET /stats ") else _MODELS))
             return
         asked = _MAX_TOKENS.search(request, end)
         self._tokens = self._left = int(asked.group(1)) if asked else 16
         self._chat = b"/chat/" in request[:200]
         self._event = _CHAT if self._chat else _TEXT
+        if _STREAM.search(request, end) is None:
+            self._transport.write(_whole(self._chat, self._tokens))
+            return
         self._transport.write(_HEAD)
         self._server.join(self)
 

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from skyline.bench.comparison import in_turns, paired_suite, pairs_of, self_pairs
+from skyline.bench.suite import SuiteError, parse_suite
+from tests.bench.points import WHEN, point
+
+SUITE = parse_suite(
+    """
+    name: s
+    models: [{name: m, source: demo}, {name: n, source: demo}]
+    engines: [{engine: skyline}, {engine: vllm}, {engine: sglang}]
+    scenarios: [{name: w, input: 64, output: 16, load: {kind: closed, concurrency: [1, 2]}}]
+    """
+)
+
+
+def test_the_two_take_turns() -> None:
+    suite = paired_suite(SUITE, "vllm", "skyline", pairs=4)
+    order = in_turns(suite.points())
+    assert sorted(spec.key for spec in order) == sorted(spec.key for spec in suite.points())
+    blocks = list(dict.fromkeys((spec.replicate, spec.engine.name) for spec in order))
+    assert [name[0] for _, name in blocks] == ["v", "s", "s", "v", "v", "s", "s", "v"]
+
+
+def test_one_engine_against_itself() -> None:
+    suite = paired_suite(SUITE, "vllm", "vllm", pairs=3)
+    assert [engine.name for engine in suite.engines] == ["vllm", "vllm again"]
+    assert len({spec.key for spec in suite.points()}) == 2 * 2 * 2 * 3
+
+
+def test_unknown_engines() -> None:
+    with pytest.raises(SuiteError, match="no engine 'vlm'; it has skyline, vllm, sglang"):
+        paired_suite(SUITE, "skyline", "vlm", 3)
+
+
+def test_pairs_are_what_both_measured() -> None:
+    a = [point("a", n, {"output_per_device": 10.0 * n + i}, replicate=i) for n in (1, 2) for i in range(3)]
+    b = [point("b", n, {"output_per_device": 20.0 * n + i}, replicate=i) for n in (1, 2, 4) for i in range(2)]
+    b.append(point("b", 2, {"output_per_device": 99.0}, replicate=2, status="invalid"))
+    pairs, missing = pairs_of(a, b, ["output_per_device", "ttft_p50"])
+    assert [(pair.name, pair.a, pair.b, pair.better) for pair in pairs] == [
+        ("m · 1k/1k · concurrency 1 · output_per_device", [10.0, 11.0], [20.0, 21.0], "higher"),
+        ("m · 1k/1k · concurrency 2 · output_per_device", [20.0, 21.0], [40.0, 41.0], "higher"),
+    ]
+    assert any("concurrency 4" in text for text in missing) and any("ttft_p50" in text for text in missing)
+
+
+def test_neighbours_of_one_side() -> None:
+    minutes = [0, 9, 10, 19]  # A B B A A …
+    points = [
+        point("a", 1, {"output_per_device": 10.0 + i}, replicate=i, when=WHEN + datetime.timedelta(minutes=m))
+        for i, m in enumerate(minutes)
+    ]
+    (pair,) = self_pairs(points, ["output_per_device"])
+    assert (pair.a, pair.b) == ([10.0, 11.0, 12.0], [11.0, 12.0, 13.0])

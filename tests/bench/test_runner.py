@@ -1,0 +1,148 @@
+"""Suites from start to end, against servers that run for real."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from skyline.bench import runner
+from skyline.bench.load.generator import Live
+from skyline.bench.store import Store, open_store
+from skyline.bench.suite import Suite, parse_suite, single
+from tests.bench.reporter import Reporter
+
+MEASURE = "{warmup_s: 0.2, min_s: 0.6, max_s: 30, requests: 12, requests_per_client: 1}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(tmp_path / "bench.sqlite3") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def null_url() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skyline.bench.load.null_server", "--step", "0.002"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait()
+
+
+def suite(engines: str, concurrency: str = "[1, 2]", more: str = "") -> Suite:
+    return parse_suite(
+        f"""
+        name: s
+        models: [{{name: demo, source: demo}}]
+        engines: [{engines}]
+        scenarios: [{{name: w, input: 64, output: 8, load: {{kind: closed, concurrency: {concurrency}}}}}]
+        measure: {MEASURE}
+        {more}
+        """
+    )
+
+
+def test_a_suite_is_measured_and_kept(store: Store, null_url: str, tmp_path: Path) -> None:
+    spec = suite(f"{{engine: url, url: '{null_url}'}}, {{engine: url, name: nobody, url: 'http://127.0.0.1:9'}}")
+    reporter = Reporter()
+    run = runner.execute(runner.new_run(spec, store, "label"), store, reporter, tmp_path)
+    assert run.status == "finished" and run.finished is not None
+    assert reporter.begun == ["1/4 concurrency 1", "2/4 concurrency 2"]
+    points = {(p.spec.engine.name, p.spec.level.concurrency): p for p in store.points(run.id, with_samples=True)}
+    assert len(points) == 4
+    for level in (1, 2):
+        good, bad = points["url", level], points["nobody", level]
+        assert good.status == "ok", good.reason
+        # Eight tokens, one each two milliseconds
+        throughput = good.value("output_per_device")
+        assert throughput is not None and 150 * level < throughput < 520 * level
+        assert good.cache is not None and good.cache.status == "valid"
+        assert good.client is not None and good.client.null_output_throughput is not None
+        assert good.requests is not None and len(good.requests) > 12 and good.timeline is not None
+        assert good.provenance.command == f"skyline bench rerun {good.id[:12]}"
+        assert bad.status == "failed" and "127.0.0.1:9" in (bad.reason or "")
+    assert runner.unfinished(spec, store) is None
+
+
+def test_a_point_is_measured_again(store: Store, null_url: str, tmp_path: Path) -> None:
+    spec = suite(f"{{engine: url, url: '{null_url}'}}", "[3]")
+    first = runner.execute(runner.new_run(spec, store), store, Reporter(), tmp_path)
+    (point,) = store.points(first.id)
+    again = runner.execute(runner.new_run(single(point.spec), store), store, Reporter(), tmp_path)
+    (repeated,) = store.points(again.id)
+    assert repeated.spec == point.spec and repeated.id != point.id
+
+
+def test_a_killed_run_goes_on_where_it_was(store: Store, null_url: str, tmp_path: Path) -> None:
+    spec = suite(f"{{engine: url, url: '{null_url}'}}", "[1, 2, 3, 4]")
+    run = runner.new_run(spec, store)
+    file = tmp_path / "bench.sqlite3"
+    code = f"""
+from pathlib import Path
+from skyline.bench import runner
+from skyline.bench.store import open_store
+from tests.bench.reporter import Reporter
+store = open_store({str(file)!r})
+runner.execute(store.run({run.id!r}), store, Reporter(), Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        while len(store.finished_keys(run.id)) < 2:
+            assert process.poll() is None, "the run ended by itself"
+            asyncio.run(asyncio.sleep(0.05))
+    finally:
+        process.kill()
+        process.wait()
+    kept = {point.id for point in store.points(run.id)}
+    assert 2 <= len(kept) < 4
+    found = runner.unfinished(spec, store)
+    assert found is not None and found.id == run.id
+    reporter = Reporter()
+    assert runner.execute(found, store, reporter, tmp_path).status == "finished"
+    assert len(reporter.points) == 4 - len(kept)
+    assert kept < {point.id for point in store.points(run.id)}
+
+
+class Killing(Reporter):
+    """Kills the server in the middle of the first point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.killed: list[int] = []
+
+    def live(self, live: Live) -> None:
+        if not self.killed and live.ended > 3:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "engine_process" in " ".join(process.cmdline()):
+                        os.kill(process.pid, signal.SIGKILL)
+                        self.killed.append(process.pid)
+
+
+def test_a_crash_costs_its_own_point_only(store: Store, tmp_path: Path) -> None:
+    spec = suite("{engine: skyline}", "[2, 1]", "accuracy: {task: demo, limit: 5, at_least: 1.0}")
+    reporter = Killing()
+    run = runner.execute(runner.new_run(spec, store), store, reporter, tmp_path)
+    assert reporter.killed
+    crashed, after = store.points(run.id)
+    assert crashed.status in ("failed", "invalid") and crashed.reason, "the first point says why"
+    assert after.status in ("ok", "invalid") and after.value("output_throughput")
+    assert after.provenance.engine_command and "serve" in after.provenance.engine_command
+    assert after.server is not None and after.server.startup_s and after.server.peak_memory_bytes
+    (gate,) = store.accuracy(run.id)
+    assert gate.total == 5 and gate.exact_match is not None
+    assert gate.passed == (gate.exact_match == 1.0)

@@ -41,16 +41,17 @@ class Store:
     """
 
     def __init__(self, url: URL) -> None:
-        self.where = url.database if url.get_backend_name() == "sqlite" else url.render_as_string(hide_password=True)
+        is_file = url.get_backend_name() == "sqlite"
+        self.where = str(url.database) if is_file else url.render_as_string(hide_password=True)
         self._engine = connect(url)
         self._writer = self._engine.execution_options(write=True)
         try:
-            with explained(self.where or ""):
+            with explained(self.where):
                 with self._engine.begin() as connection:
-                    usable = schema.current(schema.version_of(connection), self.where or "")
+                    usable = schema.current(schema.version_of(connection), self.where)
                 if not usable:
                     with self._writer.begin() as connection:
-                        schema.upgrade(connection, self.where or "")
+                        schema.upgrade(connection, self.where)
         except StoreError:
             self.close()
             raise
@@ -202,13 +203,13 @@ class Store:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with explained(self.where or ""), self._engine.begin() as connection:
+        with explained(self.where), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
         """One transaction. Counting it first has PostgreSQL order writers, as SQLite does: none can deadlock."""
-        with explained(self.where or ""), self._writer.begin() as connection:
+        with explained(self.where), self._writer.begin() as connection:
             connection.execute(update(state).values(changes=state.c.changes + 1))
             yield connection
 

@@ -102,6 +102,7 @@ def make_full_point(run: Run, **more: Any) -> PointResult:
         server=ServerFacts(startup_s=1.25, peak_memory_bytes=2**63, memory_method="PSS"),
         client=ClientHealth(
             workers=2,
+            loop_lag_mean_s=0.0,
             loop_lag_p99_s=1e-9,
             schedule_delay_p99_s=0.0,
             cpu_share=0.999,

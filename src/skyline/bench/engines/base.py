@@ -124,8 +124,8 @@ class Endpoint:
         return ServerFacts(startup_s=self.startup_s, peak_memory_bytes=memory.peak, memory_method=memory.method)
 
     def cache_counters(self) -> tuple[int, int] | None:
-        """(prompt tokens looked up in the prefix cache, tokens served from it) since the server started; None where it
-        does not say."""
+        """(prompt tokens looked up in the prefix cache, tokens served from it) since the server started, up to a second
+        old; None where it does not say."""
         if self.metrics_url is None:
             return None
         try:

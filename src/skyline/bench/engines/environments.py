@@ -22,6 +22,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 from skyline.bench.engines.base import EngineError
 from skyline.bench.engines.process import ServerProcess
 from skyline.bench.suite import EngineSpec
@@ -37,27 +41,11 @@ _REPORTED = re.compile(
     r"flash-attn.*|xformers|intel-openmp|mkl|compressed-tensors|llguidance|xgrammar|uvicorn|uvloop|fastapi|skyline-llm|"
     r"llama-cpp-.*|kernels|nvidia-(cublas|cudnn|nccl|cuda-runtime).*"
 )
-# Run in the environment: a package's own requirements without some names, and without local versions such as +cpu,
-# which pip's index may not have.
-_REQUIREMENTS = """
-import importlib.metadata, re, sys
-package, *unwanted = sys.argv[1:]
-try:
-    from packaging.requirements import Requirement
-except ImportError:
-    from pip._vendor.packaging.requirements import Requirement
-for line in importlib.metadata.requires(package) or []:
-    need = Requirement(line)
-    name = re.sub(r"[-_.]+", "-", need.name).lower()
-    if name not in unwanted and (need.marker is None or need.marker.evaluate({"extra": ""})):
-        need.marker = None
-        print(re.sub(r"\\+[a-z0-9.]+", "", str(need)))
-"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What pip installs: `first` by itself, then `package` with `extra` requirements.
+    """What pip installs: `first` by itself, then `package`.
 
     `without` names requirements of the package that are left out, as vision libraries are that were built against
     another torch. `variables` are set while a package is built from source. `module`, imported at the end, shows that
@@ -65,7 +53,6 @@ class Recipe:
 
     package: str
     version: str
-    extra: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
@@ -159,7 +146,7 @@ def reported(path: Sequence[str] | None = None) -> dict[str, str]:
     )
     versions = {}
     for distribution in found:
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        name = canonicalize_name(distribution.metadata["Name"] or "")
         if _REPORTED.fullmatch(name):
             versions[name] = distribution.version
     return dict(sorted(versions.items()))
@@ -167,29 +154,39 @@ def reported(path: Sequence[str] | None = None) -> dict[str, str]:
 
 def _fill(environment: Environment, recipe: Recipe, logs: Path, name: str) -> None:
     log = logs / f"{name}.log"
-    python = str(environment.python)
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    pip = [*_pip(logs.parent), "--python", str(environment.python), "--disable-pip-version-check", "--no-input"]
+    # A wheel that was built with other variables may lie in pip's cache, and would be taken.
+    fresh = ["--no-cache-dir"] if recipe.variables else []
     log.unlink(missing_ok=True)
     try:
-        _call([sys.executable, "-m", "venv", str(environment.folder)], log)
+        _call([sys.executable, "-m", "venv", "--without-pip", str(environment.folder)], log)
         if recipe.first:
-            _call([*pip, *recipe.first], log)
+            _call([*pip, "install", *recipe.first], log)
+        wanted = [recipe.requirement]
         if recipe.without:
-            _call([*pip, "--no-deps", recipe.requirement], log, recipe.variables)
-            asked = [python, "-c", _REQUIREMENTS, recipe.package, *recipe.without]
-            wanted = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")
-            _call([*pip, *recipe.first, *filter(None, wanted), *recipe.extra], log, recipe.variables)
-        else:
-            _call([*pip, *recipe.first, recipe.requirement, *recipe.extra], log, recipe.variables)
+            _call([*pip, "install", *fresh, "--no-deps", recipe.requirement], log, recipe.variables)
+            wanted = _requirements(environment, recipe)
+        _call([*pip, "install", *fresh, *recipe.first, *wanted], log, recipe.variables)
         if recipe.module:
-            _call([python, "-c", f"import {recipe.module}"], log)
+            _call([str(environment.python), "-c", f"import {recipe.module}"], log)
         (environment.folder / _STAMP).write_text(json.dumps({"recipe": repr(recipe), "made": time.time()}))
-    except subprocess.CalledProcessError as error:
-        raise EngineError(f"{recipe.requirement} has no readable metadata: {error.stderr}") from None
     finally:
         # Half an environment may hold gigabytes, and the disk may be full because of it.
         if not (environment.folder / _STAMP).is_file():
             shutil.rmtree(environment.folder, ignore_errors=True)
+
+
+def _requirements(environment: Environment, recipe: Recipe) -> list[str]:
+    """The package's own, without some, and without local versions (torch==2.13.0+cpu), which an index may not have."""
+    found = importlib.metadata.Distribution.discover(name=recipe.package, path=[str(environment.packages)])
+    wanted = []
+    for line in next(iter(found)).requires or []:
+        need = Requirement(line)
+        applies = need.marker is None or need.marker.evaluate({"extra": ""})
+        if applies and canonicalize_name(need.name) not in recipe.without:
+            need.marker = None
+            wanted.append(re.sub(r"\+[a-z0-9.]+", "", str(need)))
+    return wanted
 
 
 def _call(command: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
@@ -203,9 +200,10 @@ def _call(command: list[str], log: Path, variables: dict[str, str] | None = None
 
 
 def _pip(folder: Path) -> list[str]:
-    """A pip to ask; this environment may have none, as those that uv makes."""
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
+    """A pip that knows --python: this environment's if it has one (uv's have none), else one in a folder of its own."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if Version(importlib.metadata.version("pip")) >= Version("22.3"):
+            return [sys.executable, "-m", "pip"]
     tools = Environment(folder / "pip")
     with _locked(folder / "pip.lock"):
         if not (tools.folder / _STAMP).is_file():

@@ -93,7 +93,7 @@ def _is_local(url: str) -> bool:
 
 def _reason(error: object, timeout_s: float) -> str:
     if isinstance(error, TimeoutError):
-        return f"no answer within {timeout_s:g} s"
+        return f"no answer within {timeout_s:.3g} s"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)

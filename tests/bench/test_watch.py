@@ -316,6 +316,7 @@ def test_cron_refuses_what_it_cannot_express(text: str) -> None:
 
 
 def test_cron_commands_are_escaped_or_refused() -> None:
+    assert crontab_line("x", 24 * HOUR) == "0 0 * * * x"
     assert crontab_line("date +%F", HOUR) == r"0 * * * * date +\%F"
     with pytest.raises(WatchError, match="one line"):
         crontab_line("a\nb", HOUR)

@@ -186,7 +186,8 @@ def _query(nvidia_smi: str) -> tuple[tuple[str, ...], ...]:
 
 def _cpu_model(root: Path) -> str:
     found = re.search(r"^(?:model name|cpu model|Hardware)\s*:(.*)$", _cpuinfo(root), re.MULTILINE)
-    name = found.group(1) if found else f"{platform.machine()} CPU"
+    # Arm's kernels give no name.
+    name = found.group(1) if found else ""
     return " ".join(_NOISE.sub(" ", name).split()) or platform.machine()
 
 

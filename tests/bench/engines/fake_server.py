@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--family", help="start a child and a daemon that ignore SIGTERM; their ids go to this file")
     parser.add_argument("--allocate", type=int, default=0, help="MiB of memory to touch")
     parser.add_argument("--chat-only", action="store_true")
-    parser.add_argument("--strict", action="store_true", help="refuse ignore_eos")
+    parser.add_argument("--strict", default="", help="refuse these fields")
     parser.add_argument("--key", help="refuse requests without it")
     parser.add_argument("--garbage", action="store_true", help="answer everything with something that is not HTTP")
     options = parser.parse_args()
@@ -73,8 +73,8 @@ def main() -> None:
                 time.sleep(600)
             if options.chat_only and self.path == "/v1/completions":
                 self._send(404, b"{}")
-            elif options.strict and "ignore_eos" in body:
-                self._send(422, b'{"detail": "Unexpected fields: ignore_eos"}')
+            elif refused := set(options.strict.split(",")) & set(body):
+                self._send(422, json.dumps({"detail": f"Unexpected fields: {refused}"}).encode())
             elif body["model"] not in (options.model, "other"):
                 self._send(404, b'{"error": {"message": "no such model"}}')
             else:

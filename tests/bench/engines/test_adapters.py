@@ -92,7 +92,7 @@ def test_tensorrt_llm(tmp_path: Path) -> None:
     command = _command(tmp_path, "org/model", engine="tensorrt-llm", cuda=True, tensor_parallel=2, expert_parallel=2)
     config = tmp_path / "engine.trtllm.yaml"
     sizes = ["--tp_size", "2", "--ep_size", "2"]
-    assert command == [*PROGRAM, "org/model", *WHERE, *sizes, "--config", str(config)]
+    assert command == [*PROGRAM, "org/model", *WHERE, *sizes, "--extra_llm_api_options", str(config)]
     assert config.read_text() == "return_perf_metrics: true\n"
     for args in (["--config", "mine.yaml"], ["--extra_llm_api_options=mine.yaml"]):
         command = _command(tmp_path, "org/model", engine="tensorrt-llm", args=args)

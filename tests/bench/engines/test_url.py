@@ -33,8 +33,10 @@ def test_what_runs_is_used_and_left_running(start: Start) -> None:
         assert server.alive() is None
 
 
-def test_a_server_that_refuses_ignore_eos_is_asked_without(start: Start) -> None:
-    with start("--strict") as server, _attach(server.url) as endpoint:
+def test_a_server_that_refuses_ignore_eos_is_asked_in_other_ways(start: Start) -> None:
+    with start("--strict", "ignore_eos") as server, _attach(server.url) as endpoint:
+        assert list(endpoint.ignore_eos) == ["generation_config"]
+    with start("--strict", "ignore_eos,generation_config") as server, _attach(server.url) as endpoint:
         assert endpoint.ignore_eos == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from skyline.bench.engines.base import Engine, EngineError
 from skyline.bench.engines.llama_cpp import LlamaCpp
@@ -25,6 +26,15 @@ def get(name: str) -> Engine:
     near = difflib.get_close_matches(name.lower().replace("_", "-"), ENGINES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise EngineError(f"there is no engine {name!r}, there are {', '.join(ENGINES)}{hint}")
+
+
+def ways_to_ignore_eos() -> list[dict[str, Any]]:
+    """The fields for it of all engines, each once."""
+    found: list[dict[str, Any]] = []
+    for engine in ENGINES.values():
+        if engine.ignore_eos not in found:
+            found.append(engine.ignore_eos)
+    return found
 
 
 def any_counters(metrics: str) -> tuple[int, int] | None:

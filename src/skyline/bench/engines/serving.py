@@ -14,7 +14,7 @@ import psutil
 from skyline.bench.engines.base import Endpoint, Engine, EngineError, Installation, Job, Launch
 from skyline.bench.engines.process import GRACE_S, ServerProcess
 from skyline.bench.engines.readiness import PortTaken, Readiness
-from skyline.bench.engines.registry import any_counters, get
+from skyline.bench.engines.registry import any_counters, get, ways_to_ignore_eos
 from skyline.bench.engines.url import attach
 from skyline.bench.hardware import usable_cores, uses_cuda
 from skyline.bench.suite import EngineSpec, ModelSpec
@@ -54,7 +54,7 @@ def serve(
     """
     engine = get(spec.engine)
     if spec.url is not None:
-        yield attach(spec, spec.url, any_counters)
+        yield attach(spec, spec.url, any_counters, ways_to_ignore_eos())
         return
     folder = folder.expanduser().absolute()
     installation = engine.install(spec, folder)

@@ -31,8 +31,6 @@ _PRECISIONS = {
 
 class Sglang(Engine):
     name: ClassVar[str] = "sglang"
-    # /health of SGLang generates a token itself, and may be answered while the model loads.
-    health: ClassVar[str] = "/health_generate"
 
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
         if spec.version == "installed":

@@ -55,7 +55,7 @@ class TensorrtLlm(Engine):
         if not any(argument.split("=")[0] in _CONFIG_FLAGS for argument in spec.args):
             config = job.log.with_suffix(".trtllm.yaml")
             config.write_text("return_perf_metrics: true\n")
-            command += ["--config", str(config)]
+            command += ["--extra_llm_api_options", str(config)]
         return Launch([*command, *spec.args])
 
     @staticmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,8 +29,16 @@ class Url(Engine):
         raise EngineError(f"{job.spec.name}: an endpoint that already runs is not launched; give its url")
 
 
-def attach(spec: EngineSpec, url: str, read_counters: Callable[[str], tuple[int, int] | None]) -> Endpoint:
+def attach(
+    spec: EngineSpec,
+    url: str,
+    read_counters: Callable[[str], tuple[int, int] | None],
+    ignoring_eos: Sequence[dict[str, Any]],
+) -> Endpoint:
     """The endpoint, once it has generated a token. It is waited for only while it says that it is loading (HTTP 503).
+
+    `ignoring_eos`: fields that make servers of several kinds generate as many tokens as asked for. The first that this
+    one does not refuse are used; most servers ignore what they do not know.
 
     Raises EngineError where it cannot be reached, refuses the key, or has no model of the name that was asked for."""
     root = url.rstrip("/").removesuffix("/v1").rstrip("/")
@@ -38,15 +47,7 @@ def attach(spec: EngineSpec, url: str, read_counters: Callable[[str], tuple[int,
     headers = _authorization(spec)
     try:
         model = _wait(spec, root, lambda left: model_name(spec, root, headers, min(left, _LIST_TIMEOUT_S)))
-        # Most servers know this field or ignore what they do not know; the others refuse the request.
-        extra: dict[str, Any] = {"ignore_eos": True}
-        try:
-            _wait(spec, root, lambda left: first_token(spec, root, headers, model, extra, left))
-        except Refused as error:
-            if error.status not in (400, 422):
-                raise
-            extra = {}
-            _wait(spec, root, lambda left: first_token(spec, root, headers, model, extra, left))
+        extra = _fields(spec, root, headers, model, ignoring_eos)
     except http.Unreachable as error:
         raise EngineError(f"{spec.name}: {root} cannot be reached: {error}") from None
     return Endpoint(
@@ -58,6 +59,21 @@ def attach(spec: EngineSpec, url: str, read_counters: Callable[[str], tuple[int,
         ignore_eos=extra,
         read_counters=read_counters,
     )
+
+
+def _fields(
+    spec: EngineSpec, root: str, headers: dict[str, str], model: str, candidates: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    for extra in candidates:
+        try:
+            _wait(spec, root, partial(first_token, spec, root, headers, model, extra))
+        except Refused as error:
+            if error.status not in (400, 422):
+                raise
+        else:
+            return extra
+    _wait(spec, root, partial(first_token, spec, root, headers, model, {}))
+    return {}
 
 
 def _wait(spec: EngineSpec, root: str, ask: Callable[[float], Any]) -> Any:

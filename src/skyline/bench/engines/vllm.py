@@ -85,7 +85,8 @@ def _program(python: str, cpu: bool) -> tuple[str, ...]:
 def _cpu_variables(job: Job) -> dict[str, str]:
     # "auto" leaves one compute thread on a machine of two cores.
     cores = sorted(os.sched_getaffinity(0))[: job.threads]
-    room = max(1, min(40, psutil.virtual_memory().available // 4 // _GIB))
+    # Of all memory, not of what happens to be free: the same in each run.
+    room = max(1, min(40, psutil.virtual_memory().total // 8 // _GIB))
     variables = {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": str(room),

@@ -64,22 +64,26 @@ def commands(venvs: dict[str, str], url: str, requests: int, folder: str) -> dic
         found["vllm bench serve"] = [
             *(f"{venvs['vllm']}/bin/python", "-c", VLLM),
             *("--backend", "openai-chat", "--base-url", url, "--endpoint", "/v1/chat/completions"),
-            *("--model", "null", "--tokenizer", tokenizer, "--dataset-name", "random"),
+            *("--model", "any", "--tokenizer", tokenizer, "--dataset-name", "random"),
             *("--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT), "--ignore-eos"),
             *("--num-prompts", str(requests), "--max-concurrency", str(CLIENTS), "--disable-tqdm"),
         ]
     if "guidellm" in venvs:
+        backend = f"kind=openai_http,target={url},model=any,request_format=/v1/chat/completions,validate_backend=false"
         found["guidellm"] = [
-            *(f"{venvs['guidellm']}/bin/guidellm", "benchmark", "run", "--target", url, "--model", "null"),
-            *("--processor", tokenizer, "--profile", "concurrent", "--rate", str(CLIENTS)),
-            *("--max-requests", str(requests), "--data", f"prompt_tokens={INPUT},output_tokens={OUTPUT}"),
-            *("--output-dir", folder, "--disable-console"),
+            *(f"{venvs['guidellm']}/bin/guidellm", "run", "--backend", backend, "--disable-console"),
+            *("--profile", f"kind=concurrent,streams={CLIENTS}"),
+            *("--constraint", f"kind=max_requests,count={requests}"),
+            *("--data", f"kind=synthetic_text,prompt_tokens={INPUT},output_tokens={OUTPUT}"),
+            *("--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
+            *("--output", f"kind=json,path={folder}/result.json"),
         ]
     if "aiperf" in venvs:
         found["aiperf"] = [
-            *(f"{venvs['aiperf']}/bin/aiperf", "profile", "--model", "null", "--url", url, "--endpoint-type", "chat"),
+            *(f"{venvs['aiperf']}/bin/aiperf", "profile", "--model", "any", "--url", url, "--endpoint-type", "chat"),
             *("--streaming", "--concurrency", str(CLIENTS), "--request-count", str(requests), "--tokenizer", tokenizer),
-            *("--isl", str(INPUT), "--osl", str(OUTPUT), "--output-artifact-dir", folder, "--ui", "none"),
+            *("--isl", str(INPUT), "--isl-stddev", "0", "--osl", str(OUTPUT), "--osl-stddev", "0"),
+            *("--no-server-metrics", "--no-gpu-telemetry", "--artifact-dir", folder, "--ui", "none"),
         ]
     return found
 
@@ -91,7 +95,9 @@ async def turn(name: str, venvs: dict[str, str], seconds: float, requests: int) 
                 await ours(url, seconds, Level(kind="closed", concurrency=CLIENTS))
             else:
                 command = commands(venvs, url, requests, folder)[name]
-                environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+                environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+                if name != "aiperf":  # which takes a folder for a name on the hub then
+                    environment["HF_HUB_OFFLINE"] = "1"
                 done = await asyncio.to_thread(
                     subprocess.run,
                     command,

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import datetime
-
 import pytest
 
 from skyline.bench.comparison import in_turns, paired_suite, pairs_of, self_pairs
 from skyline.bench.suite import SuiteError, parse_suite
-from tests.bench.points import WHEN, point
+from tests.bench.points import point
 
 SUITE = parse_suite(
     """
@@ -50,10 +48,9 @@ def test_pairs_are_what_both_measured() -> None:
 
 
 def test_neighbours_of_one_side() -> None:
-    minutes = [0, 9, 10, 19]  # A B B A A …
-    points = [
-        point("a", 1, {"output_per_device": 10.0 + i}, replicate=i, when=WHEN + datetime.timedelta(minutes=m))
-        for i, m in enumerate(minutes)
-    ]
-    (pair,) = self_pairs(points, ["output_per_device"])
-    assert (pair.a, pair.b) == ([10.0, 11.0, 12.0], [11.0, 12.0, 13.0])
+    a = [point("a", 1, {"output_per_device": 10.0 + i}, replicate=i) for i in range(4)]
+    b = [point("b", 1, {"output_per_device": 20.0 + i}, replicate=i) for i in range(4)]
+    (pair,) = self_pairs(a, b, "output_per_device")
+    # Measured as a0 b0 b1 a1 a2 b2 b3 a3
+    assert (pair.a, pair.b) == ([11.0, 20.0, 22.0], [12.0, 21.0, 23.0])
+    assert self_pairs(a[:1], b[:1], "output_per_device") == []

@@ -14,13 +14,17 @@ from skyline.demo.evaluate import EvaluationError, evaluate, load_heldout
 from skyline.demo.problems import extract_answer
 
 
-def gate(accuracy: Accuracy, endpoint: Endpoint, *, run: str, engine: str, model: ModelSpec) -> AccuracyResult:
-    """Never raises for what the endpoint does: whoever cannot be asked has not passed, and the reason is kept."""
+def gate(
+    accuracy: Accuracy, endpoint: Endpoint, *, run: str, engine: str, model: ModelSpec, folder: Path | None = None
+) -> AccuracyResult:
+    """`folder` is where lm-evaluation-harness is installed, if the task needs it.
+
+    Never raises for what the endpoint does: whoever cannot be asked has not passed, and the reason is kept."""
     share: float | None = None
     error: float | None = None
     total, reason = 0, None
     try:
-        share, error, total = _ask(accuracy, endpoint, model)
+        share, error, total = _ask(accuracy, endpoint, model, folder)
     except (EvaluationError, LmEvalError, SuiteError) as problem:
         reason = f"the accuracy could not be measured: {problem}"
     passed = share is not None and share >= accuracy.at_least
@@ -40,7 +44,7 @@ def gate(accuracy: Accuracy, endpoint: Endpoint, *, run: str, engine: str, model
     )
 
 
-def _ask(accuracy: Accuracy, endpoint: Endpoint, model: ModelSpec) -> tuple[float, float, int]:
+def _ask(accuracy: Accuracy, endpoint: Endpoint, model: ModelSpec, folder: Path | None) -> tuple[float, float, int]:
     """Share of exact matches, its standard error, number of questions."""
     if accuracy.task.startswith("lm-eval:"):
         return run_task(
@@ -50,6 +54,7 @@ def _ask(accuracy: Accuracy, endpoint: Endpoint, model: ModelSpec) -> tuple[floa
             limit=accuracy.limit,
             concurrency=accuracy.concurrency,
             max_tokens=accuracy.max_tokens,
+            folder=folder,
         )
     if accuracy.task == "demo":
         problems = load_heldout(accuracy.limit)

@@ -70,19 +70,22 @@ def pairs_of(
     return pairs, missing
 
 
-def self_pairs(points: Sequence[PointResult], metrics: Sequence[str] = DEFAULT_METRICS) -> list[Pair]:
-    """What one side says about itself: replicates that followed each other, replicate 2k + 1 and 2k + 2 (or 2k and
-    2k + 1 for the side that is second), as A/A pairs."""
+def self_pairs(a: Sequence[PointResult], b: Sequence[PointResult], metric: str) -> list[Pair]:
+    """What the two sides say about themselves, as A/A pairs: measurements of one side that followed each other when
+    they were taken `in_turns`. Those are replicates 1 and 2, 3 and 4, … of the first side and 0 and 1, 2 and 3, … of
+    the second.
+    """
+    left, right = _by_place(a), _by_place(b)
     found = []
-    for place, by_replicate in _by_place(points).items():
-        for metric in metrics:
-            values = _values(by_replicate, metric)
-            times = {i: by_replicate[i].started for i in values}
-            order = sorted(values, key=lambda i: times[i])
-            neighbours = list(itertools.pairwise(order))
-            if neighbours:
-                first, second = [values[i] for i, _ in neighbours], [values[j] for _, j in neighbours]
-                found.append(Pair(" · ".join((*place, metric)), first, second, metric_of(metric).better))
+    for place in dict.fromkeys([*left, *right]):
+        earlier, later = [], []
+        for values, begin in ((_values(left.get(place, {}), metric), 1), (_values(right.get(place, {}), metric), 0)):
+            for i in range(begin, max(values, default=0), 2):
+                if i in values and i + 1 in values:
+                    earlier.append(values[i])
+                    later.append(values[i + 1])
+        if earlier:
+            found.append(Pair(" · ".join((*place, metric)), earlier, later, metric_of(metric).better))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.metadata
 import math
 import os
 import platform
@@ -23,7 +24,6 @@ from pathlib import Path
 import psutil
 import yaml
 
-from skyline import __version__
 from skyline.bench.results import Hardware, Provenance
 
 PRICES = Path(__file__).parent / "prices.yaml"
@@ -77,7 +77,7 @@ def provenance(
 ) -> Provenance:
     """Of a result that is measured here and now; the engine's part is added when it runs."""
     return Provenance(
-        skyline_version=__version__,
+        skyline_version=importlib.metadata.version("skyline-llm"),
         python_version=platform.python_version(),
         hardware=hardware or detect(),
         command=command,

@@ -105,7 +105,8 @@ def recommend(
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Points that keep the objective with at least that probability, most output per device first, and the others,
     likeliest first. Points that must not stand on a frontier are in neither."""
-    keeping, others = [], []
+    keeping: list[Candidate] = []
+    others: list[Candidate] = []
     for point in points:
         throughput = point.metrics.get("output_per_device")
         if eligible(point, accuracy) is not None or throughput is None or throughput.value is None:

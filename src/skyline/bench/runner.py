@@ -115,7 +115,7 @@ def _measure_group(
             with serve(engine, model, folder=folder, log=log) as endpoint:
                 origin = _origin(run, endpoint)
                 price = price_of(origin.hardware)
-                _gate(run, engine, model, endpoint, store, reporter)
+                _gate(run, engine, model, endpoint, store, reporter, folder)
                 while pending and endpoint.alive() is None:
                     spec = pending.popleft()
                     reporter.begin(spec, *number())
@@ -142,14 +142,22 @@ def _origin(run: Run, endpoint: Endpoint) -> Provenance:
     )
 
 
-def _gate(run: Run, engine: EngineSpec, model: ModelSpec, endpoint: Endpoint, store: Store, reporter: Reporter) -> None:
+def _gate(
+    run: Run,
+    engine: EngineSpec,
+    model: ModelSpec,
+    endpoint: Endpoint,
+    store: Store,
+    reporter: Reporter,
+    folder: Path,
+) -> None:
     accuracy = run.suite.accuracy
     if accuracy is None or model.name not in (accuracy.models or [model.name]):
         return
     if any((r.engine, r.model) == (engine.name, model.name) for r in store.accuracy(run.id)):
         return
     reporter.note(f"asking {engine.name} the questions of {accuracy.task}")
-    result = gate(accuracy, endpoint, run=run.id, engine=engine.name, model=model)
+    result = gate(accuracy, endpoint, run=run.id, engine=engine.name, model=model, folder=folder)
     store.save_accuracy(result)
     said = result.reason or f"exact match {result.exact_match:.1%} of {result.total}"
     reporter.note(f"{engine.name}: {said}{'' if result.passed else ', off the frontier'}")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from skyline.bench.stats.compare import Comparison
     from skyline.bench.store import Store
 
+LEAST_MARGIN = 0.02
+
 
 def compare(
     a: Annotated[str, typer.Argument(help="The baseline: an engine of --suite, or a stored run (id or label).")],
@@ -64,10 +66,13 @@ def compare(
     found, missing = pairs_of(left, right, metrics)
     if not found:
         console.fail("the two have no level in common that both measured" + (f": {missing[0]}" if missing else ""))
-    floor = noise_floor([*self_pairs(left, metrics), *self_pairs(right, metrics)]) if suite is not None else None
-    least = margin if margin is not None else max(0.02, floor or 0.0)
-    comparison = judge(found, margin=least)
-    _print(comparison, a, b, floor, least, missing, as_json)
+    floors = {name: noise_floor(self_pairs(left, right, name)) for name in metrics} if suite is not None else {}
+
+    def least(name: str) -> float:
+        return margin if margin is not None else max(LEAST_MARGIN, floors.get(name.rpartition(" · ")[2], 0.0))
+
+    comparison = judge(found, margin={pair.name: least(pair.name) for pair in found})
+    _print(comparison, a, b, floors, missing, as_json)
     raise typer.Exit(comparison.exit_code)
 
 
@@ -100,9 +105,7 @@ def _stored(results: Store, run: str, engine: str | None) -> list[PointResult]:
     return points
 
 
-def _print(
-    comparison: Comparison, a: str, b: str, floor: float | None, margin: float, missing: list[str], as_json: bool
-) -> None:
+def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], missing: list[str], as_json: bool) -> None:
     import dataclasses
     import json
 
@@ -110,21 +113,27 @@ def _print(
 
     if as_json:
         found = dataclasses.asdict(comparison)
-        typer.echo(json.dumps({**found, "noise_floor": floor, "margin": margin, "missing": missing}, default=str))
+        typer.echo(
+            json.dumps(
+                {**found, "exit_code": comparison.exit_code, "noise_floors": floors, "missing": missing}, default=str
+            )
+        )
         return
     screen = console.screen()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("level and metric")
-    for column in (f"{b} / {a}", "95 %", "p (Holm)", "verdict"):
+    for column in (f"{b} / {a}", "95 %", "p (Holm)", "margin", "verdict"):
         table.add_column(column, justify="right")
     for row in comparison.rows:
         ratio = row.ratio
         between = f"{ratio.low:.3f}–{ratio.high:.3f}" if ratio.low is not None and ratio.high is not None else "–"
         value = "–" if ratio.value is None else f"{ratio.value:.3f}"
-        table.add_row(row.name, value, between, f"{row.p_adjusted:.3g}", row.verdict)
+        table.add_row(row.name, value, between, f"{row.p_adjusted:.3g}", f"{row.margin:.1%}", row.verdict)
     screen.print(table)
-    noise = "" if floor is None else f"; one side against itself differs by up to {floor:.1%}"
-    screen.print(f"{b} is [bold]{comparison.verdict}[/bold] against {a}, for differences above {margin:.1%}{noise}")
+    screen.print(f"{b} is [bold]{comparison.verdict}[/bold] against {a}; differences within the margin do not count")
+    if floors:
+        noise = ", ".join(f"{name} {floor:.1%}" for name, floor in floors.items())
+        screen.print(f"noise floor (what one side shows against itself): {noise}")
     for text in missing:
         screen.print(f"not compared: {text}", style="dim", markup=False)
     if comparison.advice:

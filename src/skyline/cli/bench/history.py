@@ -46,4 +46,6 @@ def history(
     screen.print(table)
     worse = regressions(series)
     if worse and fail_on_regression:
-        console.fail(f"{len(worse)} of {len(series)} configurations got worse: " + "; ".join(s.label for s in worse))
+        console.fail(
+            f"{len(worse)} of {len(series)} configurations got worse: " + "; ".join(entry.label for entry in worse)
+        )

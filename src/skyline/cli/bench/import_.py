@@ -18,12 +18,14 @@ def import_(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Name of the engine, where the file does not say.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Name of the hardware, where the file does not say.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model, instead of the file's.")] = None,
+    label: Annotated[str | None, typer.Option(help="Tells the imported run apart.")] = None,
     store: StoreOption = None,
 ) -> None:
     """Take results of vLLM's bench, guidellm, aiperf or InferenceX into the store, on the same frontier."""
     from skyline.bench.importers import import_file
 
-    given = {"devices": devices, "engine": engine, "hardware": hardware}
+    given = {"devices": devices, "engine": engine, "hardware": hardware, "model": model, "label": label}
     overrides = {name: value for name, value in given.items() if value is not None}
     with opened(store) as results:
         for file in files:

@@ -45,12 +45,13 @@ def clear_errors() -> Iterator[None]:
     from skyline.bench.engines.base import EngineError
     from skyline.bench.importers import ResultFileError
     from skyline.bench.recommend import ObjectiveError
+    from skyline.bench.stats.compare import CompareError
     from skyline.bench.store import StoreError
     from skyline.bench.suite import SuiteError
 
     try:
         yield
-    except (EngineError, ObjectiveError, ResultFileError, StoreError, SuiteError) as error:
+    except (CompareError, EngineError, ObjectiveError, ResultFileError, StoreError, SuiteError) as error:
         console.fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

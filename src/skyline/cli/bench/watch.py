@@ -13,7 +13,9 @@ def watch(
     every: Annotated[str, typer.Option(help="Time between the beginnings of two runs, as in 90s, 30m, 6h, 1d.")],
     engine: Annotated[list[str] | None, typer.Option(help="Only these of its engines.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many runs.", show_default="never")] = None,
-    print_cron: Annotated[bool, typer.Option("--print-cron", help="Print a line for crontab instead.")] = False,
+    print_cron: Annotated[
+        bool, typer.Option("--print-cron", help="Print a line for crontab instead; cron has a small PATH.")
+    ] = False,
     print_workflow: Annotated[
         bool, typer.Option("--print-workflow", help="Print a GitHub Actions workflow instead.")
     ] = False,
@@ -21,28 +23,44 @@ def watch(
     folder: FolderOption = None,
 ) -> None:
     """Run a suite again and again, and say when something changed."""
+    import contextlib
+    import datetime
+    import shlex
     import signal
     import threading
+    from collections.abc import Iterator
 
     from skyline.bench import runner
     from skyline.bench.results import Run
-    from skyline.bench.watch import crontab_line, history, parse_interval, regressions, workflow_yaml
+    from skyline.bench.watch import WatchError, crontab_line, history, parse_interval, regressions, workflow_yaml
     from skyline.bench.watch import watch as repeat
     from skyline.cli.bench.progress import RichReporter
 
     try:
         interval = parse_interval(every)
         if print_cron:
-            typer.echo(crontab_line(f"skyline bench run {suite}", interval))
+            typer.echo(crontab_line(shlex.join(["skyline", "bench", "run", suite]), interval))
             return
         if print_workflow:
             typer.echo(workflow_yaml(suite, interval))
             return
-    except ValueError as error:
+    except WatchError as error:
         console.fail(str(error))
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def interruptible() -> Iterator[None]:
+        """Between runs a signal ends the waiting; within one it ends the run, which the next watch resumes."""
+        handlers = {number: signal.signal(number, signal.default_int_handler) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    for number in signals:
         signal.signal(number, lambda *_: stop.set())
     with opened(store) as results:
         spec = suite_of(suite, engine)
@@ -51,13 +69,17 @@ def watch(
             run = runner.unfinished(spec, results) or runner.new_run(
                 spec, results, None, f"skyline bench watch {suite}"
             )
-            with RichReporter() as reporter:
+            with interruptible(), RichReporter() as reporter:
                 run = runner.execute(run, results, reporter, bench_folder(folder))
-            for entry in regressions(history(results.points())):
-                typer.echo(f"worse: {entry.label}", err=True)
+            mine = [point for r in results.runs() if r.suite_hash == spec.hash for point in results.points(r.id)]
+            for entry in regressions(history(mine)):
+                typer.echo(f"worse since {entry.since:%Y-%m-%d}: {entry.label} ({entry.relative:+.1%})", err=True)
             return run
 
-        def newest() -> object:
+        def newest() -> datetime.datetime | None:
             return next((run.started for run in results.runs() if run.suite_hash == spec.hash), None)
 
-        repeat(run_once, newest, interval, stop=stop, note=lambda text: typer.echo(text, err=True), count=count)  # type: ignore[arg-type]
+        def say(text: str) -> None:
+            typer.echo(text, err=True)
+
+        repeat(run_once, newest, interval, stop=stop, note=say, count=count)

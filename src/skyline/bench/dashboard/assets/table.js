@@ -1,0 +1,185 @@
+// All shown points as a sortable table: the text alternative of the charts.
+
+import { byId, h, replace } from "./dom.js";
+import { day, interval, number, percent } from "./format.js";
+import { axes } from "./frame.js";
+import { frontierOfGroup } from "./ladderfigure.js";
+import { groups, measure, offReason } from "./model.js";
+import { glyph } from "./palette.js";
+
+const FIRST = 200;
+let whole = false;
+
+const metricColumn = (key, name) => ({
+  key,
+  name,
+  number: true,
+  read: ({ data, state }, point) => measure(data, state, point, key)?.value ?? null,
+  show: ({ data, state }, point) => {
+    const found = measure(data, state, point, key);
+    const refused = point.metrics[key]?.[4];
+    return h(
+      "td",
+      { class: "number", title: found ? `${number(found.value)}${interval(found)}` : (refused ?? null) },
+      found ? number(found.value) : refused ? "refused" : "–",
+    );
+  },
+});
+
+const textColumn = (key, name, read) => ({
+  key,
+  name,
+  read: (_, point) => read(point),
+  show: (_, point) => h("td", {}, read(point)),
+});
+
+// Shown as columns where the points differ in them, in the caption where they do not.
+const FIELDS = {
+  model: "Model",
+  workload: "Scenario",
+  hardware: "Hardware",
+  precision: "Precision",
+  parallelism: "Parallel",
+  speculation: "Speculation",
+};
+
+const COLUMNS = [
+  {
+    key: "engine",
+    name: "Engine",
+    read: (_, point) => `${point.series.engine} ${point.series.engine_version}`,
+    show: ({ looks }, point) =>
+      h(
+        "th",
+        { scope: "row" },
+        glyph(looks.get(point.series.config)),
+        h(
+          "button",
+          { type: "button", class: "link", id: `row-${point.id}`, "data-point": point.id },
+          point.series.engine,
+        ),
+        h("span", { class: "version" }, ` ${point.series.engine_version}`),
+      ),
+  },
+  ...Object.entries(FIELDS).map(([field, name]) => textColumn(field, name, (point) => point.series[field])),
+  { ...textColumn("level", "Level", (point) => point.level.label), read: (_, point) => point.level.order },
+  {
+    key: "frontier",
+    name: "On frontier",
+    number: true,
+    read: ({ places }, point) => places.get(point.id)?.probability ?? -1,
+    show: ({ places, state }, point) => {
+      const why = offReason(point, axes(state).y);
+      const place = places.get(point.id);
+      if (why)
+        return h(
+          "td",
+          { class: "number off", title: why },
+          h("span", { class: "badge" }, `✕ ${kind(point)}`),
+          h("span", { class: "sr-only" }, why),
+        );
+      if (!place) return h("td", { class: "number" }, "–");
+      return h(
+        "td",
+        { class: place.on ? "number on" : "number" },
+        `${place.on ? "■ " : ""}${percent(place.probability)}`,
+      );
+    },
+  },
+  metricColumn("output_per_device", "Output tok/s per device"),
+  metricColumn("interactivity", "tok/s per user"),
+  metricColumn("ttft_p50", "TTFT median, s"),
+  metricColumn("ttft_p99", "TTFT p99, s"),
+  metricColumn("e2e_p50", "E2E median, s"),
+  metricColumn("cost_per_mtok", "$ per Mtok"),
+  metricColumn("tokens_per_mw", "tok/s per MW"),
+  { ...textColumn("date", "Date", (point) => day(point.run.started)), read: (_, point) => point.run.started },
+];
+
+function kind(point) {
+  if (point.status !== "ok") return point.status;
+  if (point.off?.startsWith("accuracy")) return "inaccurate";
+  return point.off ? "client-limited" : "no power";
+}
+
+export function placesOf(data, state, points) {
+  return new Map(groups(points).flatMap((group) => [...frontierOfGroup(data, state, group).points]));
+}
+
+export function sorted(context, points) {
+  const column = COLUMNS.find(({ key }) => key === context.state.sort.replace(/^-/, ""));
+  if (!column) return points;
+  const sign = context.state.sort.startsWith("-") ? -1 : 1;
+  const order = (a, b) => {
+    const [left, right] = [column.read(context, a), column.read(context, b)];
+    // What was not measured is last either way.
+    if (left === null || right === null) return (left === null) - (right === null);
+    return sign * (typeof left === "number" ? left - right : left.localeCompare(right, "en", { numeric: true }));
+  };
+  return points.toSorted(order);
+}
+
+// Fills the table of the page. `onSort(key)` gets the new order, or "" for the data's own.
+export function renderTable(context, points, onSort) {
+  const { state } = context;
+  const rows = sorted(context, points);
+  const same = Object.keys(FIELDS).filter((field) =>
+    points.every((point) => point.series[field] === points[0].series[field]),
+  );
+  const columns = COLUMNS.filter(({ key }) => !same.includes(key));
+  const common = points.length ? same.map((field) => points[0].series[field]).filter((value) => value !== "none") : [];
+  const shown = whole ? rows : rows.slice(0, FIRST);
+  const header = (column) => {
+    const direction = state.sort === column.key ? "ascending" : state.sort === `-${column.key}` ? "descending" : "none";
+    const next = {
+      none: column.number ? `-${column.key}` : column.key,
+      ascending: column.number ? "" : `-${column.key}`,
+      descending: column.number ? column.key : "",
+    }[direction];
+    return h(
+      "th",
+      { scope: "col", "aria-sort": direction, class: column.number ? "number" : null },
+      h(
+        "button",
+        { type: "button", id: `sort-${column.key}`, onclick: () => onSort(next) },
+        column.name,
+        h(
+          "span",
+          { class: "arrow", "aria-hidden": "true" },
+          { ascending: " ↑", descending: " ↓", none: "" }[direction],
+        ),
+      ),
+    );
+  };
+  const what = [`${points.length} ${points.length === 1 ? "point" : "points"}`, ...common].join(" · ");
+  byId("table-note").textContent = `${what}. A column's heading sorts by it; an engine's name opens the details.`;
+  replace(
+    byId("table"),
+    h("caption", { class: "sr-only" }, "Points"),
+    h("thead", {}, h("tr", {}, columns.map(header))),
+    h(
+      "tbody",
+      {},
+      shown.map((point) =>
+        h(
+          "tr",
+          {
+            "data-id": point.id,
+            class:
+              [offReason(point, axes(state).y) ? "dim" : "", state.point === point.id ? "picked" : ""]
+                .join(" ")
+                .trim() || null,
+          },
+          columns.map((column) => column.show(context, point)),
+        ),
+      ),
+    ),
+  );
+  const more = byId("more");
+  more.hidden = whole || rows.length <= FIRST;
+  more.textContent = `Show all ${rows.length}`;
+  more.onclick = () => {
+    whole = true;
+    renderTable(context, points, onSort);
+  };
+}

@@ -1,0 +1,259 @@
+"""What the page shows, as plain JSON: `page_data()`.
+
+    metrics    {key: {title, unit, better, formula}} of every key that a point may hold
+    runs       {id, label, suite, started, status, done, planned, last}, oldest first
+    series     {id, config, hardware, engine, engine_version, model, precision, parallelism, devices, speculation,
+               workload}; `config` is the same for all versions of an engine
+    points     one level of one series in one run; replicates (`ids`) are combined. `series` is an index, `off` says why
+               the point cannot be on a frontier (None if it can), `latest` whether its run is the newest of its
+               configuration. A metric is [value, low, high, n], or [null, null, null, n, why] where it was refused
+    frontiers  of the newest results, see frontier.py
+    changes    over dates, see frontier.py
+    prices     {hardware: $ per device-hour, or null}
+
+Keys, tokens and passwords in commands and flags are left out (redact.py): the page is made to be published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from skyline.bench import metrics
+from skyline.bench.dashboard import frontier, redact
+from skyline.bench.estimate import Estimate
+from skyline.bench.results import AccuracyResult, PointResult, Run
+from skyline.bench.stats import replicates
+from skyline.bench.suite import EngineSpec, Level, PointSpec, Workload
+
+Json = dict[str, Any]
+
+KEYS = metrics.keys()
+
+
+def page_data(
+    runs: Sequence[Run], points: Sequence[PointResult], accuracy: Sequence[AccuracyResult], prices: dict[str, float]
+) -> Json:
+    """The page's data (see above). Points and accuracy results whose run is not among `runs` are left out."""
+    ordered = sorted(runs, key=lambda run: (run.started, run.id))
+    known = {run.id for run in ordered}
+    kept = _last_of_each(point for point in points if point.run in known)
+    gates = _gates(result for result in accuracy if result.run in known)
+    versions = _versions(kept)
+
+    series: dict[tuple[Any, ...], Json] = {}
+    shown: list[Json] = []
+    for group in _replicates(kept):
+        identity = _series(group[0], versions)
+        found = series.setdefault(tuple(identity.values()), {**identity, "index": len(series)})
+        gate = gates.get((group[0].run, group[0].spec.engine.name, group[0].spec.model.name), [])
+        shown.append({**_point(group, gate), "series": found["index"]})
+    rows = [_with_ids(identity) for identity in series.values()]
+    place = {run.id: index for index, run in enumerate(ordered)}
+    shown.sort(key=lambda point: (point["series"], place[point["run"]], point["level"]["order"], point["id"]))
+    _mark_latest(shown, rows, place)
+
+    return {
+        "metrics": {key: _vocabulary(key) for key in KEYS},
+        "runs": [_run(run, [point for point in kept if point.run == run.id]) for run in ordered],
+        "series": rows,
+        "points": shown,
+        "frontiers": frontier.frontiers(shown, rows),
+        "changes": frontier.changes_over_runs(shown, rows, place),
+        "prices": {row["hardware"]: prices.get(row["hardware"]) for row in rows},
+    }
+
+
+def _last_of_each(points: Iterable[PointResult]) -> list[PointResult]:
+    """A resumed run measures failed points again: the last result of each counts. Oldest first."""
+    found = {(point.run, point.key): point for point in sorted(points, key=lambda point: (point.finished, point.id))}
+    return sorted(found.values(), key=lambda point: (point.started, point.id))
+
+
+def _replicates(points: Iterable[PointResult]) -> list[list[PointResult]]:
+    """Points of one run that differ in nothing but replicate and seed."""
+    groups: dict[tuple[str, str], list[PointResult]] = defaultdict(list)
+    for point in points:
+        groups[point.run, _but_replicate(point.spec).key].append(point)
+    return list(groups.values())
+
+
+def _but_replicate(spec: PointSpec) -> PointSpec:
+    return spec.model_copy(update={"replicate": 0, "seed": 0})
+
+
+def _versions(points: Iterable[PointResult]) -> dict[tuple[str, str], str]:
+    """What an engine of a run said of itself, also for its points that failed before it could say it."""
+    return {
+        (point.run, point.spec.engine.name): point.provenance.engine_version
+        for point in points
+        if point.provenance.engine_version
+    }
+
+
+def _series(point: PointResult, versions: dict[tuple[str, str], str]) -> Json:
+    engine = point.spec.engine
+    return {
+        "hardware": point.provenance.hardware.name,
+        "engine": engine.name,
+        "engine_version": versions.get((point.run, engine.name)) or engine.version or "",
+        "model": point.spec.model.name,
+        "precision": engine.precision,
+        "parallelism": _parallelism(engine),
+        "devices": engine.devices,
+        "speculation": engine.speculation,
+        "workload": point.spec.workload.name,
+    }
+
+
+def _parallelism(engine: EngineSpec) -> str:
+    sizes = {"TP": engine.tensor_parallel, "DP": engine.data_parallel, "EP": engine.expert_parallel}
+    return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "none"
+
+
+def _with_ids(identity: Json) -> Json:
+    """Ids that stay the same from one store or export to the next, for links into the page."""
+    fields = {name: value for name, value in identity.items() if name != "index"}
+    without_version = {name: value for name, value in fields.items() if name != "engine_version"}
+    return {"id": _short_hash(fields), "config": _short_hash(without_version), **fields}
+
+
+def _short_hash(fields: Json) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _gates(results: Iterable[AccuracyResult]) -> dict[tuple[str, str, str], list[AccuracyResult]]:
+    """The last result of each task for (run, engine, model)."""
+    last: dict[tuple[str, str, str, str], AccuracyResult] = {}
+    for result in sorted(results, key=lambda result: (result.finished, result.id)):
+        last[result.run, result.engine, result.model, result.task] = result
+    found: dict[tuple[str, str, str], list[AccuracyResult]] = defaultdict(list)
+    for (run, engine, model, _), result in last.items():
+        found[run, engine, model].append(result)
+    return found
+
+
+def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
+    """One shown point of all replicates of it. Those that went well count; if none did, those that were measured."""
+    by_status = {status: [point for point in group if point.status == status] for status in ("ok", "invalid", "failed")}
+    status = next(status for status in ("ok", "invalid", "failed") if by_status[status])
+    counted = by_status[status]
+    last = counted[-1]
+    lost = [point for point in group if point.status != status]
+    notes = [f"{len(lost)} of {len(group)} replicates do not count: {lost[0].reason or lost[0].status}"] if lost else []
+    limited = next((point.client for point in counted if point.client and point.client.limited), None)
+    spec = last.spec
+    shown: Json = {
+        "id": last.id,
+        "ids": [point.id for point in group],
+        "run": last.run,
+        "level": {"label": spec.level.label, "kind": spec.level.kind, "order": _order(spec.level)},
+        "status": status,
+        "reason": last.reason,
+        "notes": notes,
+        "replicates": len(counted),
+        "metrics": _combined(counted),
+        "client": None if last.client is None else (limited or last.client).model_dump(mode="json"),
+        "cache": last.cache and last.cache.model_dump(mode="json"),
+        "tokens": last.tokens and last.tokens.model_dump(mode="json"),
+        "energy": last.energy and {"source": last.energy.source, **last.energy.verdict.model_dump(mode="json")},
+        "window": last.window
+        and {"seconds": last.window.seconds, "steady": last.window.steady, "reason": last.window.reason},
+        "server": last.server and last.server.model_dump(mode="json"),
+        "accuracy": _accuracy(gate),
+        "started": last.started.isoformat(),
+        "finished": last.finished.isoformat(),
+        "workload": _describe(spec.workload),
+        "source": spec.model.source,
+        "engine_command": redact.command(last.provenance.engine_command or ""),
+        "command": f"skyline bench rerun {last.id}",
+        "imported_from": last.provenance.imported_from,
+        "packages": last.provenance.engine_packages,
+        "machine": last.provenance.hardware.model_dump(mode="json", exclude={"flags", "name"}),
+        "spec": _specification(spec),
+    }
+    shown["off"] = _off(shown, limited.reason if limited else None)
+    return shown
+
+
+def _combined(points: list[PointResult]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for key in {key: None for point in points for key in point.metrics}:
+        found[key] = _row(replicates.combine([point.metrics[key] for point in points if key in point.metrics]))
+    return found
+
+
+def _row(estimate: Estimate) -> list[Any]:
+    row: list[Any] = [estimate.value, estimate.low, estimate.high, estimate.n]
+    return row if estimate.value is not None else [*row, estimate.refused or "not known"]
+
+
+def _accuracy(gate: list[AccuracyResult]) -> Json:
+    fields = {"task", "exact_match", "standard_error", "total", "at_least", "passed", "reason"}
+    verdict = "none" if not gate else "passed" if all(result.passed for result in gate) else "failed"
+    return {"verdict": verdict, "tasks": [result.model_dump(mode="json", include=fields) for result in gate]}
+
+
+def _off(point: Json, limited: str | None) -> str | None:
+    """Why the point can be on no frontier, in a sentence."""
+    if point["status"] != "ok":
+        return f"{point['status']}: {point['reason'] or 'no reason was recorded'}"
+    if limited is not None:
+        return f"limited by the load generator: {limited}"
+    failed = [task for task in point["accuracy"]["tasks"] if not task["passed"]]
+    if not failed:
+        return None
+    task = failed[0]
+    if task["exact_match"] is None:
+        return f"accuracy gate: {task['task']} could not be evaluated: {task['reason'] or 'no reason was recorded'}"
+    return f"accuracy gate: {task['exact_match']:.1%} on {task['task']}, {task['at_least']:.1%} is asked for"
+
+
+def _order(level: Level) -> float:
+    """Levels of a ladder from the lightest to the heaviest load."""
+    return float(level.concurrency or level.rate or 0)
+
+
+def _describe(workload: Workload) -> str:
+    sizes = f"{workload.input} tokens in, {workload.output} out"
+    if workload.ratio < 1:
+        sizes += f", each from {workload.ratio:g} of that"
+    if workload.sessions is not None:
+        sizes += f", {workload.sessions.turns} turns after {workload.sessions.shared_prefix} shared tokens"
+    return sizes + (", chat" if workload.chat else ", completions")
+
+
+def _specification(spec: PointSpec) -> Json:
+    plain = spec.model_dump(mode="json", exclude_defaults=True, exclude={"replicate", "seed"})
+    return {**plain, "engine": redact.engine(plain["engine"])}
+
+
+def _run(run: Run, points: list[PointResult]) -> Json:
+    return {
+        "id": run.id,
+        "label": run.label,
+        "suite": run.suite.name,
+        "started": run.started.isoformat(),
+        "status": run.status,
+        "done": len(points),
+        "planned": sum(1 for _ in run.suite.points()),
+        "last": max((point.finished for point in points), default=run.started).isoformat(),
+    }
+
+
+def _mark_latest(points: list[Json], series: list[Json], place: dict[str, int]) -> None:
+    newest: dict[str, int] = {}
+    for point in points:
+        config = series[point["series"]]["config"]
+        newest[config] = max(newest.get(config, -1), place[point["run"]])
+    for point in points:
+        point["latest"] = place[point["run"]] == newest[series[point["series"]]["config"]]
+
+
+def _vocabulary(key: str) -> Json:
+    metric = metrics.metric_of(key)
+    title = metrics.title_of(key).replace(", p50", ", median")
+    return {"title": title, "unit": metric.unit, "better": metric.better, "formula": metric.formula}

@@ -1,0 +1,215 @@
+"""The benchmark's commands, against the null server and results that were never measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from skyline.bench.recommend import eligible
+from skyline.bench.results import AccuracyResult, Run
+from skyline.bench.store import open_store
+from skyline.bench.suite import load_suite
+from skyline.cli import app
+from tests.bench.points import WHEN, point
+
+SUITE = """
+name: small
+description: two levels
+models: [{name: demo, source: demo}]
+engines: [{engine: url, name: %(name)s, url: '%(url)s'}]
+scenarios: [{name: w, input: 64, output: 8, load: {kind: closed, concurrency: [1, 2]}}]
+measure: {warmup_s: 0.2, min_s: 0.6, max_s: 20, requests: 12, requests_per_client: 1}
+slo: {ttft_s: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def null_url() -> Iterator[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skyline.bench.load.null_server", "--step", "0.002"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "bench.sqlite3"
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def test_from_a_plan_to_a_recommendation(null_url: str, store: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE % {"url": null_url, "name": "nothing"})
+    planned = json.loads(bench("plan", suite, "--json").stdout)
+    assert (planned["points"], planned["starts"]) == (2, 1)
+
+    done = bench("run", suite, "--store", store, "--label", "first", "--folder", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "interactivity, tok/s/user" in done.stdout and "● nothing" in done.stdout
+    assert "nothing · demo · w · concurrency 2" in done.stdout
+
+    with open_store(store) as results:
+        points = results.points()
+    # On a busy machine a point may be taken off because the client was the limit.
+    good = {point.spec.label for point in points if eligible(point, []) is None}
+    best = bench("recommend", "--slo", "ttft_p50=10s,tpot_p50=10s", "--store", store, "--json")
+    assert best.exit_code == (0 if good else 1), best.output
+    assert {c["configuration"] for c in json.loads(best.stdout)["recommended"]} == good
+    said = bench("recommend", "--slo", "tpot_p50=10s", "--store", store).stdout
+    assert not good or (next(iter(good)) in said and "skyline bench rerun" in said)
+    nothing = bench("recommend", "--slo", "tpot_p50=1us", "--store", store)
+    assert nothing.exit_code == 1
+
+    again = bench("rerun", points[0].id[:10], "--store", store, "--folder", tmp_path)
+    assert again.exit_code == 0, again.output
+    listed = bench("store", "list", "--store", store).stdout
+    assert "first" in listed and "rerun" in listed and "2/2" in listed and "1/1" in listed
+    assert "✓" in bench("store", "show", "first", "--store", store).stdout
+
+    site = bench("export", tmp_path / "site", "--store", store)
+    assert site.exit_code == 0 and Path(site.stdout.strip()).is_file()
+
+    carried = tmp_path / "results.json"
+    assert bench("store", "export", carried, "--store", store).exit_code == 0
+    other = tmp_path / "other.sqlite3"
+    assert "2 runs, 3 points" in bench("store", "import", carried, "--store", other).output
+    assert "0 runs, 0 points" in bench("store", "import", carried, "--store", other).output
+    assert bench("store", "delete", "first", "--store", other).exit_code == 0
+    assert "first" not in bench("store", "list", "--store", other).stdout
+
+
+def test_an_endpoint_instead_of_the_suites_engines(null_url: str, store: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE % {"url": "http://127.0.0.1:9", "name": "elsewhere"})
+    done = bench("run", suite, "--url", null_url, "--store", store, "--folder", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "endpoint · demo · w · concurrency 2" in done.stdout
+    failed = bench("run", suite, "--store", store, "--folder", tmp_path)
+    assert failed.exit_code == 1 and "127.0.0.1:9" in failed.output
+
+
+def filled(store: Path, runs: dict[str, float], spread: float = 0.003) -> None:
+    """A run for each name with four replicates around its throughput."""
+    with open_store(store) as results:
+        for number, (label, throughput) in enumerate(runs.items()):
+            when = WHEN + datetime.timedelta(days=number)
+            origin = point().provenance
+            suite = load_suite("quick")
+            run = Run(id=label, suite=suite, suite_hash=suite.hash, label=label, started=when, provenance=origin)
+            results.save_run(run.model_copy(update={"status": "finished", "finished": when}))
+            for i in range(4):
+                value = throughput * (1 + spread * (i - 1.5))
+                results.save_point(point("skyline", 4, {"output_per_device": value}, run=label, replicate=i, when=when))
+
+
+@pytest.mark.parametrize(
+    ("throughput", "verdict", "code"), [(100.0, "same", 0), (112.0, "better", 0), (90.0, "worse", 1)]
+)
+def test_comparing_stored_runs(store: Path, throughput: float, verdict: str, code: int) -> None:
+    filled(store, {"main": 100.0, "branch": throughput})
+    done = bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store)
+    assert done.exit_code == code, done.output
+    assert f"branch is {verdict} against main" in done.stdout
+    found = json.loads(
+        bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store, "--json").stdout
+    )
+    assert found["verdict"] == verdict and found["exit_code"] == code
+
+
+def test_comparing_what_is_too_noisy_says_what_it_would_take(store: Path) -> None:
+    filled(store, {"main": 100.0})
+    with open_store(store) as results:
+        run = results.run("main")
+        results.save_run(run.model_copy(update={"id": "branch", "label": "branch"}))
+        for i, value in enumerate((80.0, 125.0, 95.0, 104.0)):
+            results.save_point(point("skyline", 4, {"output_per_device": value}, run="branch", replicate=i))
+    done = bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store)
+    assert done.exit_code == 3 and "pairs" in done.stdout
+
+
+def test_history_marks_what_changed(store: Path) -> None:
+    filled(
+        store,
+        {f"run{i}": 100.0 + (i % 3) * 0.2 for i in range(8)} | {f"late{i}": 80.0 + (i % 3) * 0.2 for i in range(6)},
+    )
+    done = bench("history", "--store", store)
+    assert done.exit_code == 0 and "-20" in done.stdout.replace("−", "-")
+    assert bench("history", "--store", store, "--fail-on-regression").exit_code == 1
+
+
+def test_the_gate_takes_a_configuration_off_the_frontier(store: Path) -> None:
+    filled(store, {"main": 100.0})
+    with open_store(store) as results:
+        results.save_accuracy(
+            AccuracyResult(
+                run="main", engine="skyline", model="m", task="demo", exact_match=0.2, standard_error=0.02, total=400,
+                at_least=0.9, passed=False,
+            )
+        )  # fmt: skip
+    done = bench("recommend", "--slo", "output_per_device=1", "--store", store)
+    assert done.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "quik"], "shipped suites"),
+        (["run", "quick", "--engine", "vlm"], "no 'vlm' among its engines"),
+        (["run", "quick", "--served-model", "x"], "name it too"),
+        (["run", "quick", "--resume"], "was cut short"),
+        (["rerun", "0123"], "there is no point"),
+        (["compare", "a", "b"], "there is no run"),
+        (["compare", "skyline", "vlm", "--suite", "quick"], "no engine 'vlm'"),
+        (["compare", "a", "b", "--metric", "speed"], "no metric 'speed'"),
+        (["recommend", "--slo", "fast"], "no metric"),
+        (["recommend", "--slo", "ttft=1s"], "no valid result"),
+        (["history"], "no result"),
+        (["watch", "quick", "--every", "soon"], "soon"),
+        (["watch", "quick", "--every", "7m", "--print-cron"], "cron"),
+        (["store", "show", "x"], "there is no run"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(store: Path, arguments: list[str], said: str) -> None:
+    place = [] if arguments[0] == "plan" else ["--store", str(store)]
+    done = bench(*arguments, *place)
+    assert done.exit_code == 1 and said in done.output and "Traceback" not in done.output
+
+
+def test_bad_files(store: Path, tmp_path: Path) -> None:
+    junk = tmp_path / "junk.json"
+    junk.write_text('{"hello": 1}')
+    for command in (["import"], ["store", "import"]):
+        done = bench(*command, junk, "--store", store)
+        assert done.exit_code == 1 and "junk.json" in done.output
+    broken = tmp_path / "broken.sqlite3"
+    broken.write_bytes(b"this is no database" * 100)
+    done = bench("store", "list", "--store", broken)
+    assert done.exit_code == 1 and "broken.sqlite3" in done.output
+
+
+def test_schedules_are_printed() -> None:
+    assert "skyline bench run quick" in bench("watch", "quick", "--every", "6h", "--print-cron").stdout
+    assert "jobs:" in bench("watch", "quick", "--every", "1d", "--print-workflow").stdout
+
+
+def test_help_stays_instant() -> None:
+    heavy = ("scipy", "numpy", "sqlalchemy", "plotly", "pydantic", "yaml")
+    code = f"import skyline.cli, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -118,6 +118,6 @@ def changes_over_runs(points: list[Json], series: list[Json], place: dict[str, i
     return sorted(found, key=lambda change: (-place[change["run"]], change["config"], change["level"]))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=20_000)
 def _changes(values: tuple[float, ...], better: str) -> tuple[changepoint.Change, ...]:
     return tuple(changepoint.changes(list(values), better))

@@ -40,7 +40,7 @@ export function pair(state, offered) {
 const coordinates = (data, state, ladder) =>
   ladder.points.map((point) => ({ x: measure(data, state, point, X), y: measure(data, state, point, Y) }));
 
-export function compareFigure({ data, state, a, b, colours }) {
+export function compareFigure({ data, state, a, b, colours, compact }) {
   const found = ladderRatio(coordinates(data, state, a), coordinates(data, state, b));
   const title = `${a.name} against ${b.name}`;
   const subtitle = `${a.group} · output throughput per device at equal interactivity`;
@@ -94,7 +94,7 @@ export function compareFigure({ data, state, a, b, colours }) {
         gridcolor: colours.grid,
         tickfont: { size: 12, color: colours.muted },
         autorange: true,
-        title: axisTitle(data, X, "→", colours),
+        title: axisTitle({ data, colours, compact }, X, "→"),
       },
       yaxis: {
         gridcolor: colours.grid,
@@ -178,42 +178,52 @@ export function compareTable(data, state, a, b) {
       ),
     ];
   };
-  return h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Comparison level by level" },
+  return [
     h(
-      "table",
-      {},
-      h("caption", {}, `${a.name} (A) and ${b.name} (B), level by level. ▲ A is surely better, ▼ surely worse.`),
+      "p",
+      { class: "note" },
+      `A is ${a.name}, B is ${b.name}. ▲ A is better, ▼ worse, where the 95 % interval of the ratio leaves out 1. `,
+      "A verdict over the whole ladder, with its error rate kept: ",
+      h("code", {}, "skyline bench compare"),
+      ".",
+    ),
+    h(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Comparison level by level" },
       h(
-        "thead",
+        "table",
         {},
+        h("caption", { class: "sr-only" }, "Comparison level by level"),
         h(
-          "tr",
+          "thead",
           {},
-          h("th", { scope: "col", rowspan: 2 }, "Level"),
-          keys.map((key) =>
-            h("th", { scope: "colgroup", colspan: 3 }, `${data.metrics[key].title}, ${data.metrics[key].unit}`),
-          ),
-        ),
-        h(
-          "tr",
-          {},
-          keys.map(() => ["A", "B", "A by B"].map((name) => h("th", { scope: "col", class: "number" }, name))),
-        ),
-      ),
-      h(
-        "tbody",
-        {},
-        both.map((point) =>
           h(
             "tr",
             {},
-            h("th", { scope: "row" }, point.level.label),
-            keys.map((key) => cells(point, key)),
+            h("th", { scope: "col", rowspan: 2 }, "Level"),
+            keys.map((key) =>
+              h("th", { scope: "colgroup", colspan: 3 }, `${data.metrics[key].title}, ${data.metrics[key].unit}`),
+            ),
+          ),
+          h(
+            "tr",
+            {},
+            keys.map(() => ["A", "B", "A by B"].map((name) => h("th", { scope: "col", class: "number" }, name))),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          both.map((point) =>
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, point.level.label),
+              keys.map((key) => cells(point, key)),
+            ),
           ),
         ),
       ),
     ),
-  );
+  ];
 }

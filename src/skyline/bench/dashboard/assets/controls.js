@@ -53,6 +53,9 @@ export function renderTabs(store) {
       ),
     ),
   );
+  // On a narrow screen the row of views scrolls by itself.
+  const tab = byId(`tab-${view}`);
+  byId("tabs").scrollLeft = tab.offsetLeft - (byId("tabs").clientWidth - tab.offsetWidth) / 2;
 }
 
 export function renderFilters(data, store) {

@@ -63,7 +63,7 @@ function door(data, state, point, place, keys) {
       h("b", {}, seriesName(data, point.series)),
       h("span", {}, point.level.label),
       h("span", {}, `${value(keys.y)} at ${value(keys.x)}`),
-      h("span", { class: "chance" }, `probability ${percent(place.probability)}`),
+      h("span", {}, `probability ${percent(place.probability)}`),
     ),
   );
 }

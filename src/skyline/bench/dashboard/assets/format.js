@@ -28,6 +28,11 @@ function significant(value) {
   return value.toFixed(Math.min(digits, 8));
 }
 
+export const count = (amount, noun) => `${amount} ${noun}${amount === 1 ? "" : "s"}`;
+
+// A probability of error: one digit says enough.
+export const pValue = (p) => (p < 0.001 ? "< 0.001" : String(Number(p.toPrecision(1))));
+
 export const percent = (share, digits = 0) => `${(share * 100).toFixed(digits)} %`;
 
 // A change with its sign, a true minus and at most one digit after the point: +3.2 %, −12 %.

@@ -16,7 +16,7 @@ const LOG_TICKS = Array.from({ length: 18 }, (_, power) => [1, 2, 5].map((digit)
 const tickName = (value) =>
   value < 1 ? String(Number(value.toPrecision(1))) : number(value).replace(/\.0+(?= |$)/, "");
 
-export function layout(data, state, { x, y }, colours) {
+export function layout({ data, state, colours, compact }, { x, y }) {
   const axis = (key, log) => ({
     type: log ? "log" : "linear",
     ...(log ? { tickmode: "array", tickvals: LOG_TICKS, ticktext: LOG_TICKS.map(tickName) } : { rangemode: "tozero" }),
@@ -30,8 +30,8 @@ export function layout(data, state, { x, y }, colours) {
   });
   return {
     ...frame(colours),
-    xaxis: { ...axis(x, state.logx), title: axisTitle(data, x, "→", colours) },
-    yaxis: { ...axis(y, state.logy), title: axisTitle(data, y, "↑", colours) },
+    xaxis: { ...axis(x, state.logx), title: axisTitle({ data, colours, compact }, x, "→") },
+    yaxis: { ...axis(y, state.logy), title: axisTitle({ data, colours, compact }, y, "↑") },
   };
 }
 
@@ -49,11 +49,11 @@ export function frame(colours) {
   };
 }
 
-export function axisTitle(data, key, arrow, colours) {
+// A small chart (`compact`) has its heading for the name.
+export function axisTitle({ data, colours, compact }, key, arrow) {
   const { title: name, unit, better } = data.metrics[key];
   const direction = better === "higher" ? `${arrow} better` : `${arrow === "→" ? "←" : "↓"} better`;
-  // A narrow chart has its heading for the name.
-  const text = innerWidth < 640 ? unit : unit === "1" ? name : `${name}, ${unit}`;
+  const text = compact ? unit : unit === "1" ? name : `${name}, ${unit}`;
   return { text: `${text}  <i>${direction}</i>`, font: { size: 12.5, color: colours.muted }, standoff: 12 };
 }
 

@@ -1,7 +1,7 @@
 // A metric over dates: a line for each configuration and level, with the changes that were found in it.
 
 import { h } from "./dom.js";
-import { day, escaped, estimate, number, relative } from "./format.js";
+import { count, day, escaped, estimate, number, pValue, relative } from "./format.js";
 import { axisTitle, errorBars, frame } from "./frame.js";
 import { measure, offReason, seriesName } from "./model.js";
 import { fade, glyph } from "./palette.js";
@@ -45,12 +45,13 @@ export function changesIn(data, state, lines) {
     .map((change) => ({ ...change, line: keys.get(`${change.config}|${change.level}`) }));
 }
 
-export function historyFigure({ data, state, group, looks, colours }) {
+export function historyFigure({ data, state, group, looks, colours, compact }) {
   const key = state.metric;
   const level = chosenLevel(state, group.points);
   const lines = historyLines(group.points, level);
   const changes = changesIn(data, state, lines);
-  const name = (line) => seriesName(data, line.series, false) + (level === "*" ? ` · ${line.level.label}` : "");
+  const name = (line) => seriesName(data, line.series, false);
+  const named = new Set();
   const traces = [];
   const targets = [];
   for (const line of lines) {
@@ -66,7 +67,7 @@ export function historyFigure({ data, state, group, looks, colours }) {
         type: "scatter",
         mode: counts ? "lines+markers" : "markers",
         name: counts ? escaped(name(line)) : "",
-        showlegend: counts,
+        showlegend: counts && !named.has(name(line)),
         opacity: counts ? 1 : 0.5,
         x: members.map((point) => point.run.started),
         y: found.map(({ value }) => value),
@@ -78,6 +79,7 @@ export function historyFigure({ data, state, group, looks, colours }) {
           : { symbol: `${look.symbol}-open`, color: colour, size: 9 },
         error_y: counts && state.errors ? errorBars(found, fade(colour, 0.55)) : undefined,
       });
+      if (counts) named.add(name(line));
       targets.push(members.map((point, index) => ({ curve: traces.length - 1, index, id: point.id })));
     }
   }
@@ -93,14 +95,20 @@ export function historyFigure({ data, state, group, looks, colours }) {
     subtitle: `${group.model} · ${group.workload} · ${level === "*" ? "all levels" : level}`,
     name: `history ${key} ${group.model} ${group.workload}`,
     summary:
-      `${lines.length} configurations over ${new Set(group.points.map((point) => point.run.id)).size} runs. ` +
+      `${count(lines.length, "line")} over ${count(new Set(group.points.map((point) => point.run.id)).size, "run")}. ` +
       (changes.length
-        ? `${worse} ${worse === 1 ? "regression" : "regressions"} and ${changes.length - worse} improvements found.`
+        ? `${count(worse, "regression")} and ${count(changes.length - worse, "improvement")} found.`
         : "No change was found."),
     traces,
     layout: {
       ...frame(colours),
-      xaxis: { type: "date", gridcolor: colours.grid, tickfont: { size: 12, color: colours.muted }, autorange: true },
+      xaxis: {
+        type: "date",
+        tickformat: "%-d %b\n%Y",
+        gridcolor: colours.grid,
+        tickfont: { size: 12, color: colours.muted },
+        autorange: true,
+      },
       yaxis: {
         rangemode: "tozero",
         autorange: true,
@@ -109,11 +117,13 @@ export function historyFigure({ data, state, group, looks, colours }) {
         tickfont: { size: 12, color: colours.muted },
         separatethousands: true,
         automargin: true,
-        title: axisTitle(data, key, "↑", colours),
+        title: axisTitle({ data, colours, compact }, key, "↑"),
       },
     },
     targets,
-    legend: lines.map((line) => ({ glyph: glyph(looks.get(line.series.config)), name: name(line) })),
+    legend: [...new Map(lines.map((line) => [name(line), glyph(looks.get(line.series.config))]))].map(
+      ([entry, picture]) => ({ name: entry, glyph: picture }),
+    ),
     describe: (id) => tell(data, state, data.pointsById.get(id), key, changes),
   };
 }
@@ -158,56 +168,59 @@ function tell(data, state, point, key, changes) {
 }
 
 const kind = (change) => (change.regression ? "Regression" : "Improvement");
-const sentence = (change) => `${kind(change)} of ${relative(change.relative)} from here on (p = ${number(change.p)})`;
+const sentence = (change) => `${kind(change)} of ${relative(change.relative)} from here on (p = ${pValue(change.p)})`;
 
 // The changes as a table, which is what the chart says in words.
 export function changesTable(data, state, changes) {
-  if (changes.length === 0) return h("p", { class: "empty-note" }, "No change was found in what is shown.");
   const { title, unit } = data.metrics[state.metric];
-  const head = ["Change", "From", "Configuration", "Model", "Scenario", "Level", `${title} before`, "after", "p"];
-  return h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Changes found" },
+  const what = `Changes of ${title.toLowerCase()}${unit === "1" ? "" : `, ${unit}`}`;
+  const note = h(
+    "p",
+    { class: "note" },
+    `${what}. A history in which nothing changed raises a false alarm once in a hundred: `,
+    "trust what several levels show.",
+  );
+  if (changes.length === 0) return [note, h("p", { class: "empty-note" }, "No change was found in what is shown.")];
+  const head = ["Change", "From", "Configuration", "Model", "Scenario", "Level"];
+  const numbers = ["Before", "After", "p"];
+  return [
+    note,
     h(
-      "table",
-      {},
-      h("caption", {}, `Changes of ${title.toLowerCase()}${unit === "1" ? "" : `, ${unit}`}`),
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": what },
       h(
-        "thead",
+        "table",
         {},
+        h("caption", { class: "sr-only" }, what),
         h(
-          "tr",
+          "thead",
           {},
-          head.map((name) => h("th", { scope: "col" }, name)),
-        ),
-      ),
-      h(
-        "tbody",
-        {},
-        changes.map((change) =>
           h(
             "tr",
-            { class: change.regression ? "worse" : "better" },
-            h(
-              "td",
-              {},
-              h(
-                "span",
-                { class: "badge" },
-                `${change.regression ? "▼ regression" : "▲ improvement"} ${relative(change.relative)}`,
-              ),
-            ),
-            h("td", {}, day(data.runsById.get(change.run).started)),
-            h("td", {}, seriesName(data, change.line.series, false)),
-            h("td", {}, change.model),
-            h("td", {}, change.workload),
-            h("td", {}, change.level),
-            h("td", { class: "number" }, number(change.before)),
-            h("td", { class: "number" }, number(change.after)),
-            h("td", { class: "number" }, number(change.p)),
+            {},
+            head.map((name) => h("th", { scope: "col" }, name)),
+            numbers.map((name) => h("th", { scope: "col", class: "number" }, name)),
           ),
+        ),
+        h(
+          "tbody",
+          {},
+          changes.map((change) => changeRow(data, change)),
         ),
       ),
     ),
+  ];
+}
+
+function changeRow(data, change) {
+  const sign = change.regression ? "▼ regression" : "▲ improvement";
+  return h(
+    "tr",
+    { class: change.regression ? "worse" : "better" },
+    h("td", {}, h("span", { class: "badge" }, `${sign} ${relative(change.relative)}`)),
+    h("td", {}, day(data.runsById.get(change.run).started)),
+    h("td", {}, seriesName(data, change.line.series, false)),
+    [change.model, change.workload, change.level].map((text) => h("td", {}, text)),
+    [number(change.before), number(change.after), pValue(change.p)].map((text) => h("td", { class: "number" }, text)),
   );
 }

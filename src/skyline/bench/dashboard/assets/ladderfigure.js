@@ -1,7 +1,7 @@
 // The frontier, cost and power charts: ladders of points before the skyline that is their frontier.
 
 import { h } from "./dom.js";
-import { day, escaped, estimate, number, percent } from "./format.js";
+import { count, day, escaped, estimate, percent } from "./format.js";
 import { axes, errorBars, layout, title } from "./frame.js";
 import { frontierOf } from "./frontier.js";
 import { ladders, measure, offReason, seriesName, shortLevel } from "./model.js";
@@ -18,13 +18,14 @@ export function frontierOfGroup(data, state, group) {
   return frontierOf(data, group, { x, y }, candidates);
 }
 
-export function ladderFigure({ data, state, group, looks, colours }) {
+export function ladderFigure({ data, state, group, looks, colours, compact }) {
   const { x, y } = axes(state);
   const on = frontierOfGroup(data, state, group);
   const all = ladders(group.points).map((ladder) => ({ ...ladder, look: looks.get(ladder.series.config) }));
   const placed = (point) => measure(data, state, point, x) && measure(data, state, point, y);
   const traces = [];
   const targets = [];
+  const named = new Set();
   let explained = false;
   const drawn = group.points.filter(placed);
   const box = extent(
@@ -33,7 +34,7 @@ export function ladderFigure({ data, state, group, looks, colours }) {
 
   if (on.path.length) traces.push(...skyline(data, state, on, box, colours));
   for (const ladder of all) {
-    const name = ladderName(data, state, ladder);
+    const name = seriesName(data, ladder.series);
     const counted = ladder.points.filter((point) => placed(point) && !offReason(point, y));
     const others = ladder.points.filter((point) => placed(point) && offReason(point, y));
     const colour = colours.series[ladder.look.colour];
@@ -43,6 +44,7 @@ export function ladderFigure({ data, state, group, looks, colours }) {
       traces.push({
         ...trace,
         name: escaped(name),
+        showlegend: !named.has(name),
         mode: state.labels ? "lines+markers+text" : "lines+markers",
         opacity,
         line: { color: colour, width: 2, dash: ladder.look.dash },
@@ -55,6 +57,7 @@ export function ladderFigure({ data, state, group, looks, colours }) {
         },
         ...(state.errors ? errorsOf(data, state, counted, { x, y }, fade(colour, 0.55)) : {}),
       });
+      named.add(name);
       targets.push(targetsOf(traces.length - 1, counted));
     }
     if (others.length) {
@@ -78,12 +81,9 @@ export function ladderFigure({ data, state, group, looks, colours }) {
     name: `${state.view} ${group.model} ${group.workload}`,
     summary: summary(data, state, group, on),
     traces,
-    layout: layout(data, state, { x, y }, colours),
+    layout: layout({ data, state, colours, compact }, { x, y }),
     targets,
-    legend: [
-      ...all.map((ladder) => ({ glyph: glyph(ladder.look), name: ladderName(data, state, ladder) })),
-      ...(explained ? [{ glyph: hollow(), name: "hollow: cannot be on the frontier" }] : []),
-    ],
+    legend: legend(data, all, explained),
     strip: strip(
       data,
       group.points.filter((point) => !placed(point)),
@@ -110,8 +110,12 @@ function ring(data, state, point, { x, y }, colours) {
 
 const targetsOf = (curve, points) => points.map((point, index) => ({ curve, index, id: point.id }));
 
-const ladderName = (data, state, ladder) =>
-  seriesName(data, ladder.series) + (state.run === "all" ? ` · ${day(ladder.run.started)}` : "");
+// One entry for each look: a series of several dates is one, the older the paler.
+function legend(data, all, explained) {
+  const entries = new Map(all.map((ladder) => [seriesName(data, ladder.series), glyph(ladder.look)]));
+  if (explained) entries.set("hollow: cannot be on the frontier", hollow());
+  return [...entries].map(([name, picture]) => ({ name, glyph: picture }));
+}
 
 function points(data, state, members, { x, y }) {
   return {
@@ -171,8 +175,6 @@ function summary(data, state, group, on) {
     : "No point can be on the frontier.";
   return start + (off ? ` ${count(off, "point")} cannot be on it; their details say why.` : "");
 }
-
-const count = (amount, noun) => `${amount} ${noun}${amount === 1 ? "" : "s"}`;
 
 // Points without coordinates stay in sight below the chart.
 function strip(data, members, { x, y }, state) {

@@ -42,6 +42,7 @@ function render() {
   const context = {
     data,
     state,
+    compact: innerWidth < 640 || (state.view !== "compare" && groups(points).length > 1),
     looks: looks(data, state.colour),
     colours: theme(),
     places: placesOf(data, state, selected(data, state)),

@@ -70,10 +70,12 @@ export function frontier(candidates, grid, seed = 0) {
   for (let round = 0; round < DRAWS; round += 1) {
     const xs = candidates.map(({ x }, index) => draw(x, deviations[index][0], normal));
     const ys = candidates.map(({ y }, index) => draw(y, deviations[index][1], normal));
-    for (const index of pareto(xs, ys)) hits[index] += 1;
+    const members = pareto(xs, ys);
+    for (const index of members) hits[index] += 1;
+    // The highest y that reaches x is always one of the frontier's.
     grid.forEach((at, step) => {
       let best = -Infinity;
-      for (let index = 0; index < xs.length; index += 1) if (xs[index] >= at && ys[index] > best) best = ys[index];
+      for (const index of members) if (xs[index] >= at && ys[index] > best) best = ys[index];
       if (best > -Infinity) heights[step].push(best);
     });
   }

@@ -1,7 +1,7 @@
 // All shown points as a sortable table: the text alternative of the charts.
 
 import { byId, h, replace } from "./dom.js";
-import { day, interval, number, percent } from "./format.js";
+import { count, day, interval, number, percent } from "./format.js";
 import { axes } from "./frame.js";
 import { frontierOfGroup } from "./ladderfigure.js";
 import { groups, measure, offReason } from "./model.js";
@@ -26,21 +26,23 @@ const metricColumn = (key, name) => ({
   },
 });
 
-const textColumn = (key, name, read) => ({
+// `text` is what a cell shows and `order` what it sorts by.
+const textColumn = (key, name, text, order = text) => ({
   key,
   name,
-  read: (_, point) => read(point),
-  show: (_, point) => h("td", {}, read(point)),
+  read: (_, point) => order(point),
+  show: (_, point) => h("td", {}, text(point)),
 });
 
-// Shown as columns where the points differ in them, in the caption where they do not.
+// Shown as columns where the points differ in them, in the line above the table where they do not.
 const FIELDS = {
-  model: "Model",
-  workload: "Scenario",
-  hardware: "Hardware",
-  precision: "Precision",
-  parallelism: "Parallel",
-  speculation: "Speculation",
+  model: ["Model", (point) => point.series.model],
+  workload: ["Scenario", (point) => point.series.workload],
+  hardware: ["Hardware", (point) => point.series.hardware],
+  precision: ["Precision", (point) => point.series.precision],
+  parallelism: ["Parallel", (point) => point.series.parallelism],
+  speculation: ["Speculation", (point) => point.series.speculation],
+  date: ["Date", (point) => day(point.run.started), (point) => point.run.started],
 };
 
 const COLUMNS = [
@@ -61,8 +63,13 @@ const COLUMNS = [
         h("span", { class: "version" }, ` ${point.series.engine_version}`),
       ),
   },
-  ...Object.entries(FIELDS).map(([field, name]) => textColumn(field, name, (point) => point.series[field])),
-  { ...textColumn("level", "Level", (point) => point.level.label), read: (_, point) => point.level.order },
+  ...Object.entries(FIELDS).map(([field, rest]) => textColumn(field, ...rest)),
+  textColumn(
+    "level",
+    "Level",
+    (point) => point.level.label,
+    (point) => point.level.order,
+  ),
   {
     key: "frontier",
     name: "On frontier",
@@ -93,13 +100,12 @@ const COLUMNS = [
   metricColumn("e2e_p50", "E2E median, s"),
   metricColumn("cost_per_mtok", "$ per Mtok"),
   metricColumn("tokens_per_mw", "tok/s per MW"),
-  { ...textColumn("date", "Date", (point) => day(point.run.started)), read: (_, point) => point.run.started },
 ];
 
 function kind(point) {
   if (point.status !== "ok") return point.status;
   if (point.off?.startsWith("accuracy")) return "inaccurate";
-  return point.off ? "client-limited" : "no power";
+  return point.off ? "client-limited" : "no energy";
 }
 
 export function placesOf(data, state, points) {
@@ -119,60 +125,63 @@ export function sorted(context, points) {
   return points.toSorted(order);
 }
 
+// A heading that sorts: a number's first click is descending, a text's ascending, and the third gives the data's order.
+function heading(column, sort, onSort) {
+  const [up, down] = [column.key, `-${column.key}`];
+  const direction = { [up]: "ascending", [down]: "descending" }[sort] ?? "none";
+  const turns = column.number ? ["", down, up] : ["", up, down];
+  const next = turns[(turns.indexOf(direction === "none" ? "" : sort) + 1) % 3];
+  const arrow = { ascending: " ↑", descending: " ↓", none: "" }[direction];
+  return h(
+    "th",
+    { scope: "col", "aria-sort": direction, class: column.number ? "number" : null },
+    h(
+      "button",
+      { type: "button", id: `sort-${column.key}`, onclick: () => onSort(next) },
+      column.name,
+      h("span", { class: "arrow", "aria-hidden": "true" }, arrow),
+    ),
+  );
+}
+
+function row(context, columns, point) {
+  const { state } = context;
+  const classes = [offReason(point, axes(state).y) ? "dim" : "", state.point === point.id ? "picked" : ""];
+  return h(
+    "tr",
+    { "data-id": point.id, class: classes.join(" ").trim() || null },
+    columns.map((column) => column.show(context, point)),
+  );
+}
+
 // Fills the table of the page. `onSort(key)` gets the new order, or "" for the data's own.
 export function renderTable(context, points, onSort) {
-  const { state } = context;
-  const rows = sorted(context, points);
-  const same = Object.keys(FIELDS).filter((field) =>
-    points.every((point) => point.series[field] === points[0].series[field]),
-  );
+  const same = Object.keys(FIELDS).filter((field) => new Set(points.map(FIELDS[field][1])).size < 2);
   const columns = COLUMNS.filter(({ key }) => !same.includes(key));
-  const common = points.length ? same.map((field) => points[0].series[field]).filter((value) => value !== "none") : [];
-  const shown = whole ? rows : rows.slice(0, FIRST);
-  const header = (column) => {
-    const direction = state.sort === column.key ? "ascending" : state.sort === `-${column.key}` ? "descending" : "none";
-    const next = {
-      none: column.number ? `-${column.key}` : column.key,
-      ascending: column.number ? "" : `-${column.key}`,
-      descending: column.number ? column.key : "",
-    }[direction];
-    return h(
-      "th",
-      { scope: "col", "aria-sort": direction, class: column.number ? "number" : null },
-      h(
-        "button",
-        { type: "button", id: `sort-${column.key}`, onclick: () => onSort(next) },
-        column.name,
-        h(
-          "span",
-          { class: "arrow", "aria-hidden": "true" },
-          { ascending: " ↑", descending: " ↓", none: "" }[direction],
-        ),
-      ),
-    );
-  };
-  const what = [`${points.length} ${points.length === 1 ? "point" : "points"}`, ...common].join(" · ");
+  const common = points.length
+    ? same.map((field) => FIELDS[field][1](points[0])).filter((text) => text !== "none")
+    : [];
+  const what = [count(points.length, "point"), ...common].join(" · ");
   byId("table-note").textContent = `${what}. A column's heading sorts by it; an engine's name opens the details.`;
+
+  const rows = sorted(context, points);
+  const shown = whole ? rows : rows.slice(0, FIRST);
   replace(
     byId("table"),
     h("caption", { class: "sr-only" }, "Points"),
-    h("thead", {}, h("tr", {}, columns.map(header))),
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        columns.map((column) => heading(column, context.state.sort, onSort)),
+      ),
+    ),
     h(
       "tbody",
       {},
-      shown.map((point) =>
-        h(
-          "tr",
-          {
-            "data-id": point.id,
-            class:
-              [offReason(point, axes(state).y) ? "dim" : "", state.point === point.id ? "picked" : ""]
-                .join(" ")
-                .trim() || null,
-          },
-          columns.map((column) => column.show(context, point)),
-        ),
-      ),
+      shown.map((point) => row(context, columns, point)),
     ),
   );
   const more = byId("more");

@@ -26,17 +26,15 @@ StoreOption = Annotated[
 ]
 FolderOption = Annotated[
     Path | None,
-    typer.Option("--folder", help="Engines' environments and logs.", show_default="~/.cache/skyline/bench"),
+    typer.Option("--folder", help="Engines' environments and logs.", show_default="~/.cache/skyline/bench/engines"),
 ]
 SuiteArgument = Annotated[str, typer.Argument(help="A suite that ships (quick, inferencemax) or a YAML file.")]
 
 
 def bench_folder(folder: Path | None) -> Path:
-    import os
+    from skyline.bench.engines import DEFAULT_FOLDER
 
-    if folder is not None:
-        return folder
-    return Path(os.environ.get("SKYLINE_CACHE") or Path.home() / ".cache" / "skyline") / "bench"
+    return DEFAULT_FOLDER if folder is None else folder
 
 
 @contextlib.contextmanager

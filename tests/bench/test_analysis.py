@@ -95,6 +95,13 @@ def test_a_slow_start_is_cut_off() -> None:
     assert found.window.begin_s == pytest.approx(1.0 + found.window.truncated_s, abs=0.1)
 
 
+def test_tokens_that_come_all_at_once_have_no_interactivity() -> None:
+    seen = observed(STARTS, ttft=1.0, gap=0.0)
+    metrics = analyse(seen, seen.usage, CLOSED, 1, None).metrics
+    assert metrics["tpot_p50"].value == 0.0
+    assert metrics["interactivity"].value is None and metrics["interactivity"].refused
+
+
 def test_one_token_has_no_time_between_tokens() -> None:
     seen = observed(STARTS, ttft=0.3, gap=0.1, tokens=1)
     metrics = analyse(seen, seen.usage, CLOSED, 1, Slo(tpot_s=0.001)).metrics

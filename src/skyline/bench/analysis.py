@@ -203,7 +203,7 @@ def _derived(metrics: dict[str, Estimate], devices: int) -> dict[str, Estimate]:
     derived = {}
     tpot = metrics.get("tpot_p50")
     if tpot is not None:
-        derived["interactivity"] = tpot if tpot.value is None else tpot.inverted()
+        derived["interactivity"] = tpot.inverted()
     for name in ("output", "input", "total"):
         derived[f"{name}_per_device"] = metrics[f"{name}_throughput"].scaled(1.0 / devices)
     return derived

@@ -29,8 +29,15 @@ class Estimate(pydantic.BaseModel):
         return self._with(*(None if x is None else x * factor for x in (self.value, self.low, self.high)))
 
     def inverted(self) -> Estimate:
-        """1 / x, for positive x: the ends of the interval change places."""
-        return self._with(*(None if x is None else 1 / x for x in (self.value, self.high, self.low)))
+        """1 / x: the ends of the interval change places. Refused for a value that is not positive; an interval that
+        reaches zero is left out."""
+        if self.value is None:
+            return self
+        if self.value <= 0:
+            return Estimate.refuse("it would be infinite", self.n)
+        if self.low is None or self.high is None or self.low <= 0:
+            return self._with(1 / self.value, None, None)
+        return self._with(1 / self.value, 1 / self.high, 1 / self.low)
 
     def _with(self, value: float | None, low: float | None, high: float | None) -> Estimate:
         return self.model_copy(update={"value": value, "low": low, "high": high})

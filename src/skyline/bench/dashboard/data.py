@@ -5,7 +5,7 @@
     series     {id, config, hardware, engine, engine_version, model, precision, parallelism, devices, speculation,
                workload}; `config` is the same for all versions of an engine
     points     one level of one series in one run; replicates (`ids`) are combined. `series` is an index, `off` says why
-               the point cannot be on a frontier (None if it can), `latest` whether its run is the newest of its
+               the point cannot be on a frontier (None if it can), `latest` whether no newer run has this level of its
                configuration. A metric is [value, low, high, n], or [null, null, null, n, why] where it was refused
     frontiers  of the newest results, see frontier.py
     changes    over dates, see frontier.py
@@ -245,12 +245,16 @@ def _run(run: Run, points: list[PointResult]) -> Json:
 
 
 def _mark_latest(points: list[Json], series: list[Json], place: dict[str, int]) -> None:
-    newest: dict[str, int] = {}
+    """Level by level: a run that repeats one point, or is still under way, leaves the rest of the ladder in sight."""
+
+    def what(point: Json) -> tuple[str, str]:
+        return series[point["series"]]["config"], point["level"]["label"]
+
+    newest: dict[tuple[str, str], int] = {}
     for point in points:
-        config = series[point["series"]]["config"]
-        newest[config] = max(newest.get(config, -1), place[point["run"]])
+        newest[what(point)] = max(newest.get(what(point), -1), place[point["run"]])
     for point in points:
-        point["latest"] = place[point["run"]] == newest[series[point["series"]]["config"]]
+        point["latest"] = place[point["run"]] == newest[what(point)]
 
 
 def _vocabulary(key: str) -> Json:

@@ -1,8 +1,8 @@
 """Who is on the frontier, how surely, and what changed over dates: for the page's points (data.py).
 
 A frontier is of one model under one workload: all hardware, engines and settings compete. It is computed here for the
-newest result of every configuration, which is what the page opens with; for what a viewer filters, picks or prices,
-the page repeats the same computation in the browser (assets/statistics.js, tested against this).
+newest result of every level of every configuration, which is what the page opens with; for what a viewer filters, picks
+or prices, the page repeats the same computation in the browser (assets/statistics.js, tested against this).
 
     frontiers  [{model, workload, x, y, points: {id: [on, probability]}, band: [[x, middle, low, high], ...]}]
     changes    [{config, model, workload, level, metric, run, before, after, relative, p, regression}]; the new level

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from skyline.bench.estimate import Estimate
 from skyline.bench.stats.dependence import Floats, critical
@@ -129,7 +129,7 @@ def _beyond(distance: float, error: float, df: int) -> float:
     """One-sided p of a distance from the hypothesis."""
     if error == 0:
         return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
-    return float(stats.t.sf(distance / error, df))
+    return float(special.stdtr(df, -distance / error))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -155,12 +155,15 @@ def _advice(rows: Sequence[Row], logs: Sequence[Floats], alpha: float) -> str:
     if any(log.size < 2 for _, log in open_rows):
         return "one pair tells nothing of the noise: measure at least 4"
     row, log = max(open_rows, key=lambda one: float(one[1].std(ddof=1)))
-    spread = float(log.std(ddof=1))
-    needed = required_pairs(spread, alpha=alpha, comparisons=len(rows))
+    spread, effect = float(log.std(ddof=1)), max(EFFECT, 2 * row.margin)
     which = f"{row.name} differs by {math.expm1(spread):.1%} from pair to pair"
+    try:
+        needed = required_pairs(spread, effect, alpha=alpha, comparisons=len(rows), margin=row.margin)
+    except CompareError as error:
+        return f"{which}: {error}"
     if needed <= log.size:
-        return f"{which}: {log.size} pairs would show {EFFECT:.0%}; what is undecided is smaller than that"
-    return f"{which}: to find {EFFECT:.0%} with {POWER:.0%} probability takes {needed} pairs, there are {log.size}"
+        return f"{which}: {log.size} pairs would show {effect:.0%}; what is undecided is smaller than that"
+    return f"{which}: to find {effect:.0%} with {POWER:.0%} probability takes {needed} pairs, there are {log.size}"
 
 
 def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float:
@@ -176,7 +179,7 @@ def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float:
     logs = [log_ratios(pair) for pair in pairs]
     df = min(log.size for log in logs)
     variance = float(np.mean([np.mean(log**2) / log.size for log in logs]))
-    return math.expm1(math.sqrt(variance * df / float(stats.chi2.ppf(1 - confidence, df))))
+    return math.expm1(math.sqrt(variance * df / float(special.chdtri(df, confidence))))
 
 
 def required_pairs(
@@ -218,6 +221,6 @@ def _power(n: int, sd: float, size: float, alpha: float, margin: float) -> float
         return 1.0
     error = sd / math.sqrt(n)
     steps = (np.arange(400) + 0.5) / 400
-    estimated = error * np.sqrt(stats.chi2.ppf(steps, n - 1) / (n - 1))
+    estimated = error * np.sqrt(special.chdtri(n - 1, 1 - steps) / (n - 1))
     least = np.maximum(critical(1 - alpha, n - 1) * estimated, margin)
-    return float(stats.norm.sf((least - size) / error).mean())
+    return float(special.ndtr((size - least) / error).mean())

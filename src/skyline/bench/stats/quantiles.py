@@ -13,7 +13,7 @@ from skyline.bench.stats.dependence import Floats, Samples, effective_size, long
 # Serial correlation is measured at a level with at least so many samples beyond it.
 SEEN_BEYOND = 20
 # So many independent samples must be expected beyond a quantile; see `quantile`.
-LEAST_BEYOND = 1.5
+LEAST_BEYOND = 2.0
 
 
 def required_samples(q: float) -> int:
@@ -47,7 +47,7 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     statistics (Hutson 1999, Calculating Nonparametric Confidence Intervals for Quantiles Using Fractional Order
     Statistics, J. Applied Statistics 26), which are exact for independent samples up to interpolation.
 
-    Refused below `required_samples(q)`, and where the samples are so correlated that fewer than 1.5 of the independent
+    Refused below `required_samples(q)`, and where the samples are so correlated that fewer than 2 of the independent
     ones they are worth would be expected beyond the quantile. That is judged by the ranks, hence mostly by the body of
     the distribution. Judged by the tail, runs whose tail happens to be empty would pass and those that show it be
     refused: intervals that are right over all runs would be wrong over those that are reported.

@@ -34,7 +34,7 @@ SuiteArgument = Annotated[str, typer.Argument(help="A suite that ships (quick, i
 def bench_folder(folder: Path | None) -> Path:
     from skyline.bench.engines import DEFAULT_FOLDER
 
-    return DEFAULT_FOLDER if folder is None else folder
+    return (DEFAULT_FOLDER if folder is None else folder).expanduser()
 
 
 @contextlib.contextmanager

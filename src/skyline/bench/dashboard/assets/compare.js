@@ -14,12 +14,12 @@ const Y = "output_per_device";
 // shown.
 export function comparable(data, state, points) {
   return ladders(
+    state,
     points.filter((point) => !offReason(point, Y) && measure(data, state, point, X) && measure(data, state, point, Y)),
   )
     .filter((ladder) => ladder.points.length > 1)
     .map((ladder) => ({
       ...ladder,
-      key: state.run === "all" ? ladder.key : ladder.series.id,
       group: `${ladder.series.model} · ${ladder.series.workload}`,
       name: seriesName(data, ladder.series) + (state.run === "all" ? ` · ${day(ladder.run.started)}` : ""),
     }));

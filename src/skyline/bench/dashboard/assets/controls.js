@@ -71,7 +71,7 @@ export function renderFilters(data, store) {
   const runs = [...data.runs]
     .reverse()
     .map((run) => [run.id, [minute(run.started), run.label, run.suite].filter(Boolean).join(" · ")]);
-  const entries = [["latest", "Latest of each configuration"], ["all", "All dates"], ...runs];
+  const entries = [["latest", "Latest of each point"], ["all", "All dates"], ...runs];
   const needsRun = state.view !== "history";
   onChange(
     byId("picks"),

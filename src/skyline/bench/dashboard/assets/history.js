@@ -6,6 +6,8 @@ import { axisTitle, errorBars, frame } from "./frame.js";
 import { measure, offReason, seriesName } from "./model.js";
 import { fade, glyph } from "./palette.js";
 
+const DAY_MS = 86_400_000;
+
 // Levels of the shown points, the lightest first.
 export function levels(points) {
   const found = new Map(points.map((point) => [point.level.label, point.level]));
@@ -104,7 +106,10 @@ export function historyFigure({ data, state, group, looks, colours, compact }) {
       ...frame(colours),
       xaxis: {
         type: "date",
-        tickformat: "%-d %b\n%Y",
+        tickformatstops: [
+          { dtickrange: [null, DAY_MS - 1], value: "%H:%M\n%-d %b %Y" },
+          { dtickrange: [DAY_MS, null], value: "%-d %b\n%Y" },
+        ],
         gridcolor: colours.grid,
         tickfont: { size: 12, color: colours.muted },
         autorange: true,

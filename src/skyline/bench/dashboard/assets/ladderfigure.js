@@ -21,7 +21,7 @@ export function frontierOfGroup(data, state, group) {
 export function ladderFigure({ data, state, group, looks, colours, compact }) {
   const { x, y } = axes(state);
   const on = frontierOfGroup(data, state, group);
-  const all = ladders(group.points).map((ladder) => ({ ...ladder, look: looks.get(ladder.series.config) }));
+  const all = ladders(state, group.points).map((ladder) => ({ ...ladder, look: looks.get(ladder.series.config) }));
   const placed = (point) => measure(data, state, point, x) && measure(data, state, point, y);
   const traces = [];
   const targets = [];

@@ -66,13 +66,13 @@ export function groups(points) {
   return [...found.values()];
 }
 
-// A series in one run, from its lightest to its heaviest load.
-export function ladders(points) {
+// A series from its lightest to its heaviest load; where all runs are shown, in each run on its own.
+export function ladders(state, points) {
   const found = new Map();
   for (const point of points) {
-    const key = `${point.series.id}@${point.run.id}`;
-    if (!found.has(key))
-      found.set(key, { key, series: point.series, run: point.run, latest: point.latest, points: [] });
+    const key = state.run === "all" ? `${point.series.id}@${point.run.id}` : point.series.id;
+    const { series, run, latest } = point;
+    if (!found.has(key)) found.set(key, { key, series, run, latest, points: [] });
     found.get(key).points.push(point);
   }
   for (const ladder of found.values()) ladder.points.sort((a, b) => a.level.order - b.level.order);

@@ -10,7 +10,9 @@ import uvicorn
 from playwright.sync_api import ConsoleMessage, Dialog, Locator, Page
 
 from skyline.bench.dashboard.app import create_app
+from tests.bench.dashboard import synthetic
 
+Data = dict[str, Any]
 # How often the page took data.
 LOADS = "performance.getEntriesByName('skyline-data').length"
 
@@ -123,3 +125,21 @@ class Screen:
     def rows(self) -> list[str]:
         found: list[str] = self.page.eval_on_selector_all("#table tbody tr", "rows => rows.map(row => row.dataset.id)")
         return found
+
+
+def points(data: Data, model: str = "demo", workload: str = "1k/1k", run: str | None = synthetic.LAST) -> list[Any]:
+    return [
+        point
+        for point in data["points"]
+        if (run is None or point["run"] == run)
+        and (data["series"][point["series"]]["model"], data["series"][point["series"]]["workload"]) == (model, workload)
+    ]
+
+
+def placed(found: list[Any], *keys: str) -> set[str]:
+    """Ids of points that have all these metrics."""
+    return {point["id"] for point in found if all(point["metrics"].get(key, [None])[0] is not None for key in keys)}
+
+
+def engine_of(data: Data, point: Any) -> str:
+    return str(data["series"][point["series"]]["engine"])

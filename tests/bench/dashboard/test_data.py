@@ -120,7 +120,7 @@ def test_the_last_result_of_a_resumed_point_counts() -> None:
     assert [row["ids"] for row in data["points"]] == [[point.id]]
 
 
-def test_latest_is_the_newest_run_of_each_configuration(data: dict[str, Any]) -> None:
+def test_latest_is_the_newest_result_of_each_level(data: dict[str, Any]) -> None:
     assert {point["run"] for point in data["points"] if point["latest"]} == {synthetic.LAST}
     runs, points, accuracy = RESULTS
     # The last run measured one engine only; and a new version takes the place of the old.
@@ -138,6 +138,21 @@ def test_latest_is_the_newest_run_of_each_configuration(data: dict[str, Any]) ->
         if point["latest"]
     }
     assert latest == {("vllm", "0.12.0", "run5"), ("skyline", "0.1.0", "run4"), ("llama.cpp", "b6900", "run4")}
+
+
+def test_a_run_of_one_point_leaves_the_ladder_in_sight() -> None:
+    runs, points, accuracy = RESULTS
+    first = next(point for point in points if point.run == synthetic.LAST)
+    data = page_data(runs, [point for point in points if point.run != synthetic.LAST or point is first], accuracy, {})
+    latest = [point for point in data["points"] if point["latest"]]
+    assert sorted(point["run"] for point in latest) == ["run4"] * (len(latest) - 1) + ["run5"]
+    (entry,) = [
+        entry
+        for entry in data["frontiers"]
+        if (entry["model"], entry["workload"], entry["x"], entry["y"])
+        == ("demo", "1k/1k", "interactivity", "output_per_device")
+    ]
+    assert len(entry["points"]) == 15
 
 
 def test_ids_of_series_do_not_depend_on_what_else_is_there(data: dict[str, Any]) -> None:

@@ -87,7 +87,10 @@ def test_nothing_measured_yet(screen: Screen) -> None:
     screen.show(page_data([], [], [], {}))
     assert "skyline bench run quick" in screen.page.inner_text("#empty")
     assert not screen.page.locator("#results").is_visible()
-    runs, points, accuracy = synthetic.results(dates=1)
+    runs, points, accuracy = synthetic.results(dates=1, status="running")
+    screen.show(page_data(runs, [], [], {}))
+    assert "The first point is under way" in screen.page.inner_text("#empty")
+    assert "skyline bench run" not in screen.page.inner_text("#empty")
     screen.show(page_data(runs, points[:3], accuracy, {}))
     assert len(screen.drawn()) == 3
     assert not screen.page.locator("#empty").is_visible()

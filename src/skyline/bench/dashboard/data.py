@@ -169,7 +169,7 @@ def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
         "workload": _describe(spec.workload),
         "source": spec.model.source,
         "engine_command": redact.command(last.provenance.engine_command or ""),
-        "command": f"skyline bench rerun {last.id}",
+        "command": None if last.provenance.imported_from else f"skyline bench rerun {last.id}",
         "imported_from": last.provenance.imported_from,
         "packages": last.provenance.engine_packages,
         "machine": last.provenance.hardware.model_dump(mode="json", exclude={"flags", "name"}),

@@ -85,7 +85,9 @@ export function details(data, state, point, place) {
       facts(point).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]),
     ),
     h("h3", {}, "Repeat this point"),
-    copyButton(point.command, "Command that repeats this point"),
+    point.command
+      ? copyButton(point.command, "Command that repeats this point")
+      : h("p", { class: "note" }, `It was imported from ${point.imported_from} and cannot be repeated from here.`),
     point.engine_command
       ? [h("h3", {}, "Engine's command line"), copyButton(point.engine_command, "Engine's command line")]
       : null,

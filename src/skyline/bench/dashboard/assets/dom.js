@@ -69,7 +69,7 @@ export function announce(text) {
   byId("announcer").textContent = text;
 }
 
-export function toast(text) {
+function toast(text) {
   const element = byId("toast");
   element.textContent = text;
   element.hidden = false;

@@ -103,7 +103,7 @@ const COLUMNS = [
 ];
 
 // All metrics of the points, full precision, one row each; an interval's ends are NAME_low and NAME_high.
-export function csv(data, state, points) {
+function csv(data, state, points) {
   const keys = Object.keys(data.metrics).filter((key) => points.some((point) => measure(data, state, point, key)));
   const header = [...COLUMNS.map(([name]) => name), ...keys.flatMap((key) => [key, `${key}_low`, `${key}_high`])];
   const rows = points.map((point) => [

@@ -199,7 +199,7 @@ function strip(data, members, { x, y }, state) {
   ];
 }
 
-export function describe(data, state, point, { x, y }, on) {
+function describe(data, state, point, { x, y }, on) {
   if (!point) return null;
   const line = (key) => {
     const { title: name, unit } = data.metrics[key];

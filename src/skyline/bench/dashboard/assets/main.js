@@ -29,6 +29,9 @@ function render() {
   document.body.dataset.view = state.view;
   byId("loading").hidden = true;
   byId("empty").hidden = !empty;
+  const running = data.runs.some((run) => run.status === "running");
+  byId("empty-idle").hidden = running;
+  byId("empty-running").hidden = !running;
   byId("results").hidden = empty;
   showProgress(data);
   if (empty) return;

@@ -36,7 +36,7 @@ const CHOICES = {
 
 export const choices = (name) => CHOICES[name];
 
-export function parse(hash) {
+function parse(hash) {
   const state = structuredClone(DEFAULTS);
   const query = new URLSearchParams(hash.replace(/^#/, ""));
   for (const name of Object.keys(DEFAULTS)) {
@@ -68,7 +68,7 @@ function* pairs(query, name) {
   }
 }
 
-export function serialize(state) {
+function serialize(state) {
   const query = new URLSearchParams();
   for (const [name, standard] of Object.entries(DEFAULTS)) {
     const value = state[name];

@@ -112,7 +112,7 @@ export function placesOf(data, state, points) {
   return new Map(groups(points).flatMap((group) => [...frontierOfGroup(data, state, group).points]));
 }
 
-export function sorted(context, points) {
+function sorted(context, points) {
   const column = COLUMNS.find(({ key }) => key === context.state.sort.replace(/^-/, ""));
   if (!column) return points;
   const sign = context.state.sort.startsWith("-") ? -1 : 1;

@@ -1,4 +1,4 @@
-"""Exact match on word problems, the held-out ones unless others are given, measured through any OpenAI-compatible server.
+"""Exact match on word problems, the held-out ones by default, measured through any OpenAI-compatible server.
 
     result = asyncio.run(evaluate("http://127.0.0.1:8000"))
 
@@ -63,8 +63,8 @@ async def evaluate(
 ) -> EvalResult:
     """Ask the server every problem at temperature 0 and compare the integer after the last ``####``.
 
-    `problems` are (question, answer), the first `limit` held-out ones by default.  `base_url` may end in ``/v1`` or not.
-    Without `model`, the first model that the server lists is asked.  `headers` are sent along.
+    `problems` are (question, answer), the held-out ones by default.  `base_url` may end in ``/v1`` or not.  Without
+    `model`, the first model that the server lists is asked.  `headers` are sent along.
     `output_tokens` sums the usage that the server reports.  Raises `EvaluationError` if the server cannot be reached,
     answers with an HTTP error, or answers with something that is not a chat completion.
     """

@@ -58,11 +58,12 @@ class _Server:
     def __init__(self, store: str | None, host: str, port: int) -> None:
         import uvicorn
 
-        from skyline.bench.dashboard.app import create_app
+        from skyline.bench.dashboard.app import LOOPBACK, create_app
         from skyline.bench.store import open_store
 
         results = open_store(store)
-        config = uvicorn.Config(create_app(_loader(results), results.stamp), log_level="warning")
+        hosts = LOOPBACK if host in LOOPBACK else ["*"]  # whoever opens it to a network does not know its names
+        config = uvicorn.Config(create_app(_loader(results), results.stamp, hosts), log_level="warning")
         self._server = uvicorn.Server(config)
         listening = _listen(host, port)
         self.url = f"http://{host}:{listening.getsockname()[1]}"

@@ -73,6 +73,8 @@ def changes(
         if sizes[smallest] >= minimal:
             break
         del found[smallest]
+    if not found:
+        return []
     return [
         Change(
             index=index,
@@ -125,10 +127,7 @@ def _tested(x: Floats, begin: int, end: int, least: int) -> tuple[float, int]:
 @lru_cache(maxsize=64)
 def _noise(n: int, least: int) -> Floats:
     """The strongest split's score in series of n dates without a change."""
-    simulated = np.random.default_rng(n).standard_t(NOISE_DF, size=(SIMULATIONS, n))
-    # In parts that stay in the processor's cache.
-    parts = np.array_split(simulated, max(1, simulated.size // 20_000))
-    return np.concatenate([_strongest(part, least)[0] for part in parts])
+    return _strongest(np.random.default_rng(n).standard_t(NOISE_DF, size=(SIMULATIONS, n)), least)[0]
 
 
 def _rounded_up(n: int) -> int:
@@ -145,26 +144,28 @@ def _strongest(x: Floats, least: int) -> tuple[Floats, Indices]:
     x = centred / np.where(size > 0, size, 1.0)
     best = np.zeros(rows)
     where = np.zeros(rows, dtype=np.intp)
-    for begin, end in _intervals(n, 2 * least):
-        t, splits = _split(x[:, begin:end], least)
-        place = t.argmax(axis=1)
+    for size, begins in _intervals(n, 2 * least):
+        intervals = x[:, begins[:, None] + np.arange(size)].reshape(-1, size)
+        t, splits = _split(intervals, least)
+        place = t.argmax(axis=1).reshape(rows, -1)
+        highest = t.max(axis=1).reshape(rows, -1)
+        interval = highest.argmax(axis=1)
+        each = np.arange(rows)
         with np.errstate(divide="ignore"):
-            score = -np.log(special.stdtr(end - begin - 3, -t[np.arange(rows), place]))
+            score = -np.log(special.stdtr(size - 3, -highest[each, interval]))
         higher = score > best
-        best[higher] = score[higher]
-        where[higher] = begin + splits[place[higher]]
+        best = np.where(higher, score, best)
+        where = np.where(higher, begins[interval] + splits[place[each, interval]], where)
     return best, where
 
 
-def _intervals(n: int, shortest: int) -> Iterator[tuple[int, int]]:
-    """Seeded intervals: of lengths n, n/√2, n/2, …, each length shifted by half of it."""
+def _intervals(n: int, shortest: int) -> Iterator[tuple[int, Indices]]:
+    """Seeded intervals: of lengths n, n/√2, n/2, …, each length shifted by half of it. Length and where they begin."""
     length = float(n)
     while round(length) >= shortest:
         size = round(length)
         count = 2 * math.ceil(n / size) - 1
-        for place in range(count):
-            begin = round((n - size) * place / max(count - 1, 1))
-            yield begin, begin + size
+        yield size, np.round(np.linspace(0, n - size, count)).astype(np.intp)
         length *= SHRINK
 
 

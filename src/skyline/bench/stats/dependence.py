@@ -23,11 +23,11 @@ from scipy import fft, special
 Floats = npt.NDArray[np.float64]
 Samples = Sequence[float] | npt.NDArray[np.generic]
 
-# A first guess of S is of the 8 lowest cosines. With B of them S is too small by about 0.82 (B / n_eff)² (for a
-# spectrum as of an AR(1) process), which is 4 % at B = 0.22 n_eff. More than 12 would gain little: t is 2.18 there.
-PILOT = 8
-SHARE_OF_EFFECTIVE = 0.22
-FEWEST, MOST = 4, 12
+# A first guess of S is of the 5 lowest cosines. With B of them S is too small by about 0.82 (B / n_eff)² (for a
+# spectrum as of an AR(1) process), which is 3 % at B = 0.18 n_eff. More than 12 would gain little: t is 2.18 there.
+PILOT = 5
+SHARE_OF_EFFECTIVE = 0.18
+FEWEST, MOST = 3, 12
 # Frequencies up to the 16th enter the skewness.
 SKEW_COSINES = 16
 

@@ -50,7 +50,8 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     Refused below `required_samples(q)`, and where the samples are so correlated that fewer than 2 of the independent
     ones they are worth would be expected beyond the quantile. That is judged by the ranks, hence mostly by the body of
     the distribution. Judged by the tail, runs whose tail happens to be empty would pass and those that show it be
-    refused: intervals that are right over all runs would be wrong over those that are reported.
+    refused: intervals that are right over all runs would be wrong over those that are reported. Close to that limit,
+    they are in part, where excursions are long (tests/bench/stats/test_coverage.py has the figures).
     """
     x = series(samples)
     n = x.size

@@ -106,6 +106,8 @@ def test_margins_by_name() -> None:
     found = compare(pairs, {"quiet": 0.01, "noisy": 0.1})
     assert [row.verdict for row in found.rows] == ["worse", "same"]
     assert [row.margin for row in found.rows] == [0.01, 0.1]
+    with pytest.raises(CompareError, match="no margin for noisy"):
+        compare(pairs, {"quiet": 0.01})
 
 
 def test_advice_says_how_many_pairs_it_takes() -> None:

@@ -77,11 +77,15 @@ def compare(pairs: Sequence[Pair], margin: float | Mapping[str, float] = 0.02, a
     the least that makes sense.
 
     A row is better or worse where Holm's p is below alpha and the ratio found is beyond the margin; the same where it
-    is within the margin at level alpha; otherwise undecided. Raises CompareError for no pairs, and for values that are
-    not positive.
+    is within the margin at level alpha; otherwise undecided. Raises CompareError for no pairs, a margin that is not
+    there, and values that are not positive.
     """
     if not pairs:
         raise CompareError("there is nothing to compare: no level was measured on both sides")
+    if isinstance(margin, Mapping):
+        lacking = [pair.name for pair in pairs if pair.name not in margin]
+        if lacking:
+            raise CompareError(f"there is no margin for {', '.join(lacking)}")
     margins = [margin[pair.name] if isinstance(margin, Mapping) else margin for pair in pairs]
     logs = [log_ratios(pair) for pair in pairs]
     tests = [_test(log, math.log1p(least), alpha) for log, least in zip(logs, margins, strict=True)]

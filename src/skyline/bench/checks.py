@@ -11,9 +11,9 @@ from skyline.bench.results import ClientHealth, TokenCheck, Verdict
 
 MIN_HEADROOM = 1.5
 MAX_CPU_SHARE = 0.85
-# Of the median TTFT: events are noted late by the mean lag, which cancels in the time between two of them.
+# Of the mean TTFT: events are noted late by the mean lag, which cancels in the time between two of them.
 MAX_LAG_SHARE = 0.1
-MAX_DELAY_SHARE = 0.1  # of the median TTFT
+MAX_DELAY_SHARE = 0.1  # of the mean TTFT
 # Lateness below this is nobody's concern.
 _SMALL_S = 0.005
 _SMALL_LAG_S = 0.001
@@ -34,11 +34,8 @@ def client_health(
     delay = max(0.0, _p99(delays))
     cpu = max((_cpu_share(samples, window.begin_s, window.end_s) for samples in seen.cpu), default=0.0)
 
-    def median(name: str) -> float | None:
-        estimate = analysis.metrics.get(f"{name}_p50")
-        return None if estimate is None else estimate.value
-
-    ttft = median("ttft")
+    found = analysis.metrics.get("ttft_mean")
+    ttft = None if found is None else found.value
     measured = analysis.metrics["output_throughput"].value
     headroom = null_throughput / measured if null_throughput is not None and measured else None
     against = []

@@ -127,7 +127,8 @@ def test_what_vllm_does_not_give_follows_from_its_requests(tmp_path: Path) -> No
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     (point,) = import_file(tmp_path / "bare.json").points
     assert point.value("e2e_mean") == pytest.approx(data["mean_e2el_ms"] / 1000, abs=2e-6)
-    assert point.value("e2e_p50") == pytest.approx(data["median_e2el_ms"] / 1000, abs=2e-6)
+    # Twelve requests that resemble each other so much are too few for a median of our own.
+    assert point.metrics["e2e_p50"].refused and "correlated" in point.metrics["e2e_p50"].refused
     # Twelve requests say nothing of the 99th percentile; vLLM's own file would give one.
     refused = point.metrics["e2e_p99"]
     assert refused.value is None and refused.refused and refused.n == 12

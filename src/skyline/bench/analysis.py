@@ -142,7 +142,7 @@ def _latencies(seen: Observed, first: Array, last: Array, output: Array, ended: 
     for name, values in samples.items():
         if not values.size:
             continue
-        values = np.round(values, 6)  # what is below a microsecond is arithmetic
+        values = np.round(values, 9)  # what is below a nanosecond is arithmetic
         metrics[f"{name}_mean"] = mean(values)
         for label, q in QUANTILES.items():
             metrics[f"{name}_{label}"] = quantile(values, q)

@@ -32,7 +32,7 @@ bench.command(
 bench.command(epilog=examples("skyline bench rerun 4f9a01c2"))(rerun)
 bench.command(
     epilog=examples(
-        "skyline bench compare skyline transformers --suite quick --pairs 4",
+        "skyline bench compare skyline transformers --suite quick --pairs 5",
         "skyline bench compare main my-branch",
     )
 )(compare)

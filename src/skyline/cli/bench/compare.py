@@ -24,7 +24,7 @@ def compare(
         str | None,
         typer.Option(help="Measure A and B in turns over this suite's ladder.", show_default="compare stored runs"),
     ] = None,
-    pairs: Annotated[int, typer.Option(min=3, help="How often both are measured.")] = 4,
+    pairs: Annotated[int, typer.Option(min=4, help="How often both are measured.")] = 5,
     engine: Annotated[str | None, typer.Option(help="Engine to look at, where stored runs hold several.")] = None,
     margin: Annotated[
         float | None,

@@ -71,11 +71,14 @@ class NullServer:
         self._next = 0.0
         self._requests = self._tokens = 0
         self._first = self._last = 0.0
+        self._stalled: tuple[float, float] | None = None
 
     def stats(self) -> bytes:
-        """What was sent so far, and the seconds between the first request's arrival and the last token."""
+        """What was sent so far, the seconds between the first request's arrival and the last token, and from when to
+        when steps were stopped, on the monotonic clock."""
         seconds = self._last - self._first
-        return json.dumps({"requests": self._requests, "tokens": self._tokens, "seconds": seconds}).encode()
+        sent = {"requests": self._requests, "tokens": self._tokens, "seconds": seconds, "stalled": self._stalled}
+        return json.dumps(sent).encode()
 
     def join(self, client: _Client) -> None:
         self._active.append(client)
@@ -90,7 +93,9 @@ class NullServer:
             self._schedule()
 
     def _begin_stall(self, seconds: float) -> None:
-        self._next = max(self._next, self._loop.time() + seconds)
+        now = self._loop.time()
+        self._next = max(self._next, now + seconds)
+        self._stalled = (now, self._next)
 
     def _schedule(self) -> None:
         if self._step_s > 0 or self._next > self._loop.time():

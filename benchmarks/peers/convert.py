@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.peers.engines import HERE, PEERS, ROOT
 
 CONVERTERS = HERE / "converters"
+TO_GGUF = ROOT / "src/skyline/bench/engines/scripts/to_gguf.py"  # needs no more than numpy
 Failures = dict[tuple[str, str], str]  # (engine, format) -> reason
 
 
@@ -36,7 +37,7 @@ def convert(work: Path, model: str, formats: Iterable[str], names: Iterable[str]
                 continue
             reason = None
             if name == "llama.cpp":
-                reason = _make(work, gguf, [convert_python, _script("to_gguf"), str(checkpoint), "{}"])
+                reason = _make(work, gguf, [convert_python, str(TO_GGUF), str(checkpoint), "{}"])
                 if kind != "bf16" and not reason:
                     command = [PEERS[name].python(work), _script("quantize_gguf"), str(gguf), "{}", target.stem]
                     reason = _make(work, target, command)

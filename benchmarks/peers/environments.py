@@ -12,7 +12,7 @@ from benchmarks.peers.engines import PEERS
 
 TORCH = "torch==2.13.0"  # the one that is a CPU build here; any other version pulls gigabytes of CUDA
 CONVERT = ("optimum-intel==2.2.0", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0",
-           "gguf==0.19.0", "safetensors")  # fmt: skip
+           "safetensors")  # fmt: skip
 # GCC before 12.4 and 13.3 believes that LDTILECFG reads eight bytes and drops the stores of the others, which ends in a
 # segmentation fault in llama.cpp's AMX kernels (GCC bug 114098). Without dead store elimination the stores stay.
 LLAMA_CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"

@@ -18,6 +18,7 @@ from skyline.bench import runner
 from skyline.bench.load.generator import Live
 from skyline.bench.store import Store, open_store
 from skyline.bench.suite import Suite, parse_suite, single
+from tests.bench.null import null_server
 from tests.bench.reporter import Reporter
 
 MEASURE = "{warmup_s: 0.2, min_s: 0.6, max_s: 30, requests: 12, requests_per_client: 1}"
@@ -31,16 +32,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def null_url() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skyline.bench.load.null_server", "--step", "0.002"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().strip()
-    process.stdin.close()
-    process.wait()
+    with null_server() as url:
+        yield url
 
 
 def suite(engines: str, concurrency: str = "[1, 2]", more: str = "") -> Suite:
@@ -95,6 +88,7 @@ def test_a_killed_run_goes_on_where_it_was(store: Store, null_url: str, tmp_path
 from pathlib import Path
 from skyline.bench import runner
 from skyline.bench.store import open_store
+from tests.bench.null import null_server
 from tests.bench.reporter import Reporter
 store = open_store({str(file)!r})
 runner.execute(store.run({run.id!r}), store, Reporter(), Path({str(tmp_path)!r}))

@@ -17,6 +17,7 @@ from skyline.bench.results import AccuracyResult, Run
 from skyline.bench.store import open_store
 from skyline.bench.suite import load_suite
 from skyline.cli import app
+from tests.bench.null import null_server
 from tests.bench.points import WHEN, point
 
 SUITE = """
@@ -32,16 +33,8 @@ slo: {ttft_s: 1}
 
 @pytest.fixture(scope="module")
 def null_url() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skyline.bench.load.null_server", "--step", "0.002"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdin is not None
-    yield process.stdout.readline().strip()
-    process.stdin.close()
-    process.wait()
+    with null_server() as url:
+        yield url
 
 
 @pytest.fixture

@@ -22,16 +22,13 @@ def test_writers_and_a_reader_at_once(where: str) -> None:
     each, writers, run = 15, 3, make_run()
     started = [_writer(where, run.id, i * each, (i + 1) * each) for i in range(writers)]
     with open_store(where) as store:
-        seen, stamps = [0], {store.stamp()}
+        seen = [0]
         while any(process.poll() is None for process in started):
             seen.append(len(store.points()))
-            stamps.add(store.stamp())
         said = [process.communicate()[0] for process in started]
         assert [process.returncode for process in started] == [0] * writers
         assert "\n".join(said).split() == [str(i) for i in range(each * writers)]
         assert seen == sorted(seen)
-        stamps.add(store.stamp())
-        assert len(stamps) > 1, "what other processes wrote changes the stamp"
         assert {p.key for p in store.points(with_samples=True)} == {str(i) for i in range(each * writers)}
         # Each saving was counted once: none was lost between two that wrote at once.
         assert store.stamp().endswith(f"-{writers + each * writers}")

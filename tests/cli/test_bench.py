@@ -165,6 +165,7 @@ def test_the_gate_takes_a_configuration_off_the_frontier(store: Path) -> None:
         (["plan", "quik"], "shipped suites"),
         (["run", "quick", "--engine", "vlm"], "no 'vlm' among its engines"),
         (["run", "quick", "--served-model", "x"], "name it too"),
+        (["run", "quick", "--model", "demo", "--api-key-env", "KEY"], "name it too"),
         (["run", "quick", "--resume"], "was cut short"),
         (["rerun", "0123"], "there is no point"),
         (["compare", "a", "b"], "there is no run"),

@@ -14,7 +14,7 @@ from skyline.bench.results import RequestTable, Timeline, Window
 from skyline.bench.stats.goodput import meets
 from skyline.bench.stats.means import mean, rate, share
 from skyline.bench.stats.quantiles import quantile
-from skyline.bench.stats.steady import little, truncation
+from skyline.bench.stats.steady import is_steady, little, truncation
 from skyline.bench.suite import Level, Slo
 
 Array = npt.NDArray[np.float64]
@@ -115,9 +115,9 @@ def _window(seen: Observed, timeline: Timeline, level: Level) -> Window:
         ratio = little(float(area) / (end - begin), float(ended.sum()) / (end - begin), residence)
         # With few requests the ratio is off by those cut at the edges, not by drift: half of a mean request at either.
         allowed = max(LITTLE_TOLERANCE, 2.0 / np.sqrt(ended.sum()))
-        if abs(ratio - 1) > allowed:
-            steady = False
-            reason = f"Little's law is off: requests under way / (arrivals · residence) = {ratio:.2f}"
+        inside = np.array(timeline.tokens[round(begin / timeline.bin_s) : last_bin])
+        steady, said = is_steady(inside, ratio, tolerance=allowed)
+        reason = None if steady else said
     return Window(
         begin_s=round(begin, 6),
         end_s=round(end, 6),

@@ -48,7 +48,6 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     message: _Delta | None = None
     text: str | None = None
-    finish_reason: str | None = None
 
 
 class _Details(msgspec.Struct):

@@ -57,10 +57,6 @@ class TokenCounter:
             contents = [self._render([{"role": "user", "content": content}]) for content in contents]
         return [len(ids) for ids in self._tokenizer.encode_batch(contents, add_special_tokens=not chat)]
 
-    def conversation(self, messages: list[dict[str, str]]) -> int:
-        """Input tokens of a chat request with these messages."""
-        return len(self._tokenizer.encode(self._render(messages), add_special_tokens=False))
-
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._template is None:
             raise SuiteError("the tokenizer has no chat template: say `chat: false` in the scenario")

@@ -44,10 +44,10 @@ def run(
 
     with opened(store) as results:
         spec = suite_of(suite, engine)
+        if url is None and (served_model is not None or api_key_env is not None):
+            console.fail("--served-model and --api-key-env are about the endpoint of --url; name it too")
         if url is not None or model is not None or tokenizer is not None:
             spec = _instead(spec, url, model, served_model, tokenizer, api_key_env)
-        elif served_model is not None or api_key_env is not None:
-            console.fail("--served-model and --api-key-env are about the endpoint of --url; name it too")
         cut_short = runner.unfinished(spec, results)
         if resume and cut_short is None:
             console.fail(f"no run of {spec.name} was cut short; leave out --resume")

@@ -163,10 +163,10 @@ def test_equal_to_transformers(tmp_path: Path, saved: Any) -> None:
         ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1.0}}, "high_freq_factor must be above"),
-        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differs between kinds of layers"),
+        ({"rope_parameters": {"full_attention": {}, "linear_attention": {}}}, "differs between full_attention, linear"),
         ({"rope_theta": 0}, "rope_theta must be"),
         ({"model_type": "mistral", "layer_types": ["full_attention"]}, "layer_types must be a list of"),
-        ({"model_type": "mistral", "layer_types": ["linear_attention"] * 4}, "linear_attention"),
+        ({"model_type": "mistral", "layer_types": ["mamba"] * 4}, "mamba"),
         ({"hidden_size": ..., "text_config": {"hidden_size": 1}}, "multimodal"),
     ],
 )

@@ -18,6 +18,7 @@ from skyline.graph import passes as passes_module
 from skyline.models import MODELS
 from skyline.ops.attention import make_batch, make_cache
 from skyline.ops.contract import Op
+from tests.models.families import FAMILIES
 from tests.models.harness import CPU, PagedRunner, load_ours, save_tiny
 
 _MOE = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -34,6 +35,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int, int, bool]] = {
     "qwen3-moe": ("Qwen3Moe", _MOE, 14, 9, True),
 }
 
+# Launches of a step of the other architectures' tiny models, before and after all passes.
+LAUNCHES = {
+    "DeepseekV3": (52, 44),
+    "DeepseekV32": (64, 56),
+    "Gemma3": (53, 53),
+    "Glm4Moe": (46, 35),
+    "GptOss": (37, 29),
+    "MiniMaxM2": (43, 38),
+    "Qwen3Next": (63, 60),
+    "Qwen3_5": (45, 42),
+    "Qwen3_5Moe": (63, 60),
+}
+
 
 def _count(graph: fx.Graph) -> Counter[str]:
     """How often each op is launched; a split is a view."""
@@ -42,7 +56,25 @@ def _count(graph: fx.Graph) -> Counter[str]:
 
 
 def test_every_architecture_is_here() -> None:
-    assert {f"{family}ForCausalLM" for family, *_ in VARIANTS.values()} == MODELS.keys()
+    families = {family for family, *_ in VARIANTS.values()} | LAUNCHES.keys()
+    assert {f"{family}ForCausalLM" for family in families} == MODELS.keys() and LAUNCHES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_launches_of_other_architectures(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    graph = capture(load_ours(tmp_path))
+    before = _count(graph).total()
+    run_passes(graph)
+    assert (before, _count(graph).total()) == LAUNCHES[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_logits_of_other_architectures(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    unfused, fused = (_logits(tmp_path, fuse) for fuse in (False, True))
+    assert unfused.std() > 0.1, "the test model says nothing"
+    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -85,22 +117,22 @@ def test_fused_logits_equal_unfused(variant: str, tmp_path: Path) -> None:
     """Prefill, then decodes and later chunks, which read what the fused ops have written to the cache."""
     family, settings, *_ = VARIANTS[variant]
     save_tiny(tmp_path, family, **settings)
-    results = []
-    for fused in (False, True):
-        model = load_ours(tmp_path)
-        graph = capture(model)
-        if fused:
-            run_passes(graph)
-        program = lower(graph, model, CPU, torch.float32)
-        runner = PagedRunner(model, run=program)
-        logits = runner.step(("a", [1, 2, 3, 4, 5, 6, 7]), ("b", [9, 8, 7]))
-        logits += runner.step(("b", [11]), ("c", list(range(20))), ("a", [12]))
-        for token in (5, 60, 3):
-            logits += runner.step(("a", [token]), ("b", [token + 1]), ("c", [token, 2]))
-        results.append(torch.cat(logits))
-    unfused, fused_logits = results
+    unfused, fused = (_logits(tmp_path, fuse) for fuse in (False, True))
     assert unfused.std() > 0.1, "the test model says nothing"
-    torch.testing.assert_close(fused_logits, unfused, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
+
+
+def _logits(folder: Path, fuse: bool) -> torch.Tensor:
+    model = load_ours(folder)
+    graph = capture(model)
+    if fuse:
+        run_passes(graph)
+    runner = PagedRunner(model, run=lower(graph, model, CPU, torch.float32))
+    logits = runner.step(("a", [1, 2, 3, 4, 5, 6, 7]), ("b", [9, 8, 7]))
+    logits += runner.step(("b", [11]), ("c", list(range(20))), ("a", [12]))
+    for token in (5, 60, 3):
+        logits += runner.step(("a", [token]), ("b", [token + 1]), ("c", [token, 2]))
+    return torch.cat(logits)
 
 
 # What follows is built by hand. `x` [T, H] float comes in as input_ids.

@@ -203,7 +203,7 @@ def test_an_op_without_a_kernel_names_what_was_tried(monkeypatch: pytest.MonkeyP
 
 def test_batch_metadata() -> None:
     batch = AttentionBatch.build([[3, 1], [2]], [5, 0], [2, 3], 4, CPU)
-    assert batch.slot_mapping.tolist() == [1 * 4 + 1, 1 * 4 + 2, 8, 9, 10]
+    assert batch.tables[0].slot_mapping.tolist() == [1 * 4 + 1, 1 * 4 + 2, 8, 9, 10]
     assert batch.query_starts.tolist() == [0, 2, 5]
     assert batch.context_lens.tolist() == [7, 3]
-    assert batch.block_tables.tolist() == [[3, 1], [2, 0]]
+    assert batch.tables[0].block_tables.tolist() == [[3, 1], [2, 0]]

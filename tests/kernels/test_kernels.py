@@ -13,7 +13,7 @@ import torch
 
 from skyline.kernels import Kernel, Request, candidates
 from skyline.kernels.cpu import native
-from skyline.ops import OPS, KVCache
+from skyline.ops import OPS, LayerCache
 
 KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name)]
 
@@ -21,9 +21,10 @@ KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name)
 def _wide(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.float()
-    if isinstance(value, KVCache):
-        k, v = value.tensors
-        return dataclasses.replace(value, dtype=torch.float32, k=k.float(), v=v.float())
+    if isinstance(value, LayerCache):
+        fields = [field.name for field in dataclasses.fields(value)]
+        tensors = {name: part for name in fields if isinstance(part := getattr(value, name), torch.Tensor)}
+        return dataclasses.replace(value, dtype=torch.float32, **{name: part.float() for name, part in tensors.items()})  # type: ignore[call-arg]
     return value
 
 
@@ -31,7 +32,7 @@ def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.
     """What it returns, or else what it wrote."""
     result = run(*arguments)
     if result is None:
-        return [part for value in arguments if isinstance(value, KVCache) for part in value.tensors]
+        return [part for value in arguments if isinstance(value, LayerCache) for part in value.tensors]
     return list(result) if isinstance(result, tuple) else [result]
 
 

@@ -180,7 +180,9 @@ def only(op: str, arguments: tuple[Any, ...], rows: list[int]) -> tuple[Any, ...
         values[place] = values[place][rows]
     for place, value in enumerate(values):
         if isinstance(value, AttentionBatch):
-            values[place] = dataclasses.replace(value, slot_mapping=value.slot_mapping[rows])
+            (tables,) = value.tables
+            some = dataclasses.replace(tables, slot_mapping=tables.slot_mapping[rows])
+            values[place] = dataclasses.replace(value, tables=(some,))
     return tuple(values)
 
 
@@ -222,7 +224,7 @@ def test_a_nan_stays_in_its_row(op: str, instruction_set: str, dtype: torch.dtyp
         others = [row for row in range(count) if row != count // 2]
         for index, (before, after) in enumerate(zip(clean, dirty, strict=True)):
             if index >= len(clean) - len(written(arguments)):
-                slots = arguments[7].slot_mapping[others]
+                slots = arguments[7].tables[0].slot_mapping[others]
                 before, after = before.flatten(0, 1)[slots], after.flatten(0, 1)[slots]
             else:
                 if after.is_floating_point() and not (op == "rope" and index == 1):
@@ -242,8 +244,6 @@ def test_router_prefers_the_lower_id_among_equals(instruction_set: str) -> None:
 
 @_every_dtype
 def test_int8_cache_has_a_scale_for_each_token_and_head(instruction_set: str, dtype: torch.dtype) -> None:
-    if not hasattr(KVCache(1, 8, torch.int8), "k_scale"):
-        pytest.skip("caches have no scales yet")
     for tokens, size in ((1, 128), (50, 64), (7, 20)):
         inputs = attention_inputs(
             dtype, tokens, heads=4, kv_heads=2, head_dim=size, rotary=size, norm=True, cached=torch.int8
@@ -251,7 +251,7 @@ def test_int8_cache_has_a_scale_for_each_token_and_head(instruction_set: str, dt
         inputs[0][0, -size:] = 0.0
         check(OPS["rope_kv_write"], Case(f"{tokens}x{size}", inputs), instruction_set, dtype)
         KERNELS["rope_kv_write"].run(*inputs)
-        cache, slot = inputs[6], int(inputs[7].slot_mapping[0])
+        cache, slot = inputs[6], int(inputs[7].tables[0].slot_mapping[0])
         assert not cache.v.flatten(0, 1)[slot, 1].any() and cache.v_scale.flatten(0, 1)[slot, 1] == 0
         assert cache.v.flatten(0, 1)[slot, 0].abs().max() == 127
 

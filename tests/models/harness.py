@@ -35,16 +35,20 @@ def save_tiny(folder: Path, family: str, seed: int = 0, dtype: torch.dtype = tor
         eos_token_id=None,
         pad_token_id=None,
     )
-    config = getattr(transformers, f"{family}Config")(**{**base, **settings})
+    config_name = f"{family}TextConfig" if hasattr(transformers, f"{family}TextConfig") else f"{family}Config"
+    config = getattr(transformers, config_name)(**{**base, **settings})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # The library starts biases at zero, norms at one and the rest small: that would hide mistakes.
-            around = 1.0 if "norm" in name else 0.0
+            around = 1.0 if "norm" in name and float(parameter.mean()) > 0.5 else 0.0
             scale = 0.2 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(around + torch.randn_like(parameter) * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     model = model.to(dtype)
     model.save_pretrained(folder)
     return model

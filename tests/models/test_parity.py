@@ -10,6 +10,7 @@ import torch
 
 from skyline.graph import capture, lower
 
+from .families import FAMILIES
 from .harness import CPU, PagedRunner, load_ours, save_tiny
 
 _MOE = dict(head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -22,6 +23,11 @@ _LLAMA3 = dict(
     original_max_position_embeddings=32,
 )
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+
+_GEMMA_ROPES = dict(
+    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+    sliding_attention=dict(rope_type="default", rope_theta=1e4),
+)
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -57,6 +63,45 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe dense layer 1": ("Qwen3Moe", dict(**_MOE, mlp_only_layers=[1])),
     "qwen3_moe every 2nd layer": ("Qwen3Moe", dict(**_MOE, decoder_sparse_step=2)),
     "qwen3_moe window": ("Qwen3Moe", dict(**_MOE, use_sliding_window=True, sliding_window=5)),
+    "gpt_oss": ("GptOss", FAMILIES["GptOss"]),
+    "gpt_oss yarn": (
+        "GptOss",
+        dict(**FAMILIES["GptOss"], rope_parameters=dict(**_YARN, truncate=False), swiglu_alpha=1.5, swiglu_limit=0.5),
+    ),
+    "deepseek_v3": ("DeepseekV3", FAMILIES["DeepseekV3"]),
+    "deepseek_v3 yarn": (
+        "DeepseekV3",
+        dict(**FAMILIES["DeepseekV3"], rope_parameters=dict(**_YARN, mscale=1.0, mscale_all_dim=0.7)),
+    ),
+    "deepseek_v3 no q latent, not interleaved, biases": (
+        "DeepseekV3",
+        {
+            **FAMILIES["DeepseekV3"],
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+        },
+    ),
+    "deepseek_v32": ("DeepseekV32", FAMILIES["DeepseekV32"]),
+    "qwen3_next": ("Qwen3Next", FAMILIES["Qwen3Next"]),
+    "qwen3_next dense layer 1": ("Qwen3Next", dict(**FAMILIES["Qwen3Next"], mlp_only_layers=[1])),
+    "qwen3_5": ("Qwen3_5", FAMILIES["Qwen3_5"]),
+    "qwen3_5 tied": ("Qwen3_5", dict(**FAMILIES["Qwen3_5"], tie_word_embeddings=True)),
+    "qwen3_5_moe": ("Qwen3_5Moe", FAMILIES["Qwen3_5Moe"]),
+    "minimax_m2": ("MiniMaxM2", FAMILIES["MiniMaxM2"]),
+    "glm4_moe": ("Glm4Moe", FAMILIES["Glm4Moe"]),
+    "glm4_moe biases, qk_norm": ("Glm4Moe", dict(**FAMILIES["Glm4Moe"], use_qk_norm=True, attention_bias=True)),
+    "gemma3": ("Gemma3", FAMILIES["Gemma3"]),
+    "gemma3 linear": (
+        "Gemma3",
+        dict(
+            head_dim=16,
+            sliding_window=6,
+            rope_parameters=_GEMMA_ROPES,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
 }
 
 # Three requests; the longest reaches beyond the original context of the stretched rotary embeddings.

@@ -187,7 +187,7 @@ def kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> lis
     expected = [cached.double().clone() for cached in cache.tensors]
     block_size = expected[0].shape[1]
     for token, request, position in tokens_of(batch):
-        block = int(batch.block_tables[request, position // block_size])
+        block = int(batch.tables[0].block_tables[request, position // block_size])
         for cached, fresh in zip(expected, (k, v), strict=True):
             for head in range(cache.num_kv_heads):
                 columns = fresh[token, head * cache.head_dim : (head + 1) * cache.head_dim]
@@ -211,7 +211,7 @@ def paged_attention(
     result = torch.empty_like(q, dtype=torch.float64)
     for token, request, position in tokens_of(batch):
         places = [
-            (int(batch.block_tables[request, seen // block_size]), seen % block_size)
+            (int(batch.tables[0].block_tables[request, seen // block_size]), seen % block_size)
             for seen in range(position + 1)
             if window is None or seen > position - window
         ]

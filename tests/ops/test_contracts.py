@@ -12,6 +12,7 @@ from skyline import ops
 from skyline.ops import OPS, Case, Op
 from skyline.ops.attention import make_batch, make_cache
 
+from . import oracles_hybrid  # noqa: F401  (registers its oracles)
 from .oracles import ORACLES, as_list, tokens_of
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -61,7 +62,7 @@ def test_cases_are_labelled_repeatable_and_of_the_dtype(op: Op, dtype: torch.dty
 def test_only_declared_tensors_are_written(op: Op) -> None:
     for case in cases(op, torch.float32):
         held = [*(arg for arg in case.args if isinstance(arg, Tensor))]
-        held += [t for arg in case.args if isinstance(arg, ops.KVCache) for t in arg.tensors]
+        held += [t for arg in case.args if isinstance(arg, ops.LayerCache) for t in arg.tensors]
         before = [tensor.clone() for tensor in held]
         op(*case.args)
         changed = [id(now) for now, then in zip(held, before, strict=True) if not torch.equal(now, then)]
@@ -165,14 +166,14 @@ def test_batch_agrees_with_itself() -> None:
     batch = make_batch([9, 0, 2], [1, 5, 3])
     assert batch.host_context_lens == batch.context_lens.tolist() == [10, 5, 5]
     assert batch.host_query_lens == batch.query_starts.diff().tolist() == [1, 5, 3]
-    slots = [int(batch.block_tables[r, p // 4]) * 4 + p % 4 for _, r, p in tokens_of(batch)]
-    assert batch.slot_mapping.tolist() == slots
+    slots = [int(batch.tables[0].block_tables[r, p // 4]) * 4 + p % 4 for _, r, p in tokens_of(batch)]
+    assert batch.tables[0].slot_mapping.tolist() == slots
     assert len(set(slots)) == len(slots)
 
 
 def test_empty_batch() -> None:
     batch = ops.AttentionBatch.build([], [], [], 4, torch.device("cpu"))
-    assert batch.slot_mapping.shape == (0,) and batch.query_starts.tolist() == [0]
+    assert batch.tables[0].slot_mapping.shape == (0,) and batch.query_starts.tolist() == [0]
 
 
 def test_unallocated_cache_says_so() -> None:

@@ -15,6 +15,7 @@ from skyline.graph import capture, quantize_linears, run_passes
 from skyline.kernels import Request, choose
 from skyline.models import MODELS, create_model, kv_caches
 from skyline.quantization import SCHEMES
+from tests.models.families import FAMILIES
 from tests.models.harness import PagedRunner, load_ours, save_tiny
 
 LAYERS = 3
@@ -29,10 +30,27 @@ MODELS_HERE = {
     "Qwen3Moe": ("Qwen3Moe", MOE, 2 * LAYERS),
     "Qwen3Moe, one layer dense": ("Qwen3Moe", {**MOE, "mlp_only_layers": [1]}, 2 * LAYERS + 2),
 }
+# Linears that stay as they are, where there are such, in models of three layers.
+DENSE = {"Qwen3Next": 8, "Qwen3_5": 2, "Qwen3_5Moe": 8, "DeepseekV32": 6}
 
 
 def test_every_architecture_is_here() -> None:
-    assert {f"{family}ForCausalLM" for family, _, _ in MODELS_HERE.values()} == MODELS.keys()
+    families = {family for family, _, _ in MODELS_HERE.values()} | FAMILIES.keys()
+    assert {f"{family}ForCausalLM" for family in families} == MODELS.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_decides_stays_dense(family: str, tmp_path: Path) -> None:
+    """Of the architectures that mix kinds of layers: routers, gates and the indexer's weights are not quantized."""
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    graph = capture(create_model(load_config(tmp_path), torch.bfloat16, "meta"))
+    before = len(graph.find_nodes(op="call_function", target=ops.linear))
+    counts = quantize_linears(graph, "int8")
+    dense = {str(node.args[1].target) for node in graph.find_nodes(op="call_function", target=ops.linear)}
+    assert counts["linear_int8"] == before - len(dense) > LAYERS
+    decisive = ("mlp.gate.", "shared_expert_gate.", "ba_proj.", "wk_weights.", "indexer.wq_b.")
+    assert all(any(name in weight for name in decisive) for weight in dense)
+    assert len(dense) == DENSE.get(family, 0)
 
 
 @pytest.fixture(params=MODELS_HERE)

@@ -39,6 +39,29 @@ class RopeConfig:
     truncate: bool = True
 
 
+def read_local_rope(config: Mapping[str, Any], where: str, max_position_embeddings: int) -> RopeConfig | None:
+    """Of the layers with a sliding window, where the config tells them apart (Gemma 3 does); else None.
+
+    transformers 5 writes `rope_parameters` by kind of layer, before it was `rope_local_base_freq`, never stretched.
+    """
+    fields = Fields(config, where)
+    values = (fields.optional_object("rope_parameters") or {}).get("sliding_attention")
+    if isinstance(values, dict):
+        return read_rope({"rope_parameters": values}, where, max_position_embeddings)
+    theta = fields.optional_number("rope_local_base_freq", 1.0, 1e12)
+    return None if theta is None else RopeConfig("default", theta, max_position_embeddings)
+
+
+def _of_full_attention(values: Mapping[str, Any], outer: Fields, key: str) -> dict[str, Any]:
+    """What holds for full attention, of settings by kind of layer."""
+    if not values.keys() <= {"full_attention", "sliding_attention"}:
+        raise outer.error(key, f"differs between {', '.join(values)}; supported are full_attention, sliding_attention")
+    found = values.get("full_attention")
+    if not isinstance(found, dict):
+        raise outer.error(key, "says nothing of full_attention")
+    return found
+
+
 def read_rope(config: Mapping[str, Any], where: str, max_position_embeddings: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before); CheckpointError if invalid.
 
@@ -48,7 +71,7 @@ def read_rope(config: Mapping[str, Any], where: str, max_position_embeddings: in
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = outer.optional_object(key) or {}
     if any(isinstance(value, dict) for value in values.values()):
-        raise outer.error(key, "differs between kinds of layers, which is not supported")
+        values = _of_full_attention(values, outer, key)
     inner = Fields(values, f"{where}: {key}")
 
     rope_type = inner.text("rope_type", inner.text("type", "default"))

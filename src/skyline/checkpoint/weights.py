@@ -6,6 +6,7 @@ This module and the one it re-exports SafetensorsWeights from are the only ones 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -14,13 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from skyline.checkpoint.errors import CheckpointError
 from skyline.checkpoint.safetensors_weights import SafetensorsWeights
 
-__all__ = ["Destination", "LoadReport", "SafetensorsWeights", "load"]
+__all__ = ["Derived", "Destination", "LoadReport", "SafetensorsWeights", "Weights", "load"]
 
 MAX_LISTED = 10
 PIECE_BYTES = 32 * 1024 * 1024
@@ -29,17 +32,48 @@ _CONVERTIBLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+class Weights(Protocol):
+    """Named tensors that can be looked at before they are read: SafetensorsWeights, for one."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __contains__(self, name: object) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def get(self, name: str) -> torch.Tensor: ...
+
+
+class Derived(Protocol):
+    """A tensor that is made of others of the checkpoint when its rows are asked for, float32."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self, start: int, stop: int) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where one checkpoint tensor goes.
 
     `tensor` is a view of the parameter, already sliced to the right place, on any device. `transform` maps the
     checkpoint tensor to the shape and layout of `tensor` (such as `lambda t: t.t()`); it must also work on a tensor of
-    the "meta" device, because shapes are checked before any data is read.
+    the "meta" device, because shapes are checked before any data is read. `by_entry`: it maps each entry of the first
+    dimension instead, so that not all of a tensor of experts is in hand at once.
+
+    With `others`, the checkpoint tensor's rows fill `tensor` and then those, one after the other.
     """
 
     tensor: torch.Tensor
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    by_entry: bool = False
+    others: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the checkpoint tensor has to have after the transform."""
+        rows = sum(part.shape[0] for part in (self.tensor, *self.others)) if self.others else 0
+        return (rows, *self.tensor.shape[1:]) if self.others else tuple(self.tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -51,12 +85,13 @@ class LoadReport:
 
 
 def load(
-    weights: SafetensorsWeights,
+    weights: Weights,
     destinations: Mapping[str, Destination],
     ignore: Iterable[str] = (),
     threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     write: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    derived: Mapping[str, Derived] | None = None,
 ) -> LoadReport:
     """Copy every checkpoint tensor to the destination of the same name, converting between floating-point dtypes.
 
@@ -64,17 +99,23 @@ def load(
     have been copied are given back to the kernel, so memory does not grow by the size of the checkpoint. Checkpoint
     tensors that match an fnmatch pattern of `ignore` may go without a destination. `on_progress(bytes done, bytes in
     all)` is called from this thread. `write(target, source)`, by default `target.copy_(source)`, puts rows of a
-    checkpoint tensor where they belong; it is called from the threads, with targets that do not overlap.
+    checkpoint tensor where they belong; it is called from the threads, with targets that do not overlap. `derived`
+    stands for tensors that the checkpoint has only in parts, by the name a destination knows them by; the parts must
+    be among `ignore`. What its `read` returns is handed to `write` as it is.
 
     Nothing is copied unless everything fits: missing, surplus, wrongly shaped and unconvertible tensors (anything but
     equal dtypes or two of float64/32/16 and bfloat16) are named in one CheckpointError.
     """
     start = time.perf_counter()
-    _check(weights, destinations, list(ignore))
+    derived = derived or {}
+    _check(weights, destinations, list(ignore), derived)
     pieces = [
-        piece for name in weights if name in destinations for piece in _split(weights.get(name), destinations[name])
+        piece
+        for name in (*(n for n in weights if n not in derived), *derived)
+        if name in destinations
+        for piece in _split(_source(weights, derived, name), destinations[name])
     ]
-    total = sum(piece.source.nbytes for piece in pieces)
+    total = sum(piece.nbytes for piece in pieces)
     done = 0
     # Always in worker threads, so that each copy stays in one thread of its own instead of waking the OpenMP team.
     with ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="load") as pool:
@@ -85,27 +126,32 @@ def load(
     return LoadReport(bytes=total, seconds=time.perf_counter() - start)
 
 
-def _check(weights: SafetensorsWeights, destinations: Mapping[str, Destination], ignore: list[str]) -> None:
+def _check(
+    weights: Weights, destinations: Mapping[str, Destination], ignore: list[str], derived: Mapping[str, Derived]
+) -> None:
     missing = [
-        f"{name} {list(destination.tensor.shape)}" for name, destination in destinations.items() if name not in weights
+        f"{name} {list(destination.shape)}"
+        for name, destination in destinations.items()
+        if name not in weights and name not in derived
     ]
     surplus: list[str] = []
     shapes: list[str] = []
     dtypes: list[str] = []
-    for name in weights:
-        shape, dtype = weights.shape(name), weights.dtype(name)
+    known = {name: (weights.shape(name), weights.dtype(name)) for name in weights}
+    for name, (shape, dtype) in {**known, **{n: (d.shape, torch.float32) for n, d in derived.items()}}.items():
         if name not in destinations:
             if not any(fnmatchcase(name, pattern) for pattern in ignore):
                 surplus.append(f"{name} {list(shape)}")
             continue
-        target = destinations[name].tensor
+        destination = destinations[name]
+        expected, target = list(destination.shape), destination.tensor
         try:
-            incoming = _meta(shape, dtype, destinations[name].transform)
+            incoming = _meta(shape, dtype, destination)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shapes.append(f"{name}: found {list(shape)}, which cannot be rearranged: {error}")
             continue
-        if incoming.shape != target.shape:
-            shapes.append(f"{name}: expected {list(target.shape)}, found {list(incoming.shape)}")
+        if list(incoming.shape) != expected:
+            shapes.append(f"{name}: expected {expected}, found {list(incoming.shape)}")
         elif incoming.dtype != target.dtype and not {incoming.dtype, target.dtype} <= _CONVERTIBLE:
             dtypes.append(f"{name}: expected {target.dtype}, found {incoming.dtype}")
     problems = [
@@ -121,11 +167,14 @@ def _check(weights: SafetensorsWeights, destinations: Mapping[str, Destination],
         )
 
 
-def _meta(
-    shape: tuple[int, ...], dtype: torch.dtype, transform: Callable[[torch.Tensor], torch.Tensor] | None
-) -> torch.Tensor:
+def _meta(shape: tuple[int, ...], dtype: torch.dtype, destination: Destination) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return tensor if transform is None else transform(tensor)
+    if destination.transform is None:
+        return tensor
+    if not destination.by_entry:
+        return destination.transform(tensor)
+    entry = destination.transform(tensor[0])
+    return torch.empty((shape[0], *entry.shape), dtype=entry.dtype, device="meta")
 
 
 def _listed(problem: str, names: list[str]) -> str:
@@ -136,31 +185,70 @@ def _listed(problem: str, names: list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class _Source:
+    """A tensor that is read in slices of its first dimension; without dimensions, as a whole."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    read: Callable[[int, int], torch.Tensor]
+    mapped: bool  # whether what is read are pages of a file
+
+
+def _source(weights: Weights, derived: Mapping[str, Derived], name: str) -> _Source:
+    if name in derived:
+        tensor = derived[name]
+        return _Source(tensor.shape, 4 * math.prod(tensor.shape), tensor.read, mapped=False)
+    whole = weights.get(name)
+    return _Source(
+        tuple(whole.shape), whole.nbytes, lambda start, stop: whole[start:stop] if whole.dim() else whole, True
+    )
+
+
+@dataclass(frozen=True)
 class _Piece:
-    source: torch.Tensor  # a view of the mapped file
+    source: _Source
+    start: int
+    stop: int
+    nbytes: int
     target: torch.Tensor
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def _split(source: torch.Tensor, destination: Destination) -> Iterator[_Piece]:
+def _split(source: _Source, destination: Destination) -> Iterator[_Piece]:
     """Cut along the first dimension into pieces small enough for the threads to finish together."""
-    if destination.transform is not None or source.nbytes <= PIECE_BYTES:
-        yield _Piece(source, destination.tensor, destination.transform)
+    count = source.shape[0] if source.shape else 1
+    if destination.by_entry:
+        for entry, target in enumerate(destination.tensor):
+            yield _Piece(source, entry, entry + 1, source.nbytes // count, target, _of_only(destination.transform))
         return
-    rows = max(1, PIECE_BYTES * source.shape[0] // source.nbytes)
-    for part, target in zip(torch.split(source, rows), torch.split(destination.tensor, rows), strict=True):
-        yield _Piece(part, target)
+    if destination.transform is not None:
+        yield _Piece(source, 0, count, source.nbytes, destination.tensor, destination.transform)
+        return
+    rows = max(1, PIECE_BYTES * count // max(1, source.nbytes))
+    start = 0
+    for tensor in (destination.tensor, *destination.others):
+        for target in torch.split(tensor, rows) if tensor.dim() else (tensor,):
+            stop = start + (target.shape[0] if tensor.dim() else 1)
+            yield _Piece(source, start, stop, source.nbytes * (stop - start) // max(1, count), target)
+            start = stop
+
+
+def _of_only(transform: Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """On a slice of one entry."""
+    return lambda piece: piece[0] if transform is None else transform(piece[0])
 
 
 def _copy(piece: _Piece, write: Callable[[torch.Tensor, torch.Tensor], None] | None) -> int:
     with torch.no_grad():
-        source = piece.source if piece.transform is None else piece.transform(piece.source)
+        read = piece.source.read(piece.start, piece.stop)
+        source = read if piece.transform is None else piece.transform(read)
         if write is None:
             piece.target.copy_(source)
         else:
             write(piece.target, source)
-    _release_pages(piece.source)
-    return piece.source.nbytes
+    if piece.source.mapped:
+        _release_pages(read)
+    return piece.nbytes
 
 
 def _release_pages(source: torch.Tensor) -> None:

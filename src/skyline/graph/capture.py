@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from skyline.ops import KVCache
+from skyline.ops import LayerCache
 
 INPUTS = ("input_ids", "positions", "batch", "logit_rows")
 VALUE = "value"  # under this key a `get_attr` node's `meta` holds what it stands for
@@ -26,14 +26,14 @@ class _OpTracer(fx.Tracer):
         for prefix, module in model.named_modules():
             dot = f"{prefix}." if prefix else ""
             for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-                if isinstance(value, (Tensor, KVCache)):
+                if isinstance(value, (Tensor, LayerCache)):
                     self._paths.setdefault(id(value), dot + name)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, (Tensor, KVCache)):
+        if isinstance(a, (Tensor, LayerCache)):
             path = self._paths.get(id(a))
             if path is None:
                 raise ValueError(f"a {type(a).__name__} used in forward() is not an attribute of any module")

@@ -61,7 +61,7 @@ def paged_attention(
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
         padding = -context % KEY_TILE
-        blocks = batch.block_tables[row, : -(-context // block_size)]
+        blocks = batch.of(cache).block_tables[row, : -(-context // block_size)]
         k, v = (
             F.pad(part[:context], (0, 0, 0, 0, 0, padding)).transpose(0, 1).float() for part in gather(cache, blocks)
         )

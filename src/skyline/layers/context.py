@@ -21,7 +21,10 @@ class LayerContext:
     # from the configuration are made in any case.
     allocate: bool = True
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        """Uninitialised memory: a checkpoint or `randomize` fills it, so nothing is spent on values twice."""
+    def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """Uninitialised memory: a checkpoint or `randomize` fills it, so nothing is spent on values twice.
+
+        dtype: for the few that are kept in another one than the model's.
+        """
         device = self.device if self.allocate else "meta"
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device), requires_grad=False)
+        return nn.Parameter(torch.empty(shape, dtype=dtype or self.dtype, device=device), requires_grad=False)

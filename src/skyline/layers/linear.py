@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -40,12 +41,24 @@ class MergedLinear(nn.Module):
     One large product is faster than several small ones. In the checkpoint the parts are siblings of this module: with
     outputs {"q_proj": n, "k_proj": m} at `self_attn.qkv_proj`, the rows come from `self_attn.q_proj.weight` [n, in]
     and `self_attn.k_proj.weight` [m, in], and the biases likewise.
+
+    places: where the checkpoint mixes what is to lie apart here, the runs of rows (start, count) of this weight that a
+    tensor's rows fill one after the other, by the tensor's name.
     """
 
-    def __init__(self, context: LayerContext, in_features: int, outputs: Mapping[str, int], bias: bool = False) -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        in_features: int,
+        outputs: Mapping[str, int],
+        bias: bool = False,
+        places: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
         super().__init__()
-        self.outputs = dict(outputs)
-        total = sum(self.outputs.values())
+        total = sum(outputs.values())
+        starts = accumulate(outputs.values(), initial=0)
+        whole = {name: [(start, rows)] for (name, rows), start in zip(outputs.items(), starts, strict=False)}
+        self.places: dict[str, Sequence[tuple[int, int]]] = {**whole, **(places or {})}
         self.weight = context.parameter(total, in_features)
         self.bias = context.parameter(total) if bias else None
 
@@ -56,9 +69,8 @@ class MergedLinear(nn.Module):
     def checkpoint_tensors(self, path: str) -> dict[str, Destination]:
         parent = path.rpartition(".")[0]
         found: dict[str, Destination] = {}
-        start = 0
-        for name, rows in self.outputs.items():
+        for name, runs in self.places.items():
             for kind, parameter in self.named_parameters(recurse=False):
-                found[f"{parent}.{name}.{kind}".lstrip(".")] = Destination(parameter.narrow(0, start, rows))
-            start += rows
+                first, *others = (parameter.narrow(0, start, rows) for start, rows in runs)
+                found[f"{parent}.{name}.{kind}".lstrip(".")] = Destination(first, others=tuple(others))
         return found

@@ -48,7 +48,8 @@ def destinations(model: nn.Module) -> dict[str, Destination]:
 
 def ignorable(model: nn.Module) -> list[str]:
     """fnmatch patterns of tensors that a checkpoint may hold though the model has no place for them."""
-    patterns = ["*.rotary_emb.inv_freq"]  # old exporters wrote what follows from the config
+    # Old exporters wrote what follows from the config.
+    patterns = ["*.rotary_emb.inv_freq", *getattr(model, "ignored", ())]
     listed: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in listed:  # tied: transformers, too, takes the first and passes over the copy
@@ -74,7 +75,7 @@ def random_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[nn.Paramete
     everything else at start-up.
     """
     noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(seed))
-    scaled: dict[float, torch.Tensor] = {}  # in the parameters' dtype and on their device, which is one for the model
+    scaled: dict[tuple[float, torch.dtype], torch.Tensor] = {}  # on the parameters' device, which is one for the model
     start = 0
     seen: set[int] = set()
     for module in model.modules():
@@ -83,17 +84,22 @@ def random_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[nn.Paramete
                 continue
             seen.add(id(parameter))
             if isinstance(module, RMSNorm):
-                yield parameter, _fill_with_ones
+                yield parameter, _fill_with_zeros if module.offset else _fill_with_ones
                 continue
             scale = 0.02 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             start = (start + 7919) % _NOISE  # equally shaped weights must differ
 
             def fill(target: torch.Tensor, scale: float = scale, start: int = start) -> None:
-                if scale not in scaled:
-                    scaled[scale] = (noise * scale).to(target)
-                _repeat(scaled[scale], start, target.view(-1))
+                key = (scale, target.dtype)
+                if key not in scaled:
+                    scaled[key] = (noise * scale).to(target)
+                _repeat(scaled[key], start, target.view(-1))
 
             yield parameter, fill
+
+
+def _fill_with_zeros(target: torch.Tensor) -> None:
+    target.zero_()
 
 
 def _fill_with_ones(target: torch.Tensor) -> None:

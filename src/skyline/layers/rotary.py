@@ -12,7 +12,7 @@ from skyline.layers.context import LayerContext
 
 
 class RotaryEmbedding(nn.Module):
-    """Holds `table` [max_positions, head_dim] float32, cos | sin; all layers of a model read the same one.
+    """Holds `table` [max_positions, R] float32, cos | sin, of the R of head_dim that are rotated, for many layers.
 
     The angles are computed in float32, in the order of transformers' operations: that is what models were trained with,
     and at position 100,000 the last bit of a frequency is already visible in the angle.
@@ -22,10 +22,11 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, context: LayerContext, rope: RopeConfig, head_dim: int, max_positions: int) -> None:
         super().__init__()
+        rotary = int(head_dim * rope.partial_rotary_factor) // 2 * 2
         if context.device.type == "meta":
-            table = torch.empty((max_positions, head_dim), dtype=torch.float32, device="meta")
+            table = torch.empty((max_positions, rotary), dtype=torch.float32, device="meta")
         else:
-            frequencies, scale = inverse_frequencies(rope, head_dim)
+            frequencies, scale = inverse_frequencies(rope, rotary)
             angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
             table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(scale).to(context.device)
         self.register_buffer("table", table, persistent=False)  # checkpoints do not hold it
@@ -75,12 +76,17 @@ def _yarn(plain: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
     """Both q and k carry it, so attention logits grow by its square (YaRN, section 3.4)."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
-
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:  # DeepSeek's way of writing it
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
+        return _mscale(rope, rope.mscale) / _mscale(rope, rope.mscale_all_dim)
+    return _mscale(rope, 1.0)
+
+
+def logit_factor(rope: RopeConfig) -> float:
+    """By what DeepSeek's attention logits grow, rotated part or not, where the context is stretched."""
+    return 1.0 if rope.type == "default" or not rope.mscale_all_dim else _mscale(rope, rope.mscale_all_dim) ** 2
+
+
+def _mscale(rope: RopeConfig, weight: float) -> float:
+    return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0

@@ -22,10 +22,13 @@ class LlamaDecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, context: LayerContext) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = self.norm(config, context)
         self.self_attn = self.attention(config, index, context)
-        self.post_attention_layernorm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm(config, context)
         self.mlp = self.feed_forward(config, index, context)
+
+    def norm(self, config: ModelConfig, context: LayerContext) -> RMSNorm:
+        return RMSNorm(context, config.hidden_size, config.rms_norm_eps)
 
     def attention(self, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         bias = config.attention_bias
@@ -41,35 +44,58 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Everything below the output head. `max_positions`: rows of the rotary table."""
+    """Everything below the output head. `max_positions`: rows of the rotary tables."""
 
     def __init__(
-        self, config: ModelConfig, context: LayerContext, max_positions: int, layer_class: type[LlamaDecoderLayer]
+        self,
+        config: ModelConfig,
+        context: LayerContext,
+        max_positions: int,
+        layer_class: type[LlamaDecoderLayer],
+        embedding_scale: float | None,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(context, config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(context, config.vocab_size, config.hidden_size, embedding_scale)
         self.rotary_emb = RotaryEmbedding(context, config.rope, config.head_dim, max_positions)
+        self.rotary_emb_local = None  # of layers with a window, where it is another one
+        if config.local_rope is not None:
+            self.rotary_emb_local = RotaryEmbedding(context, config.local_rope, config.head_dim, max_positions)
+        self.local = [kind == "sliding_attention" for kind in config.layer_kinds]
         self.layers = nn.ModuleList(layer_class(config, index, context) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(context, config.hidden_size, config.rms_norm_eps)
+        first = self.layers[0]
+        assert isinstance(first, LlamaDecoderLayer)
+        self.norm = first.norm(config, context)
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, logit_rows: Tensor) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, positions, batch, self.rotary_emb.table)
+        for layer, local in zip(self.layers, self.local, strict=True):
+            rotary = self.rotary_emb_local if local and self.rotary_emb_local is not None else self.rotary_emb
+            x = layer(x, positions, batch, rotary.table)
         x = self.norm(ops.select_rows(x, logit_rows))  # nobody needs the other rows any more
         return x
 
 
 class LlamaForCausalLM(nn.Module):
-    """Token ids to logits."""
+    """Token ids to logits.
+
+    layer_class: makes the layers, and says what is between them. layer_kinds: what `layer_types` of config.json may
+    name. activations: what `hidden_act` may. ignored: fnmatch patterns of checkpoint tensors that are not for this.
+    """
 
     layer_class: ClassVar[type[LlamaDecoderLayer]] = LlamaDecoderLayer
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
+    activations: ClassVar[tuple[str, ...]] = ("silu", "swish")  # two names of one function
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, context: LayerContext, max_positions: int) -> None:
         super().__init__()
-        self.model = LlamaModel(config, context, max_positions, self.layer_class)
+        scale = self.embedding_scale(config)
+        self.model = LlamaModel(config, context, max_positions, self.layer_class, scale)
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         self.lm_head = Linear(context, config.hidden_size, config.vocab_size, weight=tied)
+
+    def embedding_scale(self, config: ModelConfig) -> float | None:
+        return None
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: AttentionBatch, logit_rows: Tensor) -> Tensor:
         """input_ids, positions [T] int64, logit_rows [R] int64 (which of the T tokens) -> logits [R, vocab]."""

@@ -13,7 +13,7 @@ class Qwen3DecoderLayer(LlamaDecoderLayer):
     def attention(self, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         bias = config.attention_bias  # false in every published checkpoint
         window = config.layer_windows[index]
-        return Attention(config, context, window=window, qkv_bias=bias, output_bias=bias, qk_norm=True)
+        return Attention(config, context, window=window, qkv_bias=bias, output_bias=bias, qk_norm="head")
 
     def feed_forward(self, config: ModelConfig, index: int, context: LayerContext) -> nn.Module:
         return MLP(context, config.hidden_size, config.intermediate_size)

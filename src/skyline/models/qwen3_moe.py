@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from skyline.checkpoint.config import ModelConfig
-from skyline.layers import LayerContext, MoE
+from skyline.layers import MLP, LayerContext, MoE
 from skyline.models.llama import LlamaForCausalLM
 from skyline.models.qwen3 import Qwen3DecoderLayer
 
@@ -21,7 +21,11 @@ class Qwen3MoeDecoderLayer(Qwen3DecoderLayer):
         if not isinstance(dense_layers, list):
             raise fields.error("mlp_only_layers", "must be a list of layer numbers")
         if index in dense_layers or num_experts == 0 or (index + 1) % every:
-            return super().feed_forward(config, index, context)
+            return MLP(context, config.hidden_size, config.intermediate_size)
+        return self.moe(config, context, num_experts)
+
+    def moe(self, config: ModelConfig, context: LayerContext, num_experts: int) -> nn.Module:
+        fields = config.fields()
         return MoE(
             context,
             config.hidden_size,

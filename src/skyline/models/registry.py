@@ -11,15 +11,25 @@ from torch import nn
 from skyline.checkpoint.config import ModelConfig
 from skyline.checkpoint.errors import CheckpointError
 from skyline.layers import LayerContext
-from skyline.ops import KVCache
+from skyline.models.llama import LlamaForCausalLM
+from skyline.ops import LayerCache
 
 # Name in config.json's "architectures" -> "module:Class". Imported only when a checkpoint asks for it.
 MODELS: dict[str, str] = {
+    "DeepseekV3ForCausalLM": "skyline.models.deepseek_v3:DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM": "skyline.models.deepseek_v32:DeepseekV32ForCausalLM",
+    "Gemma3ForCausalLM": "skyline.models.gemma3:Gemma3ForCausalLM",
+    "Glm4MoeForCausalLM": "skyline.models.glm4_moe:Glm4MoeForCausalLM",
+    "GptOssForCausalLM": "skyline.models.gpt_oss:GptOssForCausalLM",
     "LlamaForCausalLM": "skyline.models.llama:LlamaForCausalLM",
+    "MiniMaxM2ForCausalLM": "skyline.models.minimax_m2:MiniMaxM2ForCausalLM",
     "MistralForCausalLM": "skyline.models.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": "skyline.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "skyline.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "skyline.models.qwen3_moe:Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM": "skyline.models.qwen3_next:Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM": "skyline.models.qwen3_5:Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM": "skyline.models.qwen3_5:Qwen3_5MoeForCausalLM",
 }
 
 
@@ -27,7 +37,7 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is fine, but this version of Skyline cannot run it. The message says what stands in the way."""
 
 
-def resolve(config: ModelConfig) -> type[nn.Module]:
+def resolve(config: ModelConfig) -> type[LlamaForCausalLM]:
     """The model class of config.architecture. Raises UnsupportedModelError, naming the nearest, if there is none."""
     target = MODELS.get(config.architecture)
     if target is None:
@@ -38,7 +48,7 @@ def resolve(config: ModelConfig) -> type[nn.Module]:
         )
     module, _, name = target.partition(":")
     found = getattr(importlib.import_module(module), name)
-    assert isinstance(found, type) and issubclass(found, nn.Module)
+    assert isinstance(found, type) and issubclass(found, LlamaForCausalLM)
     return found
 
 
@@ -60,28 +70,30 @@ def create_model(
     """
     model_class = resolve(config)
     positions = max_positions or config.max_position_embeddings
-    _refuse_unsupported(config, positions)
+    _refuse_unsupported(config, model_class, positions)
     model: nn.Module = model_class(config, LayerContext(dtype, torch.device(device), allocate), positions)
     return model.eval()
 
 
-def kv_caches(model: nn.Module) -> list[KVCache]:
-    """The KV cache of each layer that has one, in the order of the layers. Their `allocate` is still to be called."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, KVCache)]
+def kv_caches(model: nn.Module) -> list[LayerCache]:
+    """Every cache of every layer, in the order of the layers. Their `allocate` is still to be called."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, LayerCache)]
 
 
-def _refuse_unsupported(config: ModelConfig, positions: int) -> None:
+def _refuse_unsupported(config: ModelConfig, model_class: type[LlamaForCausalLM], positions: int) -> None:
     if config.quantization_config is not None:
         method = config.quantization_config.get("quant_method", "an unnamed method")
         raise UnsupportedModelError(
             f"the checkpoint is quantized ({method}), which this version cannot read; use the unquantized checkpoint"
         )
-    if config.hidden_act not in ("silu", "swish"):  # two names of one function
-        raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; only silu is")
-    if config.rope.partial_rotary_factor != 1.0:
+    if config.hidden_act not in model_class.activations:
         raise UnsupportedModelError(
-            f"partial_rotary_factor {config.rope.partial_rotary_factor:g} is not supported for {config.architecture}"
+            f"hidden_act {config.hidden_act!r} is not supported for {config.architecture}; only "
+            f"{model_class.activations[0]} is"
         )
+    for kind in config.layer_kinds:
+        if kind not in model_class.layer_kinds:
+            raise UnsupportedModelError(f"layers of {kind} are not supported for {config.architecture}")
     if config.rope.type == "dynamic" and positions > config.max_position_embeddings:
         raise UnsupportedModelError(
             f"rope type 'dynamic' is supported up to max_position_embeddings = {config.max_position_embeddings} "

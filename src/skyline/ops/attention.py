@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.ops.batch import AttentionBatch, KVCache
+from skyline.ops.batch import AttentionBatch
+from skyline.ops.caches import KVCache
 from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
 
 
@@ -56,7 +57,7 @@ rope = register(
 
 
 def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> None:
-    """Store k, v [T, Hk * head_dim] of this step's tokens at batch.slot_mapping of the cache.
+    """Store k, v [T, Hk * head_dim] of this step's tokens at the places that `batch` gives them in the cache.
 
     An int8 cache takes each token's head x as round(x * (127 / max|x|)), halves to even, and the scale max|x| / 127.
     """
@@ -65,8 +66,8 @@ def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> No
         rows = fresh.reshape(shape)
         if cache.scales is not None:
             rows, scale = quantized(rows)
-            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, batch.slot_mapping, scale)
-        cached.view(shape).index_copy_(0, batch.slot_mapping, rows.to(cached.dtype))
+            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, batch.of(cache).slot_mapping, scale)
+        cached.view(shape).index_copy_(0, batch.of(cache).slot_mapping, rows.to(cached.dtype))
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ kv_write = register(
     Op(
         "kv_write",
         _kv_write,
-        cost=lambda k, v, cache, batch: Cost(2 * nbytes(k, v) + nbytes(batch.slot_mapping), 0),
+        cost=lambda k, v, cache, batch: Cost(2 * nbytes(k, v) + nbytes(batch.of(cache).slot_mapping), 0),
         cases=_kv_write_cases,
         num_outputs=0,
         meta=lambda k, v, cache, batch: None,
@@ -145,7 +146,7 @@ def _paged_attention(
     output = torch.empty_like(q)
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
-        blocks = batch.block_tables[row, : -(-context // block_size)]
+        blocks = batch.of(cache).block_tables[row, : -(-context // block_size)]
         k, v = (part[:context].transpose(0, 1) for part in gather(cache, blocks))  # [Hk, L, D]
         mine = q[offset : offset + queries].reshape(queries, kv_heads, -1, head_dim).to(k.dtype)  # [n, Hk, G, D]
         group = mine.shape[2]

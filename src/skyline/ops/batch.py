@@ -1,4 +1,4 @@
-"""What attention has to know about a step and about the memory it reads and writes."""
+"""What attention has to know about a step: whose tokens these are, and where they lie in memory."""
 
 from __future__ import annotations
 
@@ -10,48 +10,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skyline.ops.host_memory import reserve
+from skyline.ops.caches import LayerCache
 
 
 @dataclass(slots=True, eq=False)
-class KVCache:
-    """One layer's paged keys and values. The runner allocates the tensors once it knows how many blocks fit.
+class BlockTables:
+    """Where the tokens of a step lie in the caches of one group. T tokens of R requests.
 
-    k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 what is cached is k * k_scale and v * v_scale.
-    k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8.
+    Token t goes to flat position slot_mapping[t] = block * block_size + offset.
     """
 
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    k: torch.Tensor | None = None
-    v: torch.Tensor | None = None
-    k_scale: torch.Tensor | None = None
-    v_scale: torch.Tensor | None = None
+    slot_mapping: torch.Tensor  # [T] int64
+    block_tables: torch.Tensor  # [R, longest table] int32, padded with 0
 
-    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        # On a CPU the pages are only committed as they are used. No kernel reads what was never written.
-        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
-        self.k = reserve(shape, self.dtype, device)
-        self.v = reserve(shape, self.dtype, device)
-        if self.dtype == torch.int8:
-            self.k_scale = reserve(shape[:3], torch.float32, device)
-            self.v_scale = reserve(shape[:3], torch.float32, device)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v, as they are stored."""
-        assert self.k is not None and self.v is not None, "KV cache used before it was allocated"
-        return self.k, self.v
-
-    @property
-    def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """k_scale and v_scale, or None if k and v are not quantized."""
-        return None if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
-
-    def bytes_per_token(self) -> int:
-        scale = torch.float32.itemsize if self.dtype == torch.int8 else 0
-        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
+    @staticmethod
+    def build(
+        tables: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        block_size: int,
+        device: torch.device,
+    ) -> BlockTables:
+        """tables [R, longest], which must not change later; each token's row and position as in `token_positions`."""
+        blocks = tables[rows, positions // block_size].astype(np.int64)
+        slots = blocks * block_size + positions % block_size
+        return BlockTables(to_device(slots, device), to_device(tables, device))
 
 
 @dataclass(slots=True, eq=False)
@@ -59,42 +42,58 @@ class AttentionBatch:
     """The requests of one step, in the order of their tokens. T tokens of R requests.
 
     Request r owns tokens query_starts[r] to query_starts[r + 1]; they are the last of its context_lens[r] tokens.
-    Token t's key and value go to flat position slot_mapping[t] = block * block_size + offset.
     """
 
-    slot_mapping: torch.Tensor  # [T] int64
-    block_tables: torch.Tensor  # [R, longest table] int32, padded with 0
+    tables: tuple[BlockTables, ...]  # by group of caches; one alone serves them all
     query_starts: torch.Tensor  # [R + 1] int32
     context_lens: torch.Tensor  # [R] int32, counting this step's tokens
     # The same numbers on the host, so that a provider that loops over requests needs no synchronisation.
     host_query_lens: list[int]
     host_context_lens: list[int]
+    # Of each request, the block that holds its recurrent state before this step (-1: none, it begins), and after it.
+    state_reads: list[int]
+    state_writes: list[int]
+
+    def of(self, cache: LayerCache) -> BlockTables:
+        """The tables that a cache goes by."""
+        return self.tables[cache.group] if len(self.tables) > 1 else self.tables[0]
 
     @staticmethod
     def build(
-        block_tables: Sequence[Sequence[int]] | NDArray[np.int32],
+        block_tables: Sequence[Sequence[int]] | NDArray[np.int32] | Sequence[NDArray[np.int32]],
         starts: list[int],
         lengths: list[int],
         block_size: int,
         device: torch.device,
+        states: tuple[list[int], list[int]] | None = None,
     ) -> AttentionBatch:
         """From host numbers: request r computes tokens starts[r] .. starts[r] + lengths[r] of its context.
 
-        block_tables: a table a request, or all of them padded into one array [R, longest], which must not change later.
+        block_tables: a table a request; or all of them padded into one array [R, longest], which must not change later;
+        or such an array for each group. states: `state_reads` and `state_writes`; by default a request's state is kept
+        in the block of that number which is its first.
         """
-        tables = block_tables if isinstance(block_tables, np.ndarray) else _padded(block_tables)
+        if isinstance(block_tables, np.ndarray):
+            arrays = [block_tables]
+        elif len(block_tables) and isinstance(block_tables[0], np.ndarray):
+            arrays = [table for table in block_tables if isinstance(table, np.ndarray)]
+        else:
+            arrays = [_padded([list(table) for table in block_tables])]
         rows, positions = token_positions(starts, lengths)
         query_starts = np.zeros(len(lengths) + 1, np.int32)
         np.cumsum(lengths, out=query_starts[1:])
         context_lens = [start + length for start, length in zip(starts, lengths, strict=True)]
-        blocks = tables[rows, positions // block_size].astype(np.int64)
+        if states is None:
+            first = [int(table[0]) for table in arrays[0]] if arrays[0].size else [0] * len(starts)
+            states = ([block if start else -1 for block, start in zip(first, starts, strict=True)], first)
         return AttentionBatch(
-            slot_mapping=to_device(blocks * block_size + positions % block_size, device),
-            block_tables=to_device(tables, device),
+            tables=tuple(BlockTables.build(array, rows, positions, block_size, device) for array in arrays),
             query_starts=to_device(query_starts, device),
             context_lens=to_device(np.array(context_lens, np.int32), device),
             host_query_lens=list(lengths),
             host_context_lens=context_lens,
+            state_reads=states[0],
+            state_writes=states[1],
         )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from skyline.ops import attention, dense
-from skyline.ops.batch import AttentionBatch, KVCache
+from skyline.ops.batch import AttentionBatch
+from skyline.ops.caches import KVCache
 from skyline.ops.contract import DEFAULT_TOLERANCE, Case, Cost, Op, nbytes, randn, register
 
 
@@ -93,7 +94,7 @@ rope_kv_write = register(
         _rope_kv_write,
         cost=lambda qkv, q_norm, k_norm, eps, positions, table, cache, batch: Cost(
             2 * nbytes(qkv)
-            + nbytes(batch.slot_mapping)
+            + nbytes(batch.of(cache).slot_mapping)
             + positions.numel() * table.shape[1] * table.element_size()
             + nbytes(q_norm, k_norm),
             7 * qkv.numel(),

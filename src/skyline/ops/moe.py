@@ -98,3 +98,66 @@ moe_experts = register(
         meta=lambda x, *_: torch.empty_like(x),
     )
 )
+
+
+def _moe_experts_clamped(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """`moe_experts` as gpt-oss has them: with biases, and an activation that is clamped.
+
+    gate_up_bias [E, 2I], down_bias [E, H]. With gate at most `limit`, and up within -limit..limit, the activation is
+    gate * sigmoid(alpha * gate) * (up + 1). https://github.com/openai/gpt-oss
+    """
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in torch.unique(ids).tolist():
+        tokens, choices = (ids == expert).nonzero(as_tuple=True)
+        product = F.linear(x.index_select(0, tokens), gate_up[expert], gate_up_bias[expert])
+        gate, up = product.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        hidden = F.linear(gate * torch.sigmoid(alpha * gate) * (up + 1), down[expert], down_bias[expert])
+        output.index_add_(0, tokens, hidden.float() * weights[tokens, choices].unsqueeze(1))
+    return output.to(x.dtype)
+
+
+def _moe_experts_clamped_cost(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Cost:
+    cost = _moe_experts_cost(x, gate_up, down, weights, ids)
+    biases = nbytes(gate_up_bias, down_bias) // gate_up.shape[0] * min(gate_up.shape[0], ids.numel())
+    return cost + Cost(biases, 0)
+
+
+def _moe_experts_clamped_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    for case in _moe_experts_cases(dtype, generator):
+        x, gate_up, down, weights, ids = case.args
+        biases = (randn(gate_up.shape[:2], dtype, generator, 0.5), randn(down.shape[:2], dtype, generator, 0.5))
+        for limit in (7.0, 0.6):
+            arguments = (x, gate_up, biases[0], down, biases[1], weights, ids, 1.702, limit)
+            yield Case(f"{case.label} limit={limit}", arguments)
+
+
+moe_experts_clamped = register(
+    Op(
+        "moe_experts_clamped",
+        _moe_experts_clamped,
+        cost=_moe_experts_clamped_cost,
+        cases=_moe_experts_clamped_cases,
+        meta=lambda x, *_: torch.empty_like(x),
+    )
+)

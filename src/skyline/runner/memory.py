@@ -10,7 +10,7 @@ import torch
 
 from skyline.engine.config import EngineConfig
 from skyline.graph import Call, Program
-from skyline.ops import KVCache
+from skyline.ops import KVCache, LatentCache, LayerCache
 
 # What the allocator, the sampler's temporaries and the libraries need beside the activations that can be counted.
 RESERVE_BYTES = 256 << 20
@@ -85,15 +85,18 @@ def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> i
     return peak + by_token * num_tokens + by_row * num_rows
 
 
-def set_kv_dtype(config: EngineConfig, caches: list[KVCache]) -> None:
-    """Before caches are measured and allocated."""
+def set_kv_dtype(config: EngineConfig, caches: list[LayerCache]) -> None:
+    """Before caches are measured and allocated. Raises ValueError for kinds of memory that have no such form."""
     if config.kv_cache_dtype == "int8":
         for cache in caches:
-            cache.dtype = torch.int8
+            if isinstance(cache, KVCache):
+                cache.dtype = torch.int8
+            elif isinstance(cache, LatentCache):
+                raise ValueError("kv_cache_dtype int8 is for keys and values; this model's memory of latents has none")
 
 
 def plan_memory(
-    config: EngineConfig, model_max_len: int, caches: list[KVCache], activation_bytes: int, available: int
+    config: EngineConfig, model_max_len: int, caches: list[LayerCache], activation_bytes: int, available: int
 ) -> MemoryPlan:
     """How many blocks to allocate, and how long a request may be. Raises OutOfMemoryError if nothing useful fits."""
     device = torch.device(config.device)

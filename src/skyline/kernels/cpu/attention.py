@@ -26,7 +26,7 @@ def _paged_attention(
         *cache.tensors,
         cache.k_scale,
         cache.v_scale,
-        batch.block_tables,
+        batch.of(cache).block_tables,
         batch.query_starts,
         batch.context_lens,
         scale,
@@ -37,7 +37,7 @@ def _paged_attention(
 
 
 def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> None:
-    library().kv_write(k, v, *cache.tensors, cache.k_scale, cache.v_scale, batch.slot_mapping)
+    library().kv_write(k, v, *cache.tensors, cache.k_scale, cache.v_scale, batch.of(cache).slot_mapping)
 
 
 provide("paged_attention", _paged_attention)

@@ -25,7 +25,9 @@ def _rope_kv_write(
 ) -> None:
     keys, values = cache.tensors
     scales = cache.k_scale, cache.v_scale
-    library().rope_kv_write(out, qkv, q_norm, k_norm, eps, positions, table, keys, values, *scales, batch.slot_mapping)
+    library().rope_kv_write(
+        out, qkv, q_norm, k_norm, eps, positions, table, keys, values, *scales, batch.of(cache).slot_mapping
+    )
 
 
 provide("rope", _rope)

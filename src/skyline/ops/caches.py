@@ -1,0 +1,194 @@
+"""What a layer remembers of each request: paged memory, one kind for each kind of attention.
+
+A cache holds blocks that the engine hands out. Caches with the same `group` use the same block tables: they keep the
+same tokens for the same time. The runner allocates the tensors once it knows how many blocks fit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from skyline.ops.host_memory import reserve
+
+CacheKind = Literal["full attention", "sliding window", "latent", "index", "recurrent state"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LayerCache:
+    """What all kinds have. `group`: which of a step's block tables it goes by."""
+
+    group: int = 0
+
+    @property
+    def kind(self) -> CacheKind:
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The memory, as it is stored; the first dimension counts blocks."""
+        raise NotImplementedError
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def bytes_per_token(self) -> int:
+        """0 where memory does not grow with the context."""
+        raise NotImplementedError
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return self.bytes_per_token() * block_size
+
+
+def _allocated(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    found = tuple(tensor for tensor in tensors if tensor is not None)
+    assert len(found) == len(tensors), "KV cache used before it was allocated"
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class KVCache(LayerCache):
+    """One layer's paged keys and values.
+
+    k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 what is cached is k * k_scale and v * v_scale.
+    k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8.
+    window: how many tokens back a query looks, itself included; None is all of them.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    window: int | None = None
+
+    @property
+    def kind(self) -> CacheKind:
+        return "full attention" if self.window is None else "sliding window"
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        # On a CPU the pages are only committed as they are used. No kernel reads what was never written.
+        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
+        self.k = reserve(shape, self.dtype, device)
+        self.v = reserve(shape, self.dtype, device)
+        if self.dtype == torch.int8:
+            self.k_scale = reserve(shape[:3], torch.float32, device)
+            self.v_scale = reserve(shape[:3], torch.float32, device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v, as they are stored."""
+        k, v = _allocated(self.k, self.v)
+        return k, v
+
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """k_scale and v_scale, or None if k and v are not quantized."""
+        return None if self.k_scale is None or self.v_scale is None else (self.k_scale, self.v_scale)
+
+    def bytes_per_token(self) -> int:
+        scale = torch.float32.itemsize if self.dtype == torch.int8 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
+
+
+@dataclass(slots=True, eq=False)
+class LatentCache(LayerCache):
+    """What multi-head latent attention keeps of a token (DeepSeek-V2, arXiv:2405.04434): one vector for all heads.
+
+    data: [num_blocks, block_size, rank + rope_dim]: the normalised latent, from which each head's key and value are
+    made, and the rotated part of the key, which the heads share.
+    """
+
+    rank: int
+    rope_dim: int
+    dtype: torch.dtype
+    data: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> CacheKind:
+        return "latent"
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.data = reserve((num_blocks, block_size, self.rank + self.rope_dim), self.dtype, device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return _allocated(self.data)
+
+    def bytes_per_token(self) -> int:
+        return (self.rank + self.rope_dim) * self.dtype.itemsize
+
+
+@dataclass(slots=True, eq=False)
+class IndexCache(LayerCache):
+    """Keys of the lightning indexer (DeepSeek-V3.2), by which queries choose the tokens they attend to.
+
+    keys: [num_blocks, block_size, head_dim].
+    """
+
+    head_dim: int
+    dtype: torch.dtype
+    keys: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> CacheKind:
+        return "index"
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.keys = reserve((num_blocks, block_size, self.head_dim), self.dtype, device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return _allocated(self.keys)
+
+    def bytes_per_token(self) -> int:
+        return self.head_dim * self.dtype.itemsize
+
+
+@dataclass(slots=True, eq=False)
+class StateCache(LayerCache):
+    """The state of a linear-attention layer, whose size does not depend on the context. A block is one whole state.
+
+    conv: [num_blocks, taps, channels]: the last inputs of the causal convolution, oldest first.
+    state: [num_blocks, heads, key_dim, value_dim] float32: the recurrent memory.
+    A step reads a request's state from one block and writes it to the same or another one (AttentionBatch).
+    """
+
+    taps: int
+    channels: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype  # of conv
+    conv: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one state."""
+        return self.heads, self.key_dim, self.value_dim
+
+    @property
+    def kind(self) -> CacheKind:
+        return "recurrent state"
+
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.conv = reserve((num_blocks, self.taps, self.channels), self.dtype, device)
+        self.state = reserve((num_blocks, *self.shape), torch.float32, device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """conv and state."""
+        conv, state = _allocated(self.conv, self.state)
+        return conv, state
+
+    def bytes_per_token(self) -> int:
+        return 0
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return self.taps * self.channels * self.dtype.itemsize + math.prod(self.shape) * torch.float32.itemsize

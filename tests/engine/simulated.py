@@ -56,7 +56,7 @@ class _Slot:
     request: AdmittedRequest
     tokens: list[int]
     chains: list[int]
-    table: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)  # by paged group
     computed: int | None = None  # positions whose KV is written; None until the first step tells what was cached
     lost: bool = False  # a step of this request failed, so nothing about it is certain any more
 
@@ -111,7 +111,12 @@ class SimulatedRunner:
         self._timing = timing
         self._failing_steps = failing_steps
         self._failing_requests = failing_requests or {}
-        self._memory = [[0] * limits.block_size for _ in range(limits.num_blocks)]
+        self._windows = [group.window for group in limits.kv_groups if not group.state]
+        self._memory = [
+            [[0] * limits.block_size for _ in range(group.num_blocks)] for group in limits.kv_groups if not group.state
+        ]
+        # The state after some tokens is the chain of the last of them.
+        self._states = [0] * (limits.kv_groups[-1].num_blocks if limits.kv_groups[-1].state else 0)
         self._slots: dict[int, _Slot] = {}
         self._queue: list[_Handle] = []
 
@@ -144,10 +149,13 @@ class SimulatedRunner:
             for slot, start, length in zip(plan.slots, plan.starts, plan.lengths, strict=True)
         ]
         self._check(plan, rows)
-        for slot, start, end in rows:
-            if not slot.lost:
-                for position in range(start, end):
-                    self._write(slot, position)
+        for row, (slot, start, end) in enumerate(rows):
+            if slot.lost:
+                continue
+            for position in range(start, end):
+                self._write(slot, position)
+            if self._states:
+                self._advance_state(plan.state_reads[row], plan.state_writes[row], slot, start, end)
         output = StepOutput(plan.step, [-1] * len(rows), logprobs=[None] * len(rows))
         for row, (slot, start, end) in enumerate(rows):
             if not slot.lost:
@@ -161,10 +169,12 @@ class SimulatedRunner:
         for request in plan.admitted:
             assert request.slot not in self._slots, "a slot was given away twice"
             assert 0 <= request.slot < self.limits.max_num_seqs
-            self._slots[request.slot] = _Slot(request, list(request.token_ids), chains(request.token_ids))
+            self._slots[request.slot] = _Slot(
+                request, list(request.token_ids), chains(request.token_ids), [[] for _ in self._windows]
+            )
             self.seeds.setdefault(request.request_id, set()).add(request.seed)
-        for number, blocks in plan.new_blocks:
-            self._slots[number].table += blocks
+        for number, group, blocks in plan.new_blocks:
+            self._slots[number].tables[group] += blocks
 
     def _check(self, plan: StepPlan, rows: list[tuple[_Slot, int, int]]) -> None:
         """The plan keeps the limits, and no row writes into memory that anyone else can see."""
@@ -187,19 +197,42 @@ class SimulatedRunner:
             slot.computed = end
             if slot.request.prompt_logprobs:
                 logit_rows += max(0, min(end, slot.request.num_prompt) - start)
-            written = set(slot.table[start // limits.block_size : (end - 1) // limits.block_size + 1])
-            for other in self._slots.values():
-                assert other is slot or written.isdisjoint(other.table), "a block that is written is shared"
+            for group, table in enumerate(slot.tables):
+                written = set(self._seen(group, table, start, end)[start // limits.block_size :])
+                for other in self._slots.values():
+                    theirs = other.tables[group]
+                    read = self._seen(group, theirs, other.computed or 0, len(theirs) * limits.block_size)
+                    # A block that is let go keeps its place in the table, where 0 may also stand for nothing.
+                    read = read if self._windows[group] is None or other.computed is not None else []
+                    assert other is slot or written.isdisjoint(read), "a block that is written is shared"
+        written = plan.state_writes
+        assert len(set(written)) == len(written) and (not self._states or len(written) == len(rows))
+        shared = set(written) & set(plan.state_reads)
+        assert all(read == write for read, write in zip(plan.state_reads, written, strict=True) if write in shared)
         assert logit_rows <= limits.max_logit_rows, "over the limit of logit rows"
+
+    def _seen(self, group: int, table: list[int], start: int, end: int) -> list[int]:
+        """The table up to token `end`, less what queries from `start` on do not see any more."""
+        window, size = self._windows[group], self.limits.block_size
+        first = 0 if window is None else max(0, start - window + 1) // size
+        return [-1] * first + table[first : -(-end // size)]
 
     def _write(self, slot: _Slot, position: int) -> None:
         size = self.limits.block_size
-        self._memory[slot.table[position // size]][position % size] = slot.chains[position]
+        for memory, table in zip(self._memory, slot.tables, strict=True):
+            memory[table[position // size]][position % size] = slot.chains[position]
 
     def _read_back(self, slot: _Slot, end: int) -> None:
         size = self.limits.block_size
-        context = [self._memory[slot.table[position // size]][position % size] for position in range(end)]
-        assert context == slot.chains[:end], f"KV memory of {slot.request.request_id} is not its own history"
+        for memory, table, window in zip(self._memory, slot.tables, self._windows, strict=True):
+            first = 0 if window is None else max(0, end - window)
+            context = [memory[table[position // size]][position % size] for position in range(first, end)]
+            assert context == slot.chains[first:end], f"KV memory of {slot.request.request_id} is not its own history"
+
+    def _advance_state(self, read: int, write: int, slot: _Slot, start: int, end: int) -> None:
+        assert (read < 0) == (start == 0)
+        assert start == 0 or self._states[read] == slot.chains[start - 1], "the state is not that of its own history"
+        self._states[write] = slot.chains[end - 1]
 
     def _sample(self, plan: StepPlan, output: StepOutput, row: int, slot: _Slot, start: int, end: int) -> None:
         request = slot.request

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyline.engine.core import EngineCore, EngineError
+from skyline.engine.kv_memory import KVGroup, blocks_for_one
 from skyline.engine.messages import EngineOutput, EngineRequest, TokenLogprobs
 from skyline.engine.request import Request
 from skyline.engine.sampling_params import SamplingParams
@@ -18,6 +19,17 @@ from tests.engine.simulated import EOS, VOCAB, SimulatedRunner, Timing, expected
 
 TIMINGS: tuple[Timing, ...] = ("at_submit", "at_result", "one_step_late")
 LIMITS = Limits(num_blocks=16, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=40)
+# What layers may keep, alone and mixed; none is one group that keeps everything.
+FULL, STATE = KVGroup(0), KVGroup(0, state=True)
+GROUPS: list[tuple[KVGroup, ...]] = [
+    (),
+    (FULL,),
+    (KVGroup(0, window=5),),
+    (FULL, KVGroup(0, window=3)),
+    (FULL, KVGroup(0, window=1), KVGroup(0, window=9)),
+    (FULL, STATE),
+    (FULL, KVGroup(0, window=6), STATE),
+]
 
 
 class CheckedScheduler(Scheduler):
@@ -25,7 +37,7 @@ class CheckedScheduler(Scheduler):
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits, secret=b"test")
-        self._salt_of: dict[int, str] = {}  # block -> salt of the request that wrote it last
+        self._salt_of: dict[tuple[int, int], str] = {}  # group and block -> salt of the request that wrote it last
 
     def schedule(self) -> PlannedStep | None:
         before = list(self.running)
@@ -45,12 +57,14 @@ class CheckedScheduler(Scheduler):
 
     def _check_salts(self, planned: PlannedStep | None, admitted: list[Request]) -> None:
         for request in admitted:
-            hits = request.blocks[: request.num_published]
-            assert all(self._salt_of[block] == request.salt for block in hits), "a prefix hit across salts"
+            for group, table in enumerate(request.holding.tables):
+                hits = table[request.holding.dropped[group] : request.holding.published[group]]
+                assert all(self._salt_of[group, block] == request.salt for block in hits), "a prefix hit across salts"
         if planned is not None:
             for request in planned.requests:
-                for block in request.blocks[request.num_published :]:
-                    self._salt_of[block] = request.salt
+                for group, table in enumerate(request.holding.tables):
+                    for block in table[request.holding.published[group] :]:
+                        self._salt_of[group, block] = request.salt
 
 
 def _orders(requests: Sequence[Request]) -> list[tuple[int, int]]:
@@ -120,10 +134,10 @@ def drive(core: EngineCore, runner: SimulatedRunner, arrivals: Sequence[Arrival]
         step += 1
     scheduler = core.scheduler
     assert not scheduler.running and not scheduler.waiting
-    assert scheduler.pool.num_held == 0, "blocks are leaked"
+    assert all(pool.num_held == 0 for pool in scheduler.memory.pools), "blocks are leaked"
     assert core.stats().blocks_held == 0
     if not scheduler.limits.enable_prefix_caching:
-        assert scheduler.pool.num_cached == 0
+        assert core.stats().blocks_cached == 0
     return results
 
 
@@ -170,11 +184,18 @@ def limits_strategy(draw: st.DrawFn) -> Limits:
     max_model_len = draw(st.integers(2, 40))
     needed = -(-max_model_len // block_size)
     max_num_seqs = draw(st.integers(1, 6))
+    max_num_batched_tokens = draw(st.integers(max_num_seqs, 24))
+    num_blocks = needed + draw(st.integers(0, needed))
+    groups = []
+    for group in draw(st.sampled_from(GROUPS)):
+        least = blocks_for_one(group, block_size, max_model_len, max_num_batched_tokens)
+        groups.append(replace(group, num_blocks=least + draw(st.integers(0, least))))
     return Limits(
-        num_blocks=needed + draw(st.integers(0, needed)),
+        num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=draw(st.integers(max_num_seqs, 24)),
+        max_num_batched_tokens=max_num_batched_tokens,
+        groups=tuple(groups),
         max_model_len=max_model_len,
         enable_prefix_caching=draw(st.booleans()),
         max_logit_rows=draw(st.sampled_from([1, 5, 256])),
@@ -270,6 +291,54 @@ def test_a_crowded_engine_preempts_and_still_answers_right(asynchronous: bool, e
     assert stats.preemptions >= 3
     assert (stats.prefix_hit_tokens > 0) == enable_prefix_caching
     assert stats.generated_tokens == 8 * 30 and stats.finished == 8
+
+
+@pytest.mark.parametrize("groups", GROUPS[1:], ids=str)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_every_kind_of_memory_preempts_and_hits_the_cache(groups: tuple[KVGroup, ...], asynchronous: bool) -> None:
+    """As above, for mixes of groups: the pools are so small that each of them runs out."""
+    groups = tuple(
+        replace(group, num_blocks=blocks_for_one(group, 4, 40, 16) + (3 if group.state else 1)) for group in groups
+    )
+    limits = replace(LIMITS, num_blocks=0, groups=groups)
+    arrivals = [
+        Arrival(request(f"r{number}", [1, 2, 3, 4, 5, 6, 7, 8, number % 3, number], max_tokens=30), step=6 * number)
+        for number in range(8)
+    ]
+    arrivals += [Arrival(request("again", [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 1], max_tokens=3), step=400)]
+    arrivals += [Arrival(request("once more", [1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 1], max_tokens=3), step=500)]
+    results, core, _ = run(limits, arrivals, asynchronous=asynchronous)
+    for arrival in arrivals:
+        check_result(arrival, results[arrival.message.request_id], limits)
+    assert results["once more"].outputs[0].cached_tokens == 8
+    # Windows take so little that two long requests find room; states are only ever needed at admission.
+    assert core.stats().preemptions > 0 or groups[0].window is not None
+
+
+def test_a_window_holds_no_more_than_it_needs() -> None:
+    """Blocks are let go as they leave the window: a long context must not hold memory that nobody reads."""
+    limits = Limits(0, 4, 1, 8, max_model_len=400, groups=(KVGroup(8, window=6),))
+    runner = SimulatedRunner(limits)
+    core = make_core(limits, runner, True)
+    core.add(request("r", [1] * 100, max_tokens=250))
+    most = 0
+    while core.has_work:
+        core.step()
+        core.scheduler.check()
+        most = max(most, core.stats().blocks_held)
+    assert runner.broken_plan is None and most <= 8
+
+
+def test_a_state_is_kept_at_the_end_of_a_prompt() -> None:
+    """The next turn of a conversation goes on from the longest state that was kept, not from the longest blocks."""
+    limits = replace(LIMITS, num_blocks=0, groups=(KVGroup(30), KVGroup(12, state=True)))
+    first = request("first", list(range(10)), max_tokens=9)
+    answer, *_ = expected(first, limits.max_model_len)
+    second = request("second", [*range(10), *answer, 7])
+    other = request("other", [*range(6), 1, 1, 1, 1])
+    results, *_ = run(limits, [Arrival(first), Arrival(second, step=20), Arrival(other, step=40)])
+    assert results["second"].outputs[0].cached_tokens == 8
+    assert results["other"].outputs[0].cached_tokens == 0  # blocks of 4 tokens are there, but no state after them
 
 
 # --- one promise at a time -------------------------------------------------------------------------------------------
@@ -434,11 +503,11 @@ def test_abort_frees_everything_at_once(state: str, asynchronous: bool) -> None:
     assert [output.finish_reason for output in core.abort(["r", "unknown"])] == ["abort"]
     assert core.abort(["r"]) == [], "a second abort of the same request is harmless"
     core.scheduler.check()
-    assert core.scheduler.pool.num_held == len(core._requests["other"].blocks)
+    assert core.stats().blocks_held == sum(map(len, core._requests["other"].holding.tables))
     while core.has_work:
         assert "r" not in [output.request_id for output in core.step()], "output after an abort"
         core.scheduler.check()
-    assert core.scheduler.pool.num_held == 0 and runner.broken_plan is None
+    assert core.stats().blocks_held == 0 and runner.broken_plan is None
 
 
 def test_three_failed_steps_in_a_row_end_the_engine() -> None:

@@ -68,7 +68,7 @@ def run_engine(folder: Path, jobs: list[Job], **settings: Any) -> tuple[dict[str
         core.scheduler.check()
         step += 1
         assert step < 5000, "the engine makes no progress"
-    assert core.scheduler.pool.num_held == 0
+    assert core.stats().blocks_held == 0
     loaded.runner.close()
     return results, core
 

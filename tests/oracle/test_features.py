@@ -13,7 +13,10 @@ import pytest
 
 from skyline.engine.sampling_params import SamplingParams
 from skyline.kernels.cpu import isa, native
+from tests.models.families import FAMILIES
+from tests.models.harness import save_tiny
 from tests.oracle.engine import Job, NaiveModel, run_engine
+from tests.tiny import make_tokenizer
 
 EOS = frozenset({2})
 
@@ -72,6 +75,52 @@ def test_feature_combinations(
         else:
             assert actual == expected, job.name
     if preemption and not aborts:
+        assert core.scheduler.num_preemptions > 0, "this case was meant to run out of blocks"
+    if prefix_cache and not preemption:
+        assert core.scheduler.prefix_hit_tokens > 0, "this case was meant to hit the prefix cache"
+
+
+# One architecture for each kind of memory; small, so that greedy choices of fused and naive runs agree.
+_HYBRIDS = ("GptOss", "DeepseekV3", "DeepseekV32", "Qwen3Next", "Gemma3")
+
+
+@pytest.fixture(scope="module", params=_HYBRIDS)
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_tiny(folder, request.param, vocab_size=512, eos_token_id=2, **FAMILIES[request.param])
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def naive_hybrid(hybrid: Path) -> NaiveModel:
+    return NaiveModel(hybrid)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("preemption", [True, False])
+@pytest.mark.parametrize("budget", [8, 2048])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_feature_combinations_of_every_kind_of_memory(
+    hybrid: Path, naive_hybrid: NaiveModel, prefix_cache: bool, budget: int, preemption: bool, asynchronous: bool
+) -> None:
+    """Windows, latents, index keys and recurrent states under prefix caching, chunking, preemption and asynchrony."""
+    jobs = _jobs(seed=budget, neighbours=True, aborts=False)
+    results, core = run_engine(
+        hybrid,
+        jobs,
+        dtype="float32",
+        enable_prefix_caching=prefix_cache,
+        max_num_batched_tokens=budget,
+        max_num_seqs=4,
+        block_size=8,
+        max_model_len=104,
+        num_kv_blocks=15 if preemption else 64,
+        async_scheduling=asynchronous,
+    )
+    for job in jobs:
+        assert results[job.name].token_ids == naive_hybrid.generate(job.prompt, job.params.max_tokens or 0, EOS)
+    if preemption:
         assert core.scheduler.num_preemptions > 0, "this case was meant to run out of blocks"
     if prefix_cache and not preemption:
         assert core.scheduler.prefix_hit_tokens > 0, "this case was meant to hit the prefix cache"

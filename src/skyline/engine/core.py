@@ -42,7 +42,7 @@ class EngineCore:
         self._random = random.Random(seed)
         self._arrivals = 0
         self._failed_steps = 0
-        self._stats = EngineStats(blocks_total=limits.num_blocks)
+        self._stats = EngineStats(blocks_total=sum(group.num_blocks for group in limits.kv_groups))
         self._waiting_since: float | None = None
 
     @property
@@ -79,7 +79,7 @@ class EngineCore:
         return outputs
 
     def reset_prefix_cache(self) -> None:
-        self.scheduler.pool.drop_cache()
+        self.scheduler.memory.drop_cache()
 
     def step(self) -> list[EngineOutput]:
         """Submit the next step, then take in the oldest one under way. Blocks while the device computes it."""
@@ -127,8 +127,8 @@ class EngineCore:
         stats, scheduler, waiting = self._stats, self.scheduler, self._waiting_since
         stats.running = len(scheduler.running)
         stats.waiting = len(scheduler.waiting)
-        stats.blocks_held = scheduler.pool.num_held
-        stats.blocks_cached = scheduler.pool.num_cached
+        stats.blocks_held = sum(pool.num_held for pool in scheduler.memory.pools)
+        stats.blocks_cached = sum(pool.num_cached for pool in scheduler.memory.pools)
         stats.preemptions = scheduler.num_preemptions
         stats.prefix_queried_tokens = scheduler.prefix_queried_tokens
         stats.prefix_hit_tokens = scheduler.prefix_hit_tokens

@@ -90,6 +90,9 @@ class BlockPool:
             self._by_hash[digest] = block
             self._hash_of[block] = digest
 
+    def is_published(self, block: int) -> bool:
+        return self._hash_of[block] is not None
+
     def release(self, blocks: Sequence[int]) -> None:
         """One request lets go of its block table. Its last blocks are evicted before its first ones."""
         for block in reversed(blocks):

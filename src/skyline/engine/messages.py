@@ -151,11 +151,15 @@ class StepPlan:
     step: int
     freed: list[int] = field(default_factory=list)  # slots whose request has finished, was aborted or preempted
     admitted: list[AdmittedRequest] = field(default_factory=list)
-    new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)  # (slot, block ids to append to its table)
+    # (slot, group, block ids to append to its table of that group)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    # Only where there are recurrent layers: the blocks to read each request's state from (-1: it begins) and write to.
+    state_reads: list[int] = field(default_factory=list)
+    state_writes: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

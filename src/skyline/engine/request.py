@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from skyline.engine.messages import EngineRequest, TokenLogprobs
+
+if TYPE_CHECKING:
+    from skyline.engine.kv_memory import Holding
 
 
 class Request:
@@ -14,16 +19,15 @@ class Request:
 
     __slots__ = (
         "block_hashes",
-        "blocks",
         "cached_tokens",
         "epoch",
         "finished",
+        "holding",
         "id",
         "in_flight",
         "max_tokens_total",
         "num_computed",
         "num_prompt",
-        "num_published",
         "order",
         "params",
         "prompt_logprobs",
@@ -53,9 +57,8 @@ class Request:
         self.num_computed = 0
         self.in_flight = 0
         self.slot = -1  # the runner's; -1 while waiting
-        self.blocks: list[int] = []
+        self.holding: Holding  # of memory, while it runs
         self.block_hashes: list[bytes] = []  # of the full blocks of known tokens, as far as they were needed
-        self.num_published = 0  # how many of `blocks` are in the prefix cache's hands
         self.epoch = 0  # counts preemptions, so that output of an earlier life is recognised
         self.cached_tokens = 0
         self.reported = False  # whether the first output has gone out

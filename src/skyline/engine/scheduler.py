@@ -11,12 +11,11 @@ while step k runs. A request that turns out to have ended in step k has then one
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from operator import attrgetter
 
-from skyline.engine.kv_blocks import BlockPool, block_hash, root_hash
+from skyline.engine.kv_memory import NONE, NOTHING, KVGroup, KVMemory, blocks_for_one
 from skyline.engine.messages import AdmittedRequest, EngineOutput, FinishReason, StepOutput, StepPlan
 from skyline.engine.request import Request
 
@@ -35,14 +34,21 @@ class Limits:
     max_model_len: int
     enable_prefix_caching: bool = True
     max_logit_rows: int = MAX_LOGIT_ROWS
+    groups: tuple[KVGroup, ...] = ()  # none: one that keeps everything, of num_blocks; else those of the first
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        return self.groups or (KVGroup(self.num_blocks),)
 
     def validate(self) -> None:
-        needed = -(-self.max_model_len // self.block_size)
-        if self.num_blocks < needed:
-            raise ValueError(
-                f"{self.num_blocks} KV blocks of {self.block_size} tokens cannot hold one request of max_model_len "
-                f"{self.max_model_len} tokens ({needed} blocks): give the KV cache more memory or lower max_model_len"
-            )
+        for group in self.kv_groups:
+            needed = blocks_for_one(group, self.block_size, self.max_model_len, self.max_num_batched_tokens)
+            if group.num_blocks < needed:
+                raise ValueError(
+                    f"{group.num_blocks} KV blocks of {self.block_size} tokens cannot hold one request of "
+                    f"max_model_len {self.max_model_len} tokens ({needed} blocks): give the KV cache more memory or "
+                    "lower max_model_len"
+                )
 
 
 @dataclass(slots=True)
@@ -58,21 +64,24 @@ class Scheduler:
     def __init__(self, limits: Limits, secret: bytes | None = None) -> None:
         limits.validate()
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks)
+        self.memory = KVMemory(limits.kv_groups, limits.block_size, limits.enable_prefix_caching, secret)
         self.running: list[Request] = []  # both sorted by `order`
         self.waiting: list[Request] = []
         self.num_preemptions = 0
         self.prefix_queried_tokens = 0
         self.prefix_hit_tokens = 0
-        self._secret = os.urandom(32) if secret is None else secret
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._freed_slots: list[int] = []  # told to the runner with the next plan
         self._step = 0
-        self._refused: tuple[tuple[int, int], int] | None = None  # who last found no room, and how much there was
+        self._has_state = limits.kv_groups[-1].state
+        self._refused: tuple[tuple[int, int], tuple[int, ...]] | None = (
+            None  # who last found no room, and how much there was
+        )
 
     # --- life of a request -------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
+        request.holding = NOTHING
         insort(self.waiting, request, key=_order)
 
     def finish(self, request: Request) -> None:
@@ -95,9 +104,7 @@ class Scheduler:
         insort(self.waiting, request, key=_order)
 
     def _vacate(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        request.blocks = []
-        request.num_published = 0
+        self.memory.release(request)
         self._freed_slots.append(request.slot)
         self._free_slots.append(request.slot)
         request.slot = -1
@@ -126,26 +133,24 @@ class Scheduler:
                 if count == 0:
                     position += 1
                     continue
-            missing = -(-(request.num_computed + count) // self.limits.block_size) - len(request.blocks)
-            if missing > 0:
-                while missing > self.pool.num_available:
-                    preempted = True
-                    victim = self.running[-1]
-                    self._preempt(victim)
-                    if victim is request:
-                        break
-                if request.slot < 0:
+            if self._has_state:
+                count = self.memory.whole_chunk(request, count)
+            while (grown := self.memory.grow(request, request.num_computed + count)) is None:
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
                     break
-                blocks = self.pool.allocate(missing)
-                request.blocks += blocks
-                planned.plan.new_blocks.append((request.slot, blocks))
+            if grown is None:
+                break
+            planned.plan.new_blocks += ((request.slot, group, blocks) for group, blocks in grown)
             self._append(planned, request, count, known)
             budget -= count
             position += 1
 
         while self.waiting and budget > 0 and self._free_slots and not preempted:
             request = self.waiting[0]
-            if self._refused == (request.order, self.pool.num_available):
+            if self._refused == (request.order, self.memory.available):
                 break  # nothing has changed since it did not fit
             wants_logits = request.prompt_logprobs is not None and not request.reported
             count = self._admit(planned, request, min(budget, logit_budget) if wants_logits else budget)
@@ -166,6 +171,10 @@ class Scheduler:
         plan.slots.append(request.slot)
         plan.starts.append(request.num_computed)
         plan.lengths.append(count)
+        if self._has_state:
+            read, write = self.memory.advance_state(request, request.num_computed)
+            plan.state_reads.append(read)
+            plan.state_writes.append(write)
         request.num_computed += count
         samples = request.num_computed == known
         plan.samples.append(samples)
@@ -180,21 +189,19 @@ class Scheduler:
             return 0
         assert request.in_flight == 0, "a preempted request waits until its last token is known"
         known = len(request.tokens)
-        size = self.limits.block_size
-        hits = self._cached_prefix(request)
-        self.pool.share(hits)
+        hits = 0 if request.prompt_logprobs is not None and not request.reported else self.memory.cached_prefix(request)
+        cached = hits * self.limits.block_size
         # Room for all of its known tokens is asked for, though a chunk may take less now: else it would only push
         # others out in the next step.
-        if -(-known // size) - len(hits) > self.pool.num_available:
-            self.pool.release(hits)
-            self._refused = (request.order, self.pool.num_available)
+        count = min(known - cached, budget)
+        needed = tuple(self._needed(group, known, hits) for group in self.limits.kv_groups if not group.state)
+        if not self.memory.start(request, hits, cached + count, needed):
+            self._refused = (request.order, self.memory.available)
             return 0
         del self.waiting[0]
-        cached = len(hits) * size
-        count = min(known - cached, budget)
-        request.blocks = hits + self.pool.allocate(-(-(cached + count) // size) - len(hits))
-        request.num_published = len(hits)
         request.num_computed = cached
+        if self._has_state:
+            count = self.memory.whole_chunk(request, count)
         self.prefix_queried_tokens += known
         self.prefix_hit_tokens += cached
         if request.epoch == 0:  # later it may find its own blocks again, which nobody else computed for it
@@ -212,29 +219,17 @@ class Scheduler:
                 prompt_logprobs=request.prompt_logprobs is not None and not request.reported,
             )
         )
-        planned.plan.new_blocks.append((request.slot, list(request.blocks)))
+        for group, table in enumerate(request.holding.tables):
+            blocks = [0 if block == NONE else block for block in table]  # no kernel reads those
+            planned.plan.new_blocks.append((request.slot, group, blocks))
         self._append(planned, request, count, known)
         return count
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Published blocks of the longest known prefix, leaving at least one token to compute."""
-        if not self.limits.enable_prefix_caching or (request.prompt_logprobs is not None and not request.reported):
-            return []
-        hits: list[int] = []
-        for index in range((len(request.tokens) - 1) // self.limits.block_size):
-            block = self.pool.lookup(self._block_hash(request, index))
-            if block is None:
-                break
-            hits.append(block)
-        return hits
-
-    def _block_hash(self, request: Request, index: int) -> bytes:
-        hashes = request.block_hashes
-        if index == len(hashes):
-            parent = hashes[-1] if hashes else root_hash(self._secret, request.salt)
-            size = self.limits.block_size
-            hashes.append(block_hash(parent, request.tokens[index * size : (index + 1) * size]))
-        return hashes[index]
+    def _needed(self, group: KVGroup, known: int, hits: int) -> int:
+        """Blocks for all known tokens after the first `hits` blocks, as far as they are kept at one time."""
+        limits = self.limits
+        at_once = blocks_for_one(group, limits.block_size, limits.max_model_len, limits.max_num_batched_tokens)
+        return min(-(-known // limits.block_size) - hits, at_once)
 
     # --- results -----------------------------------------------------------------------------------------------------
 
@@ -242,7 +237,6 @@ class Scheduler:
         """Take in what a step produced; the outputs are what clients have to hear."""
         plan = planned.plan
         outputs: list[EngineOutput] = []
-        size = self.limits.block_size
         for row, request in enumerate(planned.requests):
             if request.finished:
                 continue  # aborted, or ended in the step before: this was its surplus
@@ -257,12 +251,8 @@ class Scheduler:
             if plan.samples[row]:
                 request.in_flight -= 1
                 request.tokens.append(output.token_ids[row])
-            if same_life and self.limits.enable_prefix_caching:
-                full = (plan.starts[row] + plan.lengths[row]) // size
-                while request.num_published < full:
-                    index = request.num_published
-                    self.pool.publish(request.blocks[index], self._block_hash(request, index))
-                    request.num_published += 1
+            if same_life:
+                self.memory.confirm(request, plan.starts[row], plan.starts[row] + plan.lengths[row])
             if plan.samples[row]:
                 outputs.append(self._sampled(request, output, row))
         return outputs
@@ -294,17 +284,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the ownership rule over everything the scheduler knows. For tests."""
-        self.pool.check(request.blocks for request in self.running)
-        assert all(not request.blocks and request.slot < 0 for request in self.waiting)
+        self.memory.check(self.running)
+        assert all(request.holding is NOTHING and request.slot < 0 for request in self.waiting)
         slots = [request.slot for request in self.running]
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs))
         for queue in (self.running, self.waiting):
             assert [request.order for request in queue] == sorted(request.order for request in queue)
-        writers: set[int] = set()
-        for request in self.running:
-            mine = set(request.blocks[request.num_published :])
-            assert not mine & writers, "a block has two writers"
-            writers |= mine
 
 
 def _remove(queue: list[Request], request: Request) -> None:

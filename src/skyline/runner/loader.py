@@ -17,7 +17,14 @@ from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.models import create_model, destinations, ignorable, kv_caches
 from skyline.runner.grammar import GrammarCompiler
-from skyline.runner.memory import MemoryPlan, available_bytes, peak_activation_bytes, plan_memory, set_kv_dtype
+from skyline.runner.memory import (
+    MemoryPlan,
+    available_bytes,
+    group_caches,
+    peak_activation_bytes,
+    plan_memory,
+    set_kv_dtype,
+)
 from skyline.runner.model_runner import ModelRunner
 from skyline.runner.sampler import Sampler
 from skyline.runner.weight_cache import WeightCache
@@ -105,9 +112,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
     caches = kv_caches(model)
     set_kv_dtype(config, caches)
-    memory = plan_memory(config, model_config.max_position_embeddings, caches, activations, available_bytes(device))
+    groups = group_caches(caches)
+    memory = plan_memory(config, model_config.max_position_embeddings, groups, activations, available_bytes(device))
     for cache in caches:
-        cache.allocate(memory.num_blocks, config.block_size, device)
+        cache.allocate(memory.groups[cache.group].num_blocks, config.block_size, device)
 
     tokenizer_file = folder / "tokenizer.json"
     eos = frozenset(effective_eos_token_ids(model_config, load_generation_defaults(folder)))
@@ -124,15 +132,22 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         program.reserve(config.max_num_batched_tokens, limit_rows + MAX_LOGIT_ROWS)
     runner = ModelRunner(
-        program, sampler, token_ids, block_size=config.block_size, device=device, threads=config.threads
+        program,
+        sampler,
+        token_ids,
+        block_size=config.block_size,
+        device=device,
+        threads=config.threads,
+        table_groups=sum(not group.state for group in memory.groups),
     )
     limits = Limits(
-        num_blocks=memory.num_blocks,
+        num_blocks=memory.groups[0].num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=memory.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
+        groups=memory.groups,
     )
     report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
     if tunings is not None and tunings.tactics:
@@ -174,7 +189,7 @@ def _report(
         "dtype": f"{str(dtype).removeprefix('torch.')}, {weights}, {weight_bytes / 2**20:,.0f} MiB of them in memory",
         "device": f"{config.device}, {threads} threads, kernels: {', '.join(providers)}",
         "program": f"{sum(program.launches().values())} launches a step",
-        "KV cache": f"{memory.num_blocks:,} blocks of {config.block_size} tokens, {memory.kv_bytes / 2**20:,.0f} MiB",
+        "KV cache": f"{_blocks(memory, config.block_size)}, {memory.kv_bytes / 2**20:,.0f} MiB",
         "memory": f"{memory.available_bytes / 2**20:,.0f} MiB were available, "
         f"{memory.activation_bytes / 2**20:,.0f} MiB kept for activations",
         "limits": f"context {memory.max_model_len:,} tokens, {config.max_num_seqs} requests and "
@@ -183,3 +198,15 @@ def _report(
     if memory.note:
         rows["note"] = memory.note
     return rows
+
+
+def _blocks(memory: MemoryPlan, block_size: int) -> str:
+    parts = []
+    for group in memory.groups:
+        if group.state:
+            parts.append(f"{group.num_blocks:,} recurrent states")
+        elif group.window is not None and len(memory.groups) > 1:
+            parts.append(f"{group.num_blocks:,} for windows of {group.window:,}")
+        else:
+            parts.append(f"{group.num_blocks:,} blocks of {block_size} tokens")
+    return ", ".join(parts)

@@ -33,7 +33,7 @@ class _Slot:
     """What the runner keeps of a running request."""
 
     request: AdmittedRequest
-    num_blocks: int = 0  # in the slot's block table
+    num_blocks: list[int]  # in the slot's block tables, by group
 
 
 @dataclass(slots=True)
@@ -76,9 +76,11 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         threads: int | None = None,
+        table_groups: int = 1,
     ) -> None:
         """token_ids [max_num_seqs, max_model_len] int32 on the device, shared with the sampler.
 
+        table_groups: of caches that go by block tables (skyline.engine.kv_memory).
         threads: of the CPU kernels; None is one for each physical core that this process may use.
         """
         self._program = program
@@ -88,7 +90,8 @@ class ModelRunner:
         self._device = device
         self._slots: dict[int, _Slot] = {}
         max_num_seqs, max_tokens = token_ids.shape
-        self._block_tables = np.zeros((max_num_seqs, -(-max_tokens // block_size)), np.int32)
+        shape = (max_num_seqs, -(-max_tokens // block_size))
+        self._block_tables = [np.zeros(shape, np.int32) for _ in range(table_groups)]
         self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, _all_native(program)))
 
     def submit(self, plan: StepPlan) -> _Handle:
@@ -107,9 +110,10 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
-        longest = max(self._slots[slot].num_blocks for slot in plan.slots)
-        tables = self._block_tables[plan.slots, :longest]  # a copy
-        batch = AttentionBatch.build(tables, plan.starts, plan.lengths, self._block_size, self._device)
+        longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
+        tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
+        states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
+        batch = AttentionBatch.build(tables, plan.starts, plan.lengths, self._block_size, self._device, states)
         rows, at = token_positions(plan.starts, plan.lengths)
         positions = to_device(at, self._device)
         input_ids = self._token_ids[to_device(np.array(plan.slots)[rows], self._device), positions].long()
@@ -143,15 +147,17 @@ class ModelRunner:
             if self._slots.pop(slot, None) is not None:
                 self._sampler.release(slot)
         for request in plan.admitted:
-            self._slots[request.slot] = _Slot(request)
-            self._block_tables[request.slot] = 0
+            self._slots[request.slot] = _Slot(request, [0] * len(self._block_tables))
+            for table in self._block_tables:
+                table[request.slot] = 0
             tokens = np.array(request.token_ids, np.int32)
             self._token_ids[request.slot, : len(tokens)] = to_device(tokens, self._device)
             self._sampler.admit(request)
-        for slot, blocks in plan.new_blocks:
-            known = self._slots[slot].num_blocks
-            self._slots[slot].num_blocks = known + len(blocks)
-            self._block_tables[slot, known : known + len(blocks)] = blocks
+        for slot, group, blocks in plan.new_blocks:
+            counts = self._slots[slot].num_blocks
+            known = counts[group]
+            counts[group] = known + len(blocks)
+            self._block_tables[group][slot, known : known + len(blocks)] = blocks
 
     def _scores(self, slot: int, start: int) -> bool:
         """Whether a chunk from `start` on predicts tokens of a prompt whose log-probabilities are wanted."""

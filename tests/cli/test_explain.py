@@ -14,6 +14,7 @@ from skyline.kernels import NoKernelError
 from skyline.models import create_model
 from skyline.runner.explain import explain
 from skyline.runner.loader import build_program
+from tests.models.families import FAMILIES
 from tests.models.harness import save_tiny
 
 LAYERS, HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 128, 512, 4, 2, 16
@@ -126,3 +127,33 @@ def test_instruction_sets(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     assert explain(EngineConfig(model=str(tiny_checkpoint), device="cuda"))["isa"] is None
     with pytest.raises(ValueError, match="isa must be one of amx, avx512, avx2, none"):
         explain(config, isa="sse")
+
+
+@pytest.mark.parametrize(
+    "family, expected",
+    [
+        # kind, window, layers, bytes a token, bytes of a request of 256 tokens; all in float32
+        ("GptOss", [("sliding window", 6, 2, 2 * 256, 2 * 256 * 6), ("full attention", None, 1, 256, 256 * 256)]),
+        ("DeepseekV32", [("latent", None, 3, 3 * 4 * 32, 256 * 3 * 4 * 32), ("index", None, 3, 192, 256 * 192)]),
+        (
+            "Qwen3_5",
+            [
+                ("recurrent state", None, 2, 0, 2 * 4 * (3 * (2 * 2 * 8 + 4 * 12) + 4 * 8 * 12)),
+                ("full attention", None, 1, 256, 256 * 256),
+            ],
+        ),
+    ],
+)
+def test_memory_by_kind(family: str, expected: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    facts = explain(EngineConfig(model=str(tmp_path)), batch=2, context=33, prefill=17)
+    names = ("kind", "window", "layers", "bytes_per_token", "bytes_per_request")
+    assert [tuple(entry[name] for name in names) for entry in facts["memory"]] == expected
+    assert facts["kv_bytes_per_request"] == sum(entry[-1] for entry in expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_is_explained(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    facts = explain(EngineConfig(model=str(tmp_path)), batch=2, context=33, prefill=17)
+    assert 8 <= facts["launches"]["layer"] < 30 and facts["steps"]["decode"]["flops"] > 0

@@ -68,8 +68,8 @@ def packed(kernel: Kernel, arguments: list[Any]) -> list[Any]:
     """With weights as the loader makes them."""
     result = list(arguments)
     for index, layout in kernel.layouts.items():
-        assert not callable(layout)
-        result[index] = _load(layout, arguments[index])
+        assert callable(layout)
+        result[index] = _load(layout(tuple(arguments)), arguments[index])
     return result
 
 

@@ -16,6 +16,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.cpu.linear import DEFAULT, Tactic
 from skyline.kernels.cpu.packed import Format, pack, packed_layout
 from skyline.kernels.tuning import Tunings, bucket, fastest, kept, place, save
+from skyline.ops.quantized import IntegerFormat, set_integers
 from skyline.runner.loader import load_model
 from skyline.runner.tune import tune
 from tests.cli.test_commands import one_red_line, skyline
@@ -39,6 +40,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def kernel_of(op: str, format: Format, group: int) -> Any:
     weight = torch.randn(8, 128).bfloat16()
+    if group:
+        set_integers(weight, IntegerFormat(4, group))
     for kernel in candidates(op):
         if kernel.provider == native.PROVIDER:
             layout: Any = kernel.layouts[1]

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from skyline.kernels import Request, choose
-from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from skyline.kernels.cpu.packed import Format, pack, packed_layout, weight_layout
 from skyline.kernels.torch_quantized import INT4, INT8, Int4Layout
 from skyline.ops import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
+from skyline.ops.quantized import IntegerFormat, set_integers
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
-LAYOUTS = [INT8, *INT4.values(), Int4Layout(32, symmetric=False)]
+LAYOUTS = [INT8, *INT4.values()]
 
 
 def _quantized(layout: object, weight: torch.Tensor) -> QuantizedWeight:
@@ -72,13 +73,49 @@ def test_native_layouts_hold_the_same_numbers(instruction_set: str, dtype: torch
 # The choice of a kernel
 
 
-def test_the_group_decides_the_int4_layout() -> None:
-    for group in GROUPS:
-        for invariant in (False, True):
-            request = Request(linear_int4, "cpu", torch.float32, batch_invariant=invariant, int4_group=group)
-            choice = choose(request)
-            assert choice.kernel.layouts == {1: INT4[group]}
-            assert choice.kernel.provider == ("torch-invariant" if invariant else "torch")
+def test_what_was_decided_for_a_weight_is_its_layout() -> None:
+    for invariant in (False, True):
+        kernel = choose(Request(linear_int4, "cpu", torch.float32, batch_invariant=invariant)).kernel
+        assert kernel.provider == ("torch-invariant" if invariant else "torch")
+        for group in GROUPS:
+            for zeros in (False, True):
+                weight = torch.empty(2, 128)
+                set_integers(weight, IntegerFormat(4, group, zeros))
+                assert kernel.layouts[1]((None, weight)) is INT4[group, zeros]
+                native_layout = weight_layout(Format.INT4, weight)
+                assert (native_layout.group, native_layout.zeros) == (group, zeros)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("experts", [None, 3])
+def test_integers_are_taken_as_they_are(layout: Int4Layout, experts: int | None, instruction_set: str) -> None:
+    """Whatever pieces a checkpoint's integers come in, torch's and the native layouts hold just these."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (40, 136) if experts is None else (experts, 40, 136)
+    # Neither of them is what quantizing the values would give: no level is the largest of its row.
+    weight = torch.randn(shape, generator=generator)
+    found = _quantized(layout, weight)
+    tamed = QuantizedWeight(found.values.clamp(-3, 3) if found.zeros is None else found.values.clamp(2, 9),
+                            found.scales, found.zeros, found.group)  # fmt: skip
+    rows = QuantizedWeight(
+        tamed.values.flatten(0, -2),
+        tamed.scales.reshape(-1) if tamed.group is None else tamed.scales.flatten(0, -2),
+        None if tamed.zeros is None else tamed.zeros.flatten(0, -2),
+        tamed.group,
+    )
+    formats = [Format.INT4] if isinstance(layout, Int4Layout) else [Format.INT8, Format.INT8_WEIGHT_ONLY]
+    group, zeros = (layout.group, not layout.symmetric) if isinstance(layout, Int4Layout) else (0, False)
+    for target_layout in (layout, *(packed_layout(f, gated, group, zeros) for f in formats for gated in (False, True))):
+        target = target_layout.allocate(shape, torch.bfloat16)
+        count = rows.shape[0]
+        for start, stop in ((17, 33), (33, count), (0, 17)):
+            target_layout.write(target, start, rows.rows(start, stop))
+        if isinstance(target, QuantizedWeight):
+            assert torch.equal(target.dequantize(), tamed.dequantize())
+            continue
+        for expert in range(experts or 1):
+            expected = tamed.dequantize() if experts is None else tamed.dequantize()[expert]
+            assert torch.equal(target.expert(expert).dense(), expected)
 
 
 @pytest.mark.parametrize("op", [linear_int8, linear_int8_weight_only, linear_int4], ids=lambda op: op.name)

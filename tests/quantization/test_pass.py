@@ -140,7 +140,10 @@ class _Quantized(fx.Interpreter):
             return super().call_function(target, args, kwargs)
         kernel = choose(Request(target, "cpu", torch.float32)).kernel
         if kernel.layouts:
-            quantized = {index: self._weight(args[index], layout) for index, layout in kernel.layouts.items()}
+            quantized = {
+                index: self._weight(args[index], layout(args) if callable(layout) else layout)
+                for index, layout in kernel.layouts.items()
+            }
             if self.dequantize:
                 plain = ops.linear if len(quantized) == 1 else ops.moe_experts
                 dense = {index: weight.dequantize() for index, weight in quantized.items()}

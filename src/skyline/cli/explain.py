@@ -104,12 +104,22 @@ def _show(facts: dict[str, Any]) -> None:
         f"{heads['query']} query and {heads['kv']} KV heads of {facts['head_dim']}, {facts['vocab_size']:,} tokens",
         "parameters": f"{facts['parameters']:,}, {_size(facts['parameter_bytes'])} in {facts['dtype']}",
         "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
-        f"{_size(facts['kv_bytes_per_token'] * facts['max_model_len'])} for a context of {facts['max_model_len']:,}",
+        f"{_size(facts['kv_bytes_per_request'])} for a context of {facts['max_model_len']:,}",
         "launches": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
         "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():
         summary.add_row(f"[bold]{name}[/bold]", value)
     out.print(summary)
+
+    if len(facts["memory"]) > 1:
+        memory = Table(title="Memory of a request", title_justify="left")
+        for column in ("kind", "layers", "a token", f"for {facts['max_model_len']:,} tokens"):
+            memory.add_column(column, justify="left" if column == "kind" else "right")
+        for entry in facts["memory"]:
+            kind = entry["kind"] if entry["window"] is None else f"{entry['kind']} of {entry['window']:,}"
+            token, whole = _size(entry["bytes_per_token"]), _size(entry["bytes_per_request"])
+            memory.add_row(kind, str(entry["layers"]), token, whole)
+        out.print(memory)
 
     launches = facts["launches"]
     fusions = Table(title="Fusions", title_justify="left")

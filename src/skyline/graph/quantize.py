@@ -4,39 +4,71 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 
 from skyline import ops
-from skyline.quantization import SCHEMES
+from skyline.graph.capture import VALUE
+from skyline.ops import Op
+from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, set_integers
+from skyline.quantization import SCHEMES, Scheme
 
 
-def quantize_linears(graph: fx.Graph, scheme: str) -> dict[str, int]:
-    """Rewrite each `linear` and `moe_experts` to the scheme's op; the result is how often each was put in, by name.
+def quantize_linears(
+    graph: fx.Graph,
+    scheme: str | None,
+    group: int = DEFAULT_GROUP,
+    stored: Mapping[int, IntegerFormat] | None = None,
+) -> dict[str, int]:
+    """Rewrite `linear` and `moe_experts` to ops on integers; the result is how often each was put in, by name.
 
-    Arguments stay as they are: the weight is still the attribute of the model, and the kernel's layout says what
-    becomes of its rows while they are read. What only decides stays dense: routers, gates, the indexer of sparse
-    attention. Run it before the passes that fuse. Raises ValueError for a scheme that does not exist.
+    With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
+    such integers: `stored`, by the parameter's id. Arguments stay as they are: the weight is still the attribute of the
+    model, which is told what it becomes (skyline.ops.quantized.set_integers), and the kernel's layout does that while
+    its rows are read. What only decides stays dense under a scheme: routers, gates, the indexer of sparse attention.
+    Run it before the passes that fuse. Raises ValueError for a scheme that does not exist.
     """
-    if scheme not in SCHEMES:
+    if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"quantization must be one of {', '.join(SCHEMES)}, not {scheme!r}")
-    chosen = SCHEMES[scheme]
     counts: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node.target not in (ops.linear, ops.moe_experts):
             continue
-        if node.target is ops.moe_experts:
-            node.target = chosen.experts
-            counts[chosen.experts.name] += 1
+        # args: the rows, then one weight, or two of the experts.
+        weights = [value.meta[VALUE] for value in node.args[1 : 2 if node.target is ops.linear else 3]]
+        found = _from_scheme(node, SCHEMES[scheme], group) if scheme else _as_stored(node, weights, stored or {})
+        if found is None:
             continue
-        if node.target is not ops.linear:
-            continue
-        if _decides(node):
-            continue
-        op = chosen.head if any(user.op == "output" for user in node.users) else chosen.linear
-        node.target = op
-        counts[op.name] += 1
+        node.target, format = found
+        for weight in weights:
+            set_integers(weight, format)
+        counts[node.target.name] += 1
     return dict(counts)
+
+
+def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, IntegerFormat] | None:
+    if node.target is ops.moe_experts:
+        op = scheme.experts
+    elif _decides(node):
+        return None
+    else:
+        op = scheme.head if any(user.op == "output" for user in node.users) else scheme.linear
+    return op, IntegerFormat(4, group) if op in (ops.linear_int4, ops.moe_experts_int4) else IntegerFormat(8)
+
+
+def _as_stored(
+    node: fx.Node, weights: list[Any], stored: Mapping[int, IntegerFormat]
+) -> tuple[Op, IntegerFormat] | None:
+    formats = {stored.get(id(weight)) for weight in weights}
+    format = formats.pop()
+    if format is None or formats:  # of experts, both weights have to be alike
+        return None
+    experts = node.target is ops.moe_experts
+    if format.bits == 8:
+        return ops.moe_experts_int8 if experts else ops.linear_int8, format
+    return ops.moe_experts_int4 if experts else ops.linear_int4, format
 
 
 def _decides(linear: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from skyline.ops import Op
+from skyline.ops import Op, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,6 @@ class Request:
     dtype: torch.dtype  # of the activations
     batch_invariant: bool = False
     isa: str = "none"  # of the CPU, as in skyline.kernels.cpu.isa; "none" as well where no kernels could be built
-    int4_group: int = 64  # neighbours of a row that share a scale, where weights are quantized to int4
 
 
 class Layout(Protocol):
@@ -42,8 +41,11 @@ class Layout(Protocol):
         """
         ...
 
-    def write(self, target: Any, first_row: int, rows: torch.Tensor) -> None:
-        """Put rows [n, K] of the weight at first_row (counted over all experts). Any thread may call it."""
+    def write(self, target: Any, first_row: int, rows: torch.Tensor | QuantizedWeight) -> None:
+        """Put rows [n, K] of the weight at first_row (counted over all experts). Any thread may call it.
+
+        A layout of integers also takes rows that are integers already, of its own bits, group and zero points.
+        """
         ...
 
 

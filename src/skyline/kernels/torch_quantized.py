@@ -5,7 +5,8 @@ The weight is kept as skyline.ops.QuantizedWeight, quantized row by row as the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from skyline.ops import (
     moe_experts_int8,
     moe_experts_int8_weight_only,
 )
+from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import mixture
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
@@ -36,9 +38,9 @@ class Int8Layout:
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
         return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
 
-    def write(self, target: QuantizedWeight, first_row: int, rows: Tensor) -> None:
+    def write(self, target: QuantizedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Raises ValueError if a value is NaN or infinite."""
-        _write(target, first_row, quantize_int8(rows))
+        _write(target, first_row, rows if isinstance(rows, QuantizedWeight) else quantize_int8(rows))
 
 
 class Int4Layout:
@@ -55,9 +57,10 @@ class Int4Layout:
         zeros = None if self.symmetric else torch.empty_like(scales)
         return QuantizedWeight(torch.empty(shape, dtype=torch.int8), scales, zeros, self.group)
 
-    def write(self, target: QuantizedWeight, first_row: int, rows: Tensor) -> None:
+    def write(self, target: QuantizedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Raises ValueError if a value is NaN, infinite, or so large that its scale is beyond float16."""
-        _write(target, first_row, quantize_int4(rows, self.group, self.symmetric))
+        ready = rows if isinstance(rows, QuantizedWeight) else quantize_int4(rows, self.group, self.symmetric)
+        _write(target, first_row, ready)
 
 
 def _write(target: QuantizedWeight, first_row: int, rows: QuantizedWeight) -> None:
@@ -67,20 +70,21 @@ def _write(target: QuantizedWeight, first_row: int, rows: QuantizedWeight) -> No
 
 
 INT8 = Int8Layout()
-INT4 = {group: Int4Layout(group) for group in GROUPS}
+INT4 = {(group, zeros): Int4Layout(group, not zeros) for group in GROUPS for zeros in (False, True)}
 
-Check = Callable[[Request], str | None]
+
+def _int4_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
+    """Of the weight among a call's arguments, with the group and zero points that were decided for it."""
+
+    def choose(arguments: tuple[Any, ...]) -> Layout:
+        decided = integers_of(arguments[index]) or IntegerFormat(4, DEFAULT_GROUP)
+        return INT4[decided.group or DEFAULT_GROUP, decided.zeros]
+
+    return choose
 
 
 def _on_cpu(request: Request) -> str | None:
     return None if request.device == "cpu" else "quantizes in the memory of the CPU"
-
-
-def _in_groups(check: Check, group: int) -> Check:
-    def supports(request: Request) -> str | None:
-        return check(request) or (None if request.int4_group == group else f"shares a scale among {group} values")
-
-    return supports
 
 
 def _batch_dependent(request: Request) -> str | None:
@@ -115,18 +119,17 @@ def _tiled_experts(linear: Op) -> Callable[..., Tensor]:
     return run
 
 
-def _provide(linear: Op, experts: Op, layout: Layout, restrict: Callable[[Check], Check] = lambda check: check) -> None:
-    for op, tiled, layouts in (
-        (linear, _tiled(linear), {1: layout}),
-        (experts, _tiled_experts(linear), {1: layout, 2: layout}),
+def _provide(linear: Op, experts: Op, layouts: Mapping[int, Layout | Callable[[tuple[Any, ...]], Layout]]) -> None:
+    for op, tiled, wanted in (
+        (linear, _tiled(linear), {1: layouts[1]}),
+        (experts, _tiled_experts(linear), layouts),
     ):
-        register(Kernel(op.name, "torch-invariant", tiled, restrict(_batch_invariant), layouts=layouts))
-        register(Kernel(op.name, "torch", op.reference, restrict(_batch_dependent), layouts=layouts))
+        register(Kernel(op.name, "torch-invariant", tiled, _batch_invariant, layouts=wanted))
+        register(Kernel(op.name, "torch", op.reference, _batch_dependent, layouts=wanted))
 
 
 # Sums of integers are exact in any order.
 register(Kernel(linear_int8.name, "torch", linear_int8.reference, _on_cpu, layouts={1: INT8}))
 register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _on_cpu, layouts={1: INT8, 2: INT8}))
-_provide(linear_int8_weight_only, moe_experts_int8_weight_only, INT8)
-for _group, _layout in INT4.items():
-    _provide(linear_int4, moe_experts_int4, _layout, lambda check, group=_group: _in_groups(check, group))  # type: ignore[misc]
+_provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT8})
+_provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})

@@ -15,6 +15,30 @@ from skyline.ops.contract import Case, Cost, Op, randn, register
 DEFAULT_GROUP = 64
 
 
+@dataclass(frozen=True, slots=True)
+class IntegerFormat:
+    """Of what kind the integers of a weight are (QuantizedWeight).
+
+    bits 8: one scale a row. bits 4: a scale for each `group` neighbours of a row, with `zeros` also a zero point.
+    """
+
+    bits: int
+    group: int | None = None
+    zeros: bool = False
+
+
+def set_integers(parameter: Tensor, format: IntegerFormat) -> None:
+    """Decide what the values of a parameter, which still stand for themselves, become in memory."""
+    parameter.integers = format  # type: ignore[attr-defined]
+
+
+def integers_of(parameter: Any) -> IntegerFormat | None:
+    """What `set_integers` decided."""
+    found = getattr(parameter, "integers", None)
+    assert found is None or isinstance(found, IntegerFormat)
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
     """A weight of small integers and what they stand for; a kernel may keep the same numbers in another order.
@@ -169,14 +193,21 @@ class _Described(NamedTuple):
     nbytes: int
 
 
-def _cost(bytes_of: Callable[[int, int], int]) -> Callable[..., Cost]:
-    """The cost of `linear`. A plain tensor stands for a weight yet to be quantized, and counts with its bytes then."""
+def weight_bytes(weight: Any, bits: int) -> int:
+    """Of a weight [.., N, K]. A plain tensor stands for one yet to be quantized, and counts with its bytes then."""
+    if not isinstance(weight, Tensor):
+        return int(weight.nbytes)
+    rows, k = weight.numel() // weight.shape[-1], weight.shape[-1]
+    if bits == 8:
+        return int8_bytes(rows, k)
+    format = integers_of(weight) or IntegerFormat(4, DEFAULT_GROUP)
+    return int4_bytes(rows, k, format.group or DEFAULT_GROUP, format.zeros)
 
+
+def _cost(bits: int) -> Callable[..., Cost]:
     def cost(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
-        if isinstance(weight, Tensor):
-            n, k = weight.shape
-            weight = _Described((n, k), bytes_of(n, k))
-        return dense.linear_cost(x, weight, bias, silu_mul)
+        n, k = weight.shape
+        return dense.linear_cost(x, _Described((n, k), weight_bytes(weight, bits)), bias, silu_mul)
 
     return cost
 
@@ -250,14 +281,10 @@ linear_int8_weight_only = register(
     Op(
         "linear_int8_weight_only",
         _linear_int8_weight_only,
-        cost=_cost(int8_bytes),
+        cost=_cost(8),
         cases=_int8_cases,
         meta=dense.linear_meta,
     )
 )
-linear_int8 = register(
-    Op("linear_int8", _linear_int8, cost=_cost(int8_bytes), cases=_int8_cases, meta=dense.linear_meta)
-)
-linear_int4 = register(
-    Op("linear_int4", _linear_int4, cost=_cost(int4_bytes), cases=_int4_cases, meta=dense.linear_meta)
-)
+linear_int8 = register(Op("linear_int8", _linear_int8, cost=_cost(8), cases=_int8_cases, meta=dense.linear_meta))
+linear_int4 = register(Op("linear_int4", _linear_int4, cost=_cost(4), cases=_int4_cases, meta=dense.linear_meta))

@@ -63,15 +63,10 @@ def _moe_experts_int4(
     return mixture(x, gate_up, down, weights, ids, quantized.linear_int4.reference)
 
 
-def _cost(bytes_of: Callable[[int, int], int]) -> Callable[..., Cost]:
-    """The cost of `moe_experts`. A plain tensor stands for a weight yet to be quantized."""
-
+def _cost(bits: int) -> Callable[..., Cost]:
     def cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> Cost:
         pairs, (experts, n, h), i = ids.numel(), gate_up.shape, down.shape[-1]
-        expert_bytes = 0
-        for weight in (gate_up, down):
-            plain = isinstance(weight, Tensor)
-            expert_bytes += bytes_of(*weight.shape[1:]) if plain else weight.nbytes // experts
+        expert_bytes = sum(quantized.weight_bytes(weight, bits) // experts for weight in (gate_up, down))
         return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i))
 
     return cost
@@ -132,7 +127,7 @@ moe_experts_int8 = register(
     Op(
         "moe_experts_int8",
         _moe_experts_int8,
-        cost=_cost(quantized.int8_bytes),
+        cost=_cost(8),
         cases=_int8_cases,
         tolerance=_TOLERANCE,
         meta=_meta,
@@ -142,7 +137,7 @@ moe_experts_int8_weight_only = register(
     Op(
         "moe_experts_int8_weight_only",
         _moe_experts_int8_weight_only,
-        cost=_cost(quantized.int8_bytes),
+        cost=_cost(8),
         cases=_int8_cases,
         meta=_meta,
     )
@@ -151,7 +146,7 @@ moe_experts_int4 = register(
     Op(
         "moe_experts_int4",
         _moe_experts_int4,
-        cost=_cost(quantized.int4_bytes),
+        cost=_cost(4),
         cases=_int4_cases,
         tolerance=_TOLERANCE,
         meta=_meta,

@@ -19,12 +19,13 @@ from skyline.graph import Call, Program, capture
 from skyline.kernels import Choice, Request, candidates
 from skyline.kernels.cpu.isa import REQUIRES, detect
 from skyline.models import create_model, kv_caches
-from skyline.ops import OPS, AttentionBatch, Cost, Op
+from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.loader import build_program, choose_dtype
 from skyline.runner.memory import set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
+_MIXERS = ("paged_attention", "latent_attention", "gated_delta_rule")  # one in each layer
 
 
 def explain(
@@ -57,8 +58,10 @@ def explain(
     caches = kv_caches(model)
     set_kv_dtype(config, caches)
 
+    memory = _memory(caches, config.block_size, model_config.max_position_embeddings)
+
     def request(name: str) -> Request:
-        return Request(OPS[name], device_type, dtype, config.batch_invariant, isa, config.quantization_group)
+        return Request(OPS[name], device_type, dtype, config.batch_invariant, isa)
 
     steps = {
         "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),
@@ -79,6 +82,8 @@ def explain(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameter_bytes": _parameter_bytes(model),
         "kv_bytes_per_token": sum(cache.bytes_per_token() for cache in caches),
+        "memory": memory,
+        "kv_bytes_per_request": sum(entry["bytes_per_request"] for entry in memory),
         "fusions": program.fusions,
         "launches": {
             "step": len(fused),
@@ -107,6 +112,27 @@ def explain(
     }
 
 
+def _memory(caches: list[LayerCache], block_size: int, length: int) -> list[dict[str, Any]]:
+    """What the layers keep of a request, by kind; `bytes_per_request` for one of `length` tokens."""
+    kinds: dict[tuple[str, int | None], list[LayerCache]] = {}
+    for cache in caches:
+        kinds.setdefault((cache.kind, cache.window if isinstance(cache, KVCache) else None), []).append(cache)
+    found = []
+    for (kind, window), members in kinds.items():
+        token = sum(cache.bytes_per_token() for cache in members)
+        state = 0 if token else sum(cache.bytes_per_block(block_size) for cache in members)
+        found.append(
+            {
+                "kind": kind,
+                "layers": len(members),
+                "window": window,
+                "bytes_per_token": token,
+                "bytes_per_request": state or token * min(length, window or length),
+            }
+        )
+    return found
+
+
 def _launched(graph: fx.Graph) -> list[str]:
     """The op of each kernel launch of a step, in order. Views are none."""
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
@@ -114,11 +140,11 @@ def _launched(graph: fx.Graph) -> list[str]:
 
 
 def _per_layer(launched: list[str]) -> dict[str, float]:
-    """Launches by op from one attention to the next, on average: a layer's worth, whatever was fused across its border.
+    """Launches by op from one layer's attention to the next's, on average: a layer's worth, whatever was fused there.
 
     A model of one layer has no next, so that there all of its step counts.
     """
-    attention = [index for index, name in enumerate(launched) if name == "paged_attention"]
+    attention = [index for index, name in enumerate(launched) if name in _MIXERS]
     if len(attention) < 2:
         return {name: float(count) for name, count in Counter(launched).items()}
     between = Counter(launched[attention[0] : attention[-1]])

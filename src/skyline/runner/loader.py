@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from skyline.graph import Program, capture, lower, quantize_linears, run_passes
 from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.models import create_model, destinations, ignorable, kv_caches
+from skyline.ops.quantized import IntegerFormat
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import (
     MemoryPlan,
@@ -58,11 +60,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_program(config: EngineConfig, model: torch.nn.Module, dtype: torch.dtype, isa: str | None = None) -> Program:
-    """Capture, quantize, fuse, lower. `isa`: of the CPU to choose for; None is this machine's, building its kernels."""
+def build_program(
+    config: EngineConfig,
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    isa: str | None = None,
+    stored: Mapping[int, IntegerFormat] | None = None,
+) -> Program:
+    """Capture, quantize, fuse, lower.
+
+    isa: of the CPU to choose for; None is this machine's, building its kernels. stored: by a parameter's id, the integers that the checkpoint has of it, which are used unless another quantization,
+    or none, is asked for.
+    """
     graph = capture(model)
-    if config.quantization not in (None, "none"):
-        quantize_linears(graph, config.quantization)
+    if config.quantization != "none":
+        quantize_linears(graph, config.quantization, config.quantization_group, stored)
     fusions = run_passes(graph)
     if isa is None:
         isa = native.available() if config.device == "cpu" else "none"
@@ -73,7 +85,6 @@ def build_program(config: EngineConfig, model: torch.nn.Module, dtype: torch.dty
         dtype,
         batch_invariant=config.batch_invariant,
         isa=isa,
-        int4_group=config.quantization_group,
     )
     program.fusions = fusions
     return program

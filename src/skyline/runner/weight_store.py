@@ -14,6 +14,7 @@ from torch import nn
 from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
 from skyline.layers import random_values
+from skyline.ops import QuantizedWeight
 from skyline.ops.host_memory import reserve
 
 
@@ -50,17 +51,22 @@ class WeightStore:
             found |= parts
         return found
 
-    def write(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe."""
+    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight) -> None:
+        """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe.
+
+        Integers are for layouts that were made for them, by `set_integers`.
+        """
         parameter = target if id(target) in self._targets else target._base
         assert parameter is not None and id(parameter) in self._targets
         for use, memory in self._targets[id(parameter)]:
             if use.layout is None:
-                memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(source)
+                plain = source.dequantize() if isinstance(source, QuantizedWeight) else source
+                memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(plain)
                 continue
             width = parameter.shape[-1]
+            rows = source if isinstance(source, QuantizedWeight) else source.reshape(-1, width)
             try:
-                use.layout.write(memory, target.storage_offset() // width, source.reshape(-1, width))
+                use.layout.write(memory, target.storage_offset() // width, rows)
             except ValueError as error:
                 raise CheckpointError(f"{self._names[id(parameter)]}: {error}") from error
 

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.kernels.cpu.native import available, library, only, provide
-from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
-
-_GROUPS = (32, 64, 128)
+from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 
 
 class Tactic(NamedTuple):
@@ -41,17 +39,17 @@ def _tactics(format: Format) -> Callable[[int], tuple[Tactic, ...]]:
     return tactics
 
 
-def _layout(format: Format, group: int = 0) -> Callable[[tuple[Any, ...]], PackedLayout]:
+def _layout(format: Format) -> Callable[[tuple[Any, ...]], PackedLayout]:
     """The layout for a call's arguments: a weight of gate and up rows is interleaved if silu_mul is to follow."""
 
     def choose(arguments: tuple[Any, ...]) -> PackedLayout:
-        return packed_layout(format, gated=len(arguments) > 3 and bool(arguments[3]), group=group)
+        return weight_layout(format, arguments[1], gated=len(arguments) > 3 and bool(arguments[3]))
 
     return choose
 
 
-def _into(format: Format, group: int = 0) -> Callable[..., None]:
-    choose = _layout(format, group)
+def _into(format: Format) -> Callable[..., None]:
+    choose = _layout(format)
 
     def linear(
         out: Tensor,
@@ -73,13 +71,10 @@ for _op, _format, _dtypes, _why in (
     ("linear", Format.BFLOAT16, _BFLOAT16, "multiplies in bfloat16"),
     ("linear", Format.FLOAT32, _FLOAT32, "multiplies in float32"),
     ("linear_int8", Format.INT8, _FLOAT32 + _BFLOAT16, ""),
+    ("linear_int4", Format.INT4, _FLOAT32 + _BFLOAT16, ""),
     ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, _BFLOAT16, "multiplies in bfloat16"),
 ):
     provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)}, tactics=_tactics(_format))
-for _group in _GROUPS:
-    _check = only(_FLOAT32 + _BFLOAT16, "", _group)
-    _layouts = {1: _layout(Format.INT4, _group)}
-    provide("linear_int4", _into(Format.INT4, _group), _check, layouts=_layouts, tactics=_tactics(Format.INT4))
 
 
 def _embedding(out: Tensor, ids: Tensor, weight: Any) -> None:

@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.cpu.native import library, only, provide, supports
-from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, packed_layout
+from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 from skyline.kernels.registry import Request
 
 
-def _layouts(format: Format, group: int = 0) -> dict[int, PackedLayout]:
+def _layouts(format: Format) -> dict[int, Callable[[tuple[Any, ...]], PackedLayout]]:
     """By argument: of gate_up and of down."""
-    return {1: packed_layout(format, gated=True, group=group), 2: packed_layout(format, group=group)}
+    return {
+        1: lambda arguments: weight_layout(format, arguments[1], gated=True),
+        2: lambda arguments: weight_layout(format, arguments[2]),
+    }
 
 
-def _into(layouts: dict[int, PackedLayout]) -> Callable[..., None]:
+def _into(layouts: dict[int, Callable[[tuple[Any, ...]], PackedLayout]]) -> Callable[..., None]:
     def moe_experts(out: Tensor, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> None:
         if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
-            gate_up, down = pack(gate_up, layouts[1]), pack(down, layouts[2])
+            arguments = (x, gate_up, down)
+            gate_up, down = pack(gate_up, layouts[1](arguments)), pack(down, layouts[2](arguments))
         first, second = gate_up.layout, down.layout
         if (first.format, first.group, first.zeros) != (second.format, second.group, second.zeros):
             raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
@@ -30,8 +34,8 @@ def _into(layouts: dict[int, PackedLayout]) -> Callable[..., None]:
     return moe_experts
 
 
-def _provide(op: str, format: Format, check: Callable[[Request], str | None], group: int = 0) -> None:
-    layouts = _layouts(format, group)
+def _provide(op: str, format: Format, check: Callable[[Request], str | None]) -> None:
+    layouts = _layouts(format)
     provide(op, _into(layouts), check, layouts=layouts)
 
 
@@ -40,5 +44,4 @@ _provide("moe_experts", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16
 _provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
 _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
-for _group in (32, 64, 128):
-    _provide("moe_experts_int4", Format.INT4, only(_FLOAT32 + _BFLOAT16, "", _group), _group)
+_provide("moe_experts_int4", Format.INT4, supports)

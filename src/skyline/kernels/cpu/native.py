@@ -84,16 +84,14 @@ def supports(request: Request) -> str | None:
     return None
 
 
-def only(dtypes: tuple[torch.dtype, ...], why: str, group: int | None = None) -> Callable[[Request], str | None]:
-    """`supports`, and one of these dtypes, else `why`, and int4 weights with groups of that size."""
+def only(dtypes: tuple[torch.dtype, ...], why: str) -> Callable[[Request], str | None]:
+    """`supports`, and one of these dtypes, else `why`."""
 
     def check(request: Request) -> str | None:
         if (missing := supports(request)) is not None:
             return missing
         if request.dtype not in dtypes:
             return why
-        if group is not None and request.int4_group != group:
-            return f"shares a scale among {group} values"
         return None
 
     return check

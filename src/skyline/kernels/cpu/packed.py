@@ -13,6 +13,7 @@ from torch import Tensor
 from skyline.kernels.cpu.native import library
 from skyline.ops import QuantizedWeight
 from skyline.ops.host_memory import host_zeros
+from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import expert_weight
 
 PANEL = 32
@@ -80,7 +81,8 @@ class PackedLayout:
         self.gated = gated
         self.group = group
         self.zeros = zeros
-        self.name = format.name.lower() + (f" by {group}" if group else "") + (", gated" if gated else "")
+        self.name = format.name.lower() + (f" by {group}" if group else "")
+        self.name += (" with zero points" if zeros else "") + (", gated" if gated else "")
 
     def panels(self, n: int) -> int:
         return -(-(n // 2) // (PANEL // 2)) if self.gated else -(-n // PANEL)
@@ -111,20 +113,31 @@ class PackedLayout:
             sums = torch.zeros(panels * PANEL, dtype=torch.int32)
         return PackedWeight(self, tuple(shape), data, scales, sums)
 
-    def write(self, target: PackedWeight, first_row: int, rows: Tensor) -> None:
-        n = target.shape[-2]
-        while len(rows):
-            expert, row = divmod(first_row, n)
-            part = rows[: n - row]
-            if not library().pack_rows(*target.expert(expert).arguments, part.contiguous(), row):
+    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
+        n, count, done = target.shape[-2], rows.shape[0], 0
+        while done < count:
+            expert, row = divmod(first_row + done, n)
+            stop = min(count, done + n - row)
+            place = target.expert(expert).arguments
+            if isinstance(rows, QuantizedWeight):
+                part = rows.rows(done, stop)
+                library().pack_levels(*place, part.values, part.scales, part.zeros, row)
+            elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
-            first_row += len(part)
-            rows = rows[len(part) :]
+            done = stop
 
 
 def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:
     """One object a layout: layouts are compared by identity."""
     return _layout(format, gated, group, zeros)
+
+
+def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLayout:
+    """For a parameter; in int4, with the group and zero points that were decided for it."""
+    if format is not Format.INT4:
+        return packed_layout(format, gated)
+    decided = integers_of(weight) or IntegerFormat(4, DEFAULT_GROUP)
+    return packed_layout(format, gated, decided.group or DEFAULT_GROUP, decided.zeros)
 
 
 _layout = functools.cache(PackedLayout)  # tells calls apart by how they are written, hence the function above
@@ -137,7 +150,7 @@ def pack(weight: Tensor | QuantizedWeight, layout: PackedLayout) -> PackedWeight
         target = layout.allocate(tuple(weight.shape), torch.int8)
         matrices = [expert_weight(weight, e) for e in range(weight.shape[0])] if len(weight.shape) == 3 else [weight]
         for expert, matrix in enumerate(matrices):
-            library().pack_levels(*target.expert(expert).arguments, matrix.values, matrix.scales, matrix.zeros)
+            layout.write(target, expert * weight.shape[-2], matrix)
         return target
     target = layout.allocate(tuple(weight.shape), weight.dtype)
     layout.write(target, 0, weight.reshape(-1, weight.shape[-1]))

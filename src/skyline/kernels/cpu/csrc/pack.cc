@@ -258,16 +258,21 @@ bool pack_rows(PACKED_PARAMETERS, TensorView src, int64_t first_row) {
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_rows, pack_rows);
 
-// Writes a whole weight that is quantized already: values int8 [N, K], scales and zeros as in skyline.ops.QuantizedWeight.
-void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, ffi::Optional<TensorView> value_zeros) {
+// Writes rows that are quantized already to the weight from first_row on: values int8 [rows, K], scales and zeros as in
+// skyline.ops.QuantizedWeight. Any number of threads may write different rows.
+void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, ffi::Optional<TensorView> value_zeros,
+                 int64_t first_row) {
   PackedMatrix m = PACKED_MATRIX;
-  SKYLINE_CHECK(is_int8(values) && values.ndim() == 2 && values.shape()[0] == n && values.shape()[1] == k, "takes int8 [N, K]");
-  int64_t groups = m.format == Format::kInt4 ? m.padded_k() / group : 1;
-  SKYLINE_CHECK(value_scales.numel() == n * groups && value_scales.IsContiguous() && zeros == value_zeros.has_value(),
+  SKYLINE_CHECK(is_int8(values) && values.ndim() == 2 && values.shape()[1] == k && first_row >= 0 &&
+                    first_row + values.shape()[0] <= n,
+                "takes rows of int8 [N, K]");
+  int64_t count = values.shape()[0] * (m.format == Format::kInt4 ? m.padded_k() / group : 1);
+  SKYLINE_CHECK(value_scales.numel() == count && value_scales.IsContiguous() && zeros == value_zeros.has_value() &&
+                    (!zeros || ((*value_zeros).numel() == count && (*value_zeros).IsContiguous())),
                 "scales or zero points do not match the weight");
   Given given{value_scales, value_zeros};
   Packer packer(m, &given);
-  pack_all(packer, m, values, 0);
+  pack_all(packer, m, values, first_row);
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_levels, pack_levels);
 

@@ -69,8 +69,6 @@ def test_unknown_architecture_names_the_nearest_and_all(asked: str, nearest: str
     "changes, complaint",
     [
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (dict(quantization_config={"quant_method": "awq"}), "quantized (awq)"),
-        (dict(quantization_config={}), "quantized"),
     ],
 )
 def test_unsupported_features_are_refused(changes: dict[str, Any], complaint: str, llama: ModelConfig) -> None:

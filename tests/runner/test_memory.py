@@ -70,5 +70,5 @@ def test_memory_is_shared_between_groups(budget: int, longest: int) -> None:
 
 def test_too_little_memory_is_refused_with_figures() -> None:
     config = EngineConfig(model="", kv_cache_memory=1000)
-    with pytest.raises(memory.OutOfMemoryError, match="needs .* MiB of KV cache"):
+    with pytest.raises(memory.OutOfMemoryError, match=r"needs .* MiB of KV cache"):
         memory.plan_memory(config, 4096, _groups(), 0, 1 << 40)

@@ -19,12 +19,13 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from skyline import LLM, SamplingParams
+from skyline.checkpoint.cache import cache_folder
 from skyline.cli import app, console
 from skyline.engine.config import EngineConfig
 from skyline.engine.messages import EngineOutput
 from skyline.kernels.cpu import native
-from skyline.kernels.cpu.build import cache_folder
-from skyline.runner import loader, weight_cache
+from skyline.runner import weight_cache
+from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import LoadedModel, load_model
 from tests.oracle.engine import Job, run_engine
 from tests.tiny import make_tiny_checkpoint
@@ -60,12 +61,12 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From the call on, nobody opens the checkpoint's tensors."""
+    """From the call on, nobody reads the checkpoint's tensors; of their headers follows what is wanted of them."""
 
-    def opened(*_: object) -> NoReturn:
-        raise AssertionError("the checkpoint's tensors were opened")
+    def read(*_: object) -> NoReturn:
+        raise AssertionError("the checkpoint's tensors were read")
 
-    return lambda: monkeypatch.setattr(loader, "SafetensorsWeights", opened)
+    return lambda: monkeypatch.setattr(Checkpoint, "load", read)
 
 
 def start(folder: Path, cached: bool = True, **settings: Any) -> LoadedModel:

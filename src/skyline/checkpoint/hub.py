@@ -1,5 +1,7 @@
 """From what the user calls a model to a local folder: a path as it is, or a Hugging Face hub id, downloaded once.
 
+A GGUF file becomes a folder of the same form, which refers to it.
+
 Only configuration, tokenizer and safetensors files are fetched. Code of a repository is neither downloaded nor run, and
 pickle files are refused, because loading one runs whatever it contains.
 """
@@ -45,8 +47,16 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         if weights:
             refuse_pickle(folder)
         return folder.resolve()
+    if folder.suffix == ".gguf" and os.path.isfile(folder):
+        from skyline.checkpoint.gguf import materialize  # needs numpy, which no other kind of model does here
+
+        if revision is not None:
+            raise CheckpointError(f"{model} is a local file and has no revisions; leave out {revision!r}")
+        return materialize(folder)
     if os.path.isfile(folder):
-        raise CheckpointError(f"{model} is a file; pass the folder that holds config.json and *.safetensors")
+        raise CheckpointError(
+            f"{model} is a file; pass the folder that holds config.json and *.safetensors, or a .gguf file"
+        )
     repository, _, pinned = model.partition("@")
     if not _HUB_ID.fullmatch(repository) or ".." in repository or (pinned == "" and "@" in model):
         raise CheckpointError(

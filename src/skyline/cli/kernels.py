@@ -14,6 +14,7 @@ def kernels(
     """Show the CPU kernels: what this CPU supports, and whether they are built."""
     import json
 
+    from skyline.checkpoint.cache import cache_folder
     from skyline.kernels.cpu import build as builder
     from skyline.kernels.cpu import isa
 
@@ -32,10 +33,10 @@ def kernels(
     except builder.BuildError as error:
         compiler = str(error)
     if as_json:
-        typer.echo(json.dumps({"compiler": compiler, "cache": str(builder.cache_folder()), "sets": sets}))
+        typer.echo(json.dumps({"compiler": compiler, "cache": str(cache_folder()), "sets": sets}))
     else:
         typer.echo(f"compiler  {compiler}")
-        typer.echo(f"cache     {builder.cache_folder()}")
+        typer.echo(f"cache     {cache_folder()}")
         for row in sets:
             state = "built" if row["built"] else "not built" if row["supported"] else "not supported by this CPU"
             typer.echo(f"{row['isa']:<9} {state}")

@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
+from skyline.checkpoint.cache import cache_folder
 from skyline.kernels.cpu import isa, native
-from skyline.kernels.cpu.build import cache_folder, library_path
+from skyline.kernels.cpu.build import library_path
 from skyline.kernels.registry import Kernel
 
 # Numbers of rows that are measured; others use the next larger one's choice, and more rows the largest one's.

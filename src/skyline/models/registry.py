@@ -81,11 +81,6 @@ def kv_caches(model: nn.Module) -> list[LayerCache]:
 
 
 def _refuse_unsupported(config: ModelConfig, model_class: type[LlamaForCausalLM], positions: int) -> None:
-    if config.quantization_config is not None:
-        method = config.quantization_config.get("quant_method", "an unnamed method")
-        raise UnsupportedModelError(
-            f"the checkpoint is quantized ({method}), which this version cannot read; use the unquantized checkpoint"
-        )
     if config.hidden_act not in model_class.activations:
         raise UnsupportedModelError(
             f"hidden_act {config.hidden_act!r} is not supported for {config.architecture}; only "

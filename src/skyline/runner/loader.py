@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from skyline.checkpoint.config import ModelConfig, effective_eos_token_ids, load_config, load_generation_defaults
-from skyline.checkpoint.weights import SafetensorsWeights, load
 from skyline.engine.config import EngineConfig
 from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
 from skyline.kernels import tuning
 from skyline.kernels.cpu import native
-from skyline.models import create_model, destinations, ignorable, kv_caches
+from skyline.models import create_model, kv_caches
 from skyline.ops.quantized import IntegerFormat
+from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import (
     MemoryPlan,
@@ -69,8 +69,8 @@ def build_program(
 ) -> Program:
     """Capture, quantize, fuse, lower.
 
-    isa: of the CPU to choose for; None is this machine's, building its kernels. stored: by a parameter's id, the integers that the checkpoint has of it, which are used unless another quantization,
-    or none, is asked for.
+    isa: of the CPU to choose for; None is this machine's, building its kernels. stored: by a parameter's id, the
+    integers that the checkpoint has of it, which are used unless another quantization, or none, is asked for.
     """
     graph = capture(model)
     if config.quantization != "none":
@@ -101,7 +101,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     dtype = choose_dtype(config, model_config)
     began = time.perf_counter()
     model = create_model(model_config, dtype, device, config.max_model_len, allocate=False)
-    program = build_program(config, model, dtype)
+    checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, model_config)
+    program = build_program(config, model, dtype, stored=checkpoint.integers(model) if checkpoint else None)
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -110,11 +111,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         _, tunings = tuning.kept(config.threads)
         program.tune(tunings)
     store = WeightStore(model, program, device)
-    if config.load_format == "dummy":
+    if checkpoint is None:
         store.randomize(model, config.seed)
         source = "random weights"
     else:
-        source = _read_weights(config, model, store, dtype)
+        with checkpoint:
+            source = _read_weights(config, model, checkpoint, store, dtype)
     load_seconds = time.perf_counter() - began
 
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -167,13 +169,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
 
 
-def _read_weights(config: EngineConfig, model: torch.nn.Module, store: WeightStore, dtype: torch.dtype) -> str:
+def _read_weights(
+    config: EngineConfig, model: torch.nn.Module, checkpoint: Checkpoint, store: WeightStore, dtype: torch.dtype
+) -> str:
     """Fill the store, and say from where."""
     cache = WeightCache(config, dtype, native.available(), store.tensors()) if config.weight_cache else None
     if cache is not None and cache.read():
         return f"{cache.nbytes / 2**20:,.0f} MiB from the weight cache"
-    with SafetensorsWeights(Path(config.model)) as weights:
-        read = load(weights, destinations(model), ignore=ignorable(model), write=store.write)
+    read = checkpoint.load(model, store.write)
     source = f"{read.bytes / 2**20:,.0f} MiB"
     if cache is not None and cache.write():
         source += f", {cache.nbytes / 2**20:,.0f} MiB written to the weight cache"

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from skyline.checkpoint.cache import cache_folder
 from skyline.checkpoint.safetensors_weights import DTYPES, INDEX_FILE
 from skyline.engine.config import EngineConfig
-from skyline.kernels.cpu.build import cache_folder, library_path
+from skyline.kernels.cpu.build import library_path
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ CHECKSUMS = "crc32"  # 4.4 GB/s in two threads here, where blake2b does 1.5 and 
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Folders of Python sources that say which values of a checkpoint go where, and as what.
-_SOURCES = ("kernels", "layers", "models", "quantization")
+_SOURCES = ("checkpoint/gguf", "kernels", "layers", "models", "quantization")
 
 _Move = Callable[[memoryview, int], int]  # some memory and its place in the file -> how many bytes were moved
 
@@ -144,7 +145,7 @@ def describe(config: EngineConfig, dtype: torch.dtype, isa: str, entries: dict[s
     tensors: names, shapes and dtypes, which vary with whatever option makes a program choose other kernels.
     """
     folder = Path(config.model)
-    names = sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX_FILE)])
+    names = sorted([*folder.glob("*.safetensors"), *folder.glob(INDEX_FILE), *folder.glob("*.gguf")])
     files = [path.resolve() for path in names if path.is_file()]  # reading the checkpoint is what complains of others
     package = Path(__file__).parents[1]
     sources = [path.read_bytes() for name in _SOURCES for path in sorted((package / name).rglob("*.py"))]

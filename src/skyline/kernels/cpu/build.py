@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from skyline.checkpoint.cache import cache_folder
 from skyline.kernels.cpu import isa as instruction_sets
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -37,14 +38,6 @@ _FLAGS = (
 
 class BuildError(RuntimeError):
     """The kernels cannot be built or loaded here; the message says why, in one line."""
-
-
-def cache_folder() -> Path:
-    """SKYLINE_CACHE, else the user's cache folder."""
-    base = os.environ.get("SKYLINE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyline"
 
 
 @functools.cache

@@ -17,8 +17,9 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
+from skyline.checkpoint.cache import cache_folder
 from skyline.kernels.cpu import native
-from skyline.kernels.cpu.build import cache_folder, library_path
+from skyline.kernels.cpu.build import library_path
 from skyline.kernels.cpu.isa import cpu_model
 from skyline.kernels.cpu.packed import Format
 from skyline.kernels.registry import Request, choose

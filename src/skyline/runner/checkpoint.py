@@ -1,0 +1,145 @@
+"""A checkpoint's weights by the names that a model knows them by: plain or quantized, in one file format or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from skyline.checkpoint.config import ModelConfig
+from skyline.checkpoint.gguf import WEIGHTS_FILE
+from skyline.checkpoint.weights import Derived, Destination, LoadReport, SafetensorsWeights, Weights, load
+from skyline.models import destinations, ignorable
+from skyline.ops import QuantizedWeight
+from skyline.ops.quantized import IntegerFormat, integers_of
+from skyline.quantization.formats import Stored, detect
+from skyline.quantization.formats.gguf import GGUFWeights
+
+# Where checkpoints that also see keep the language model, and what it is called in one that does not.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_SIGHT = ("model.visual.*", "visual.*", "*vision_tower.*", "*multi_modal_projector.*")
+
+
+class Checkpoint:
+    """Opens a folder's weights; nothing but headers is read. Use as a context manager.
+
+    method: how the weights are quantized, for people; "" where they are not.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        """Raises CheckpointError if a file is damaged or a format unknown."""
+        self.method = ""
+        self._stored: dict[str, Stored] = {}
+        self._consumed: set[str] = set()
+        source: Any
+        if (folder / WEIGHTS_FILE).exists():
+            source = GGUFWeights(folder)
+            self.method, self._stored = "GGUF", source.stored
+        else:
+            source = SafetensorsWeights(folder)
+            found = detect(config.quantization_config, source)
+            if found is not None:
+                self.method, self._consumed = found.method, set(found.consumed)
+                self._stored = {_renamed(name): stored for name, stored in found.stored.items()}
+        self._source = source
+        self._weights = _Renamed(source)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._source, SafetensorsWeights):
+            self._source.close()
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many weights there are of each format, by its description."""
+        counts: dict[str, int] = {}
+        for stored in self._stored.values():
+            counts[stored.format] = counts.get(stored.format, 0) + 1
+        return counts
+
+    def integers(self, model: nn.Module) -> dict[int, IntegerFormat]:
+        """By parameter's id, the integers that all of its rows are stored as."""
+        found: dict[int, set[IntegerFormat | None]] = {}
+        for name, place in destinations(model).items():
+            stored = self._stored.get(name)
+            format = stored.integers if stored is not None and place.transform is None else None
+            for tensor in (place.tensor, *place.others):
+                found.setdefault(id(_whole(tensor)), set()).add(format)
+        return {key: format for key, (format, *more) in found.items() if format is not None and not more}
+
+    def load(self, model: nn.Module, write: Callable[[torch.Tensor, Any], None]) -> LoadReport:
+        """Hand every weight to `write(part of a parameter, rows)`; rows may be a QuantizedWeight, see WeightStore."""
+        places = destinations(model)
+        derived = {name: _AsWanted(stored, places.get(name)) for name, stored in self._stored.items()}
+        return load(
+            self._weights,
+            places,
+            ignore=[*ignorable(model), *_SIGHT, *map(_escaped, map(_renamed, self._consumed))],
+            write=write,
+            derived=derived,
+        )
+
+
+class _AsWanted(Derived):
+    """Rows of a stored weight as its parameter takes them: integers where those are what it becomes, else floats."""
+
+    def __init__(self, stored: Stored, place: Destination | None) -> None:
+        self._stored = stored
+        decided = None if place is None or place.transform is not None else integers_of(_whole(place.tensor))
+        self._as_integers = decided is not None and decided == stored.integers
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._stored.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]
+        return self._stored.levels(start, stop) if self._as_integers else self._stored.read(start, stop)
+
+
+class _Renamed:
+    """Weights under the names of a checkpoint that is only a language model."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self.folder = weights.folder
+        self._names: Mapping[str, str] = {_renamed(name): name for name in weights}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(self._names[name])
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._weights.get(self._names[name])
+
+
+def _renamed(name: str) -> str:
+    for prefix, plain in _PREFIXES.items():
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
+
+
+def _whole(view: torch.Tensor) -> torch.Tensor:
+    return view if view._base is None else view._base
+
+
+def _escaped(name: str) -> str:
+    """A name as an fnmatch pattern for itself."""
+    return name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")

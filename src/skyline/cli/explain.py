@@ -111,6 +111,14 @@ def _show(facts: dict[str, Any]) -> None:
         summary.add_row(f"[bold]{name}[/bold]", value)
     out.print(summary)
 
+    if facts["stored"] is not None:
+        stored = Table(title=f"Stored weights: {facts['stored']['method']}", title_justify="left")
+        for column in ("format", "weights", "in memory"):
+            stored.add_column(column, justify="right" if column == "weights" else "left")
+        for entry in facts["stored"]["weights"]:
+            stored.add_row(entry["format"], str(entry["weights"]), entry["becomes"])
+        out.print(stored)
+
     if len(facts["memory"]) > 1:
         memory = Table(title="Memory of a request", title_justify="left")
         for column in ("kind", "layers", "a token", f"for {facts['max_model_len']:,} tokens"):

@@ -12,10 +12,14 @@ from skyline.layers.linear import Linear
 from skyline.ops.router import Scoring
 
 
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
 class MoE(nn.Module):
     """Each token goes through the `top_k` experts its router likes best. x [T, hidden] -> [T, hidden].
 
-    `renormalize`: the chosen experts' weights sum to one, rather than to their share of the softmax over all.
+    `renormalize`: the chosen experts' weights sum to one, rather than to their share of the softmax over all. `names`:
+    see Experts.
     """
 
     def __init__(
@@ -26,12 +30,13 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         renormalize: bool,
+        names: tuple[str, str, str] = EXPERT_NAMES,
     ) -> None:
         super().__init__()
         self.top_k = top_k
         self.renormalize = renormalize
         self.gate = Linear(context, hidden_size, num_experts)
-        self.experts = Experts(context, hidden_size, intermediate_size, num_experts)
+        self.experts = Experts(context, hidden_size, intermediate_size, num_experts, names)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = ops.topk_router(self.gate(x), self.top_k, self.renormalize)
@@ -85,7 +90,7 @@ class Experts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         num_experts: int,
-        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        names: tuple[str, str, str] = EXPERT_NAMES,
     ) -> None:
         super().__init__()
         self.names = names

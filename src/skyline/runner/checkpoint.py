@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,26 @@ class Checkpoint:
         if isinstance(self._source, SafetensorsWeights):
             self._source.close()
 
-    @property
-    def formats(self) -> dict[str, int]:
-        """How many weights there are of each format, by its description."""
-        counts: dict[str, int] = {}
-        for stored in self._stored.values():
-            counts[stored.format] = counts.get(stored.format, 0) + 1
-        return counts
+    def report(self, model: nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
+        """What becomes of the stored weights in memory, once that is decided: format, count, and `becomes`, for people.
+
+        Plain weights are not listed.
+        """
+        places = destinations(model)
+        name_of = str(dtype).removeprefix("torch.")
+        counts: Counter[tuple[str, str]] = Counter()
+        for name, stored in self._stored.items():
+            if name not in places:
+                continue
+            decided = integers_of(_whole(places[name].tensor))
+            if decided is None:
+                becomes = f"{name_of}, exactly" if stored.exact or dtype == torch.float32 else f"{name_of}, rounded"
+            elif decided == stored.integers and places[name].transform is None:
+                becomes = f"{_described(decided)}, as stored"
+            else:
+                becomes = f"{_described(decided)}, quantized again"
+            counts[stored.format, becomes] += 1
+        return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
     def integers(self, model: nn.Module) -> dict[int, IntegerFormat]:
         """By parameter's id, the integers that all of its rows are stored as."""
@@ -134,6 +148,11 @@ def _renamed(name: str) -> str:
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)
     return name
+
+
+def _described(format: IntegerFormat) -> str:
+    group = "" if format.group is None else f" in groups of {format.group}"
+    return f"int{format.bits}{group}{' with zero points' if format.zeros else ''}"
 
 
 def _whole(view: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from skyline.checkpoint import load_config
+from skyline.checkpoint import CheckpointError, ModelConfig, load_config
 from skyline.engine.config import EngineConfig
 from skyline.graph import Call, Program, capture
 from skyline.kernels import Choice, Request, candidates
@@ -21,6 +21,7 @@ from skyline.kernels.cpu.isa import REQUIRES, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
+from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program, choose_dtype
 from skyline.runner.memory import set_kv_dtype
 
@@ -52,7 +53,8 @@ def explain(
         raise ValueError(f"{longest} tokens exceed the model's context of {model_config.max_position_embeddings}")
     model = create_model(model_config, dtype, "meta")
     unfused = _launched(capture(model))
-    program = build_program(config, model, dtype, isa)
+    checkpoint = _open(Path(config.model), model_config)
+    program = build_program(config, model, dtype, isa, checkpoint.integers(model) if checkpoint else None)
     fused = [call.op.name for call in program.calls if not call.is_view]
     launches, per_layer = Counter(fused), _per_layer(fused)
     caches = kv_caches(model)
@@ -84,6 +86,9 @@ def explain(
         "kv_bytes_per_token": sum(cache.bytes_per_token() for cache in caches),
         "memory": memory,
         "kv_bytes_per_request": sum(entry["bytes_per_request"] for entry in memory),
+        "stored": None
+        if checkpoint is None or not checkpoint.method
+        else {"method": checkpoint.method, "weights": checkpoint.report(model, dtype)},
         "fusions": program.fusions,
         "launches": {
             "step": len(fused),
@@ -110,6 +115,16 @@ def explain(
             if launches[name]  # views are in no step's work
         ],
     }
+
+
+def _open(folder: Path, config: ModelConfig) -> Checkpoint | None:
+    """The weights, if they are there: a configuration alone is enough to explain a model that is not quantized."""
+    there = any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))
+    if not there and config.quantization_config is not None:
+        raise CheckpointError(
+            f"{folder} holds no weights, and only their names tell which are quantized; download the whole checkpoint"
+        )
+    return Checkpoint(folder, config) if there else None
 
 
 def _memory(caches: list[LayerCache], block_size: int, length: int) -> list[dict[str, Any]]:

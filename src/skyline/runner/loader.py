@@ -163,6 +163,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
         groups=memory.groups,
     )
     report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
+    if checkpoint is not None and checkpoint.method:
+        parts = [f"{e['weights']} {e['format']} -> {e['becomes']}" for e in checkpoint.report(model, dtype)]
+        report["stored"] = f"{checkpoint.method}: {'; '.join(parts)}"
     if tunings is not None and tunings.tactics:
         report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"

@@ -43,6 +43,7 @@ LAUNCHES = {
     "Glm4Moe": (46, 35),
     "GptOss": (37, 29),
     "MiniMaxM2": (43, 38),
+    "Mixtral": (40, 32),
     "Qwen3Next": (63, 60),
     "Qwen3_5": (45, 42),
     "Qwen3_5Moe": (63, 60),

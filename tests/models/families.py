@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2,
         rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
     ),
+    "Mixtral": dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=6),
     "Qwen3Next": _DELTA_MOE,
     "Qwen3_5": _DELTA,
     "Qwen3_5Moe": _DELTA_MOE,

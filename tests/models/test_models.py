@@ -55,7 +55,13 @@ def test_every_registered_model_resolves(llama: ModelConfig) -> None:
 
 @pytest.mark.parametrize(
     "asked, nearest",
-    [("Qwen2MoeForCausalLM", "Qwen"), ("MixtralForCausalLM", "Mistral"), ("T5", ""), ("LlamaModel", "Llama"), ("", "")],
+    [
+        ("Qwen2MoeForCausalLM", "Qwen"),
+        ("Ministral3ForCausalLM", "Mistral"),
+        ("T5", ""),
+        ("LlamaModel", "Llama"),
+        ("", ""),
+    ],
 )
 def test_unknown_architecture_names_the_nearest_and_all(asked: str, nearest: str, llama: ModelConfig) -> None:
     with pytest.raises(UnsupportedModelError) as error:

@@ -90,6 +90,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5 tied": ("Qwen3_5", dict(**FAMILIES["Qwen3_5"], tie_word_embeddings=True)),
     "qwen3_5_moe": ("Qwen3_5Moe", FAMILIES["Qwen3_5Moe"]),
     "minimax_m2": ("MiniMaxM2", FAMILIES["MiniMaxM2"]),
+    "mixtral": ("Mixtral", FAMILIES["Mixtral"]),
     "glm4_moe": ("Glm4Moe", FAMILIES["Glm4Moe"]),
     "glm4_moe biases, qk_norm": ("Glm4Moe", dict(**FAMILIES["Glm4Moe"], use_qk_norm=True, attention_bias=True)),
     "gemma3": ("Gemma3", FAMILIES["Gemma3"]),

@@ -24,6 +24,7 @@ MODELS: dict[str, str] = {
     "LlamaForCausalLM": "skyline.models.llama:LlamaForCausalLM",
     "MiniMaxM2ForCausalLM": "skyline.models.minimax_m2:MiniMaxM2ForCausalLM",
     "MistralForCausalLM": "skyline.models.mistral:MistralForCausalLM",
+    "MixtralForCausalLM": "skyline.models.mixtral:MixtralForCausalLM",
     "Qwen2ForCausalLM": "skyline.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "skyline.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "skyline.models.qwen3_moe:Qwen3MoeForCausalLM",

@@ -7,7 +7,7 @@ import pytest
 
 from skyline.frontend.parsers import (
     ContentDelta,
-    OutputParser,
+    JsonCall,
     ParsedMessage,
     ReasoningDelta,
     ReasoningFormat,
@@ -15,6 +15,7 @@ from skyline.frontend.parsers import (
     ToolCallInvalid,
     ToolCallStart,
     ToolFormat,
+    make_parser,
     parse_whole,
 )
 from tests.frontend.parsing import HERMES, LLAMA, QWEN, R1, call, numbered_ids, run, whole
@@ -48,7 +49,7 @@ def test_reasoning(text, format, reasoning, content):
 
 
 def test_reasoning_is_streamed():
-    parser = OutputParser(QWEN, None)
+    parser = make_parser(QWEN, None)
     assert parser.push("<think>\n") == []
     assert parser.push("one ") == [ReasoningDelta("one")]
     assert parser.push("two</th") == [ReasoningDelta(" two")]
@@ -154,7 +155,7 @@ def test_unknown_function_is_content():
 
 
 def test_arguments_are_streamed_as_they_come():
-    parser = OutputParser(None, HERMES, new_call_id=numbered_ids())
+    parser = make_parser(None, HERMES, new_call_id=numbered_ids())
     assert parser.push("Ok <tool_") == [ContentDelta("Ok")]
     assert parser.push('call>\n{"name": "f') == []
     assert parser.push('", "arguments": ') == []
@@ -165,7 +166,7 @@ def test_arguments_are_streamed_as_they_come():
 
 
 def test_arguments_before_the_name_wait_for_it():
-    parser = OutputParser(None, HERMES, new_call_id=numbered_ids())
+    parser = make_parser(None, HERMES, new_call_id=numbered_ids())
     assert parser.push('<tool_call>{"arguments": {"a": 1}, "name": "f') == []
     assert parser.push('"') == [ToolCallStart(0, "call_0", "f"), ToolCallArguments(0, '{"a": 1}')]
 
@@ -191,7 +192,7 @@ def test_default_call_ids():
 
 
 def test_a_format_of_ones_own():
-    tools = ToolFormat("fenced", start="", bare=True, name_key="tool", arguments_keys=("args",))
+    tools = ToolFormat("fenced", start="", body=JsonCall(name_key="tool", arguments_keys=("args",)), bare=True)
     assert whole('{"tool": "f", "args": {"a": 1}}', None, tools).tool_calls == [call("f", '{"a": 1}')]
     assert whole("text {", None, tools).content == "text {"
     with pytest.raises(ValueError, match="bare"):

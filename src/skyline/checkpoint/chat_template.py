@@ -6,6 +6,7 @@ settings and variables, in a sandbox that bounds time and memory.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,12 +138,26 @@ def load_chat_template(tokenizer: Tokenizer, source: str | None = None) -> ChatT
         raise CheckpointError(f"{tokenizer.path.parent}: {error}") from error
 
 
+class _Arguments(dict[str, Any]):
+    """A call's arguments: most templates write the object with `tojson`, DeepSeek's add it as text to other text."""
+
+    def __add__(self, after: str) -> str:
+        return json.dumps(self, ensure_ascii=False) + after
+
+    def __radd__(self, before: str) -> str:
+        return before + json.dumps(self, ensure_ascii=False)
+
+
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ChatTemplateError(f"each message must be an object, not {type(message).__name__}")
     plain: dict[str, Any] = _plain(message)
     if isinstance(plain.get("content"), list):
         plain["content"] = "\n".join(map(_text_of_part, plain["content"]))
+    for call in plain.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            function["arguments"] = _Arguments(function["arguments"])
     # As in transformers: templates read a message's reasoning under one of two names, clients use three.
     reasoning = next((plain[key] for key in _REASONING_FIELDS if plain.get(key) is not None), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -16,7 +17,14 @@ from skyline.engine.messages import TokenLogprobs
 from skyline.engine.sampling_params import SamplingParams
 from skyline.frontend.async_llm import AsyncLLM, Generation, Update
 from skyline.frontend.errors import InvalidRequestError
-from skyline.frontend.parsers import OutputParser, ReasoningFormat, ToolFormat
+from skyline.frontend.parsers import (
+    Parser,
+    ReasoningFormat,
+    ToolFormat,
+    forced_header,
+    make_parser,
+    random_call_id,
+)
 from skyline.server.chat_choice import ChoiceState, MessageBuilder
 from skyline.server.errors import invalid
 from skyline.server.logprobs import chat_logprobs, prompt_logprobs
@@ -37,7 +45,7 @@ from skyline.server.responses import (
 from skyline.server.sampling import sampling_params
 from skyline.server.service import Service
 from skyline.server.stream import EventStream, updates
-from skyline.server.tools import CallListParser, NamedCallParser, Parser, forced_grammar
+from skyline.server.tools import CallListParser, NamedCallParser, forced_grammar
 
 # A template may take its two seconds of processor time; conversations this long are rendered in a thread.
 _LONG_CONVERSATION_CHARS = 10_000
@@ -71,14 +79,16 @@ class _Chat:
         return self.service.reasoning.after_prompt(self.prompt)
 
     def _parser(self, reasoning: ReasoningFormat | None) -> Parser | None:
+        new_call_id = functools.partial(random_call_id, self.service.tools)
         if isinstance(self.forced, NamedTool):
-            return NamedCallParser(self.forced.function.name)
+            return NamedCallParser(self.forced.function.name, new_call_id)
         if self.forced is not None:
-            return CallListParser()
+            return CallListParser(new_call_id)
         tools = active_tools(self.service, self.body)
         if reasoning is None and tools is None:
             return None
-        return OutputParser(reasoning, tools, [tool.function.name for tool in self.body.tools or []])
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in self.body.tools or []}
+        return make_parser(reasoning, tools, schemas.keys(), schemas=schemas, prompt=self.prompt)
 
     def updates(self) -> AsyncGenerator[Update, None]:
         return updates(self.service, [self.generation], self.params.n, self.arrived)
@@ -104,9 +114,11 @@ async def chat_completion(service: Service, request: Request, body: ChatRequest)
         continue_final_message=body.continue_final_message,
         kwargs=_template_kwargs(llm, body),
     )
+    forced = body.tool_choice if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required" else None
+    if forced is not None or body.grammar() is not None:
+        prompt += forced_header(prompt, forced.function.name if isinstance(forced, NamedTool) else None)
     prompt_ids = await llm.tokenize(prompt, add_special_tokens=bool(body.add_special_tokens))
     llm.check_prompt(prompt_ids)
-    forced = body.tool_choice if isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required" else None
     params = _params(service, llm, body, forced)
     service.charge([len(prompt_ids)], params)
     params = await prepare(llm, body, params)
@@ -190,21 +202,23 @@ def _params(service: Service, llm: AsyncLLM, body: ChatRequest, forced: NamedToo
             f"or leave out tools or {body.grammar_field()}",
             "tool_choice",
         )
-    # Where a marker is a special token, the parser must see it.
-    special = llm.tokenizer.special_token_ids
-    tools = active_tools(service, body)
-    markers = [] if tools is None else [tools.start, tools.end]
-    if service.reasoning is not None:
-        markers += [service.reasoning.start, service.reasoning.end]
-    return sampling_params(
+    params = sampling_params(
         body,
         llm.generation_defaults,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         grammar=grammar,
-        skip_special_tokens=not any(llm.tokenizer.token_id(marker) in special for marker in markers if marker),
     )
+    # Where a marker is a special token, the parser must see it, and takes it away.
+    formats = [format for format in (service.reasoning, active_tools(service, body)) if format is not None]
+    ids = {llm.tokenizer.token_id(marker) for format in formats for marker in format.markers}
+    if not llm.tokenizer.special_token_ids.isdisjoint(ids):
+        params.skip_special_tokens = False
+    if service.tools is not None and not params.ignore_eos:
+        stops = map(llm.tokenizer.token_id, service.tools.stop_tokens)
+        params.stop_token_ids = [*params.stop_token_ids, *(token for token in stops if token is not None)]
+    return params
 
 
 async def prepare(llm: AsyncLLM, body: GenerationRequest, params: SamplingParams) -> SamplingParams:
@@ -242,7 +256,7 @@ async def _whole(chat: _Chat) -> ChatCompletion:
         cached = max(cached, update.cached_tokens or 0)
         prompt_entries = prompt_entries or update.prompt_logprobs
         if update.finish_reason is not None:
-            state.note_stop(update, chat.params)
+            state.note_stop(update, chat.body.stop_token_ids or [])
     choices = [
         builder.choice(index, state, chat.llm.tokenizer, bool(chat.body.logprobs))
         for index, (builder, state) in enumerate(zip(builders, states, strict=True))
@@ -272,7 +286,7 @@ async def _stream(chat: _Chat) -> AsyncGenerator[bytes, None]:
         choice.index, choice.delta = update.index, delta
         choice.logprobs = chat_logprobs(chat.llm.tokenizer, update.logprobs or []) if with_logprobs else None
         if finished:
-            state.note_stop(update, chat.params)
+            state.note_stop(update, chat.body.stop_token_ids or [])
         choice.finish_reason, choice.stop_reason = state.finish_reason, state.stop_reason
         if continuous:
             chunk.usage = chat.usage(states, cached)

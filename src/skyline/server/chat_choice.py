@@ -8,11 +8,11 @@ from msgspec import UNSET, UnsetType
 
 from skyline.checkpoint import Tokenizer
 from skyline.engine.messages import TokenLogprobs
-from skyline.engine.sampling_params import SamplingParams
 from skyline.frontend.async_llm import Update
 from skyline.frontend.parsers import (
     ContentDelta,
     Event,
+    Parser,
     ReasoningDelta,
     ToolCallArguments,
     ToolCallInvalid,
@@ -30,7 +30,6 @@ from skyline.server.responses import (
     ToolCall,
     ToolCallDelta,
 )
-from skyline.server.tools import Parser
 
 
 class ChoiceState:
@@ -79,10 +78,10 @@ class ChoiceState:
             self.finish_reason = "tool_calls" if called else update.finish_reason
         return delta
 
-    def note_stop(self, update: Update, params: SamplingParams) -> None:
+    def note_stop(self, update: Update, stop_token_ids: Sequence[int]) -> None:
         """Say what ended the choice, if it is something that the request named (and not EOS)."""
         reason = update.stop_reason
-        if isinstance(reason, str) or (reason is not None and reason in params.stop_token_ids):
+        if isinstance(reason, str) or (reason is not None and reason in stop_token_ids):
             self.stop_reason = reason
 
     def _count_reasoning(self, token_ids: Sequence[int]) -> None:

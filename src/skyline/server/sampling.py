@@ -19,7 +19,6 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     grammar: GrammarSpec | None,
-    skip_special_tokens: bool = True,
 ) -> SamplingParams:
     """What the request sets goes first, then what generation_config.json recommends, then SamplingParams' defaults."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
@@ -34,7 +33,7 @@ def sampling_params(
         stop_token_ids=body.stop_token_ids or [],
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
-        skip_special_tokens=skip_special_tokens if body.skip_special_tokens is None else body.skip_special_tokens,
+        skip_special_tokens=body.skip_special_tokens is not False,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         allowed_token_ids=body.allowed_token_ids,
         bad_words=body.bad_words or [],

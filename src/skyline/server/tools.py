@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from skyline.engine.sampling_params import GrammarSpec
 from skyline.frontend.parsers import Event, ToolCallArguments, ToolCallStart
-from skyline.frontend.parsers.output import random_call_id
 from skyline.server.messages import FunctionSpec, NamedTool, Tool
 
 MAX_FORCED_CALLS = 32  # without a bound, a model may go on calling until its context is full
-
-
-class Parser(Protocol):
-    """Splits a choice's text into events; `OutputParser` or one of the two below."""
-
-    def push(self, text: str) -> list[Event]: ...
-
-    def finish(self) -> list[Event]: ...
 
 
 def forced_grammar(tools: Sequence[Tool], choice: NamedTool | str, parallel: bool) -> GrammarSpec:
@@ -76,15 +67,16 @@ def _renamed(value: Any, number: int) -> Any:
 class NamedCallParser:
     """The whole text is the arguments of one call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, new_call_id: Callable[[], str]) -> None:
         self._name = name
+        self._new_call_id = new_call_id
         self._begun = False
 
     def push(self, text: str) -> list[Event]:
         events: list[Event] = []
         if text and not self._begun:
             self._begun = True
-            events.append(ToolCallStart(0, random_call_id(), self._name))
+            events.append(ToolCallStart(0, self._new_call_id(), self._name))
         if text:
             events.append(ToolCallArguments(0, text))
         return events
@@ -96,7 +88,8 @@ class NamedCallParser:
 class CallListParser:
     """The text is the list that `forced_grammar` asks for. A call is reported when its object is complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_call_id: Callable[[], str]) -> None:
+        self._new_call_id = new_call_id
         self._object: list[str] = []
         self._depth = 0
         self._in_string = False
@@ -137,4 +130,4 @@ class CallListParser:
             return []
         index = self._count
         self._count += 1
-        return [ToolCallStart(index, random_call_id(), name), ToolCallArguments(index, arguments)]
+        return [ToolCallStart(index, self._new_call_id(), name), ToolCallArguments(index, arguments)]

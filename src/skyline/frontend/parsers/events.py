@@ -26,7 +26,7 @@ class ToolCallStart(msgspec.Struct, frozen=True):
 
 
 class ToolCallArguments(msgspec.Struct, frozen=True):
-    """More of the JSON text of call `index`'s arguments, as the model wrote it."""
+    """More of the JSON text of call `index`'s arguments, as the model wrote it if it wrote JSON."""
 
     index: int
     text: str

@@ -6,10 +6,10 @@ import json
 import re
 from enum import Enum, auto
 
-MAX_DEPTH = 256  # deeper nesting counts as broken: readers of the result recurse
-WHITESPACE = " \t\n\r"
+from skyline.frontend.parsers.markers import skip_space
 
-_SPACE_RUN = re.compile(r"[ \t\n\r]*")
+MAX_DEPTH = 256  # deeper nesting counts as broken: readers of the result recurse
+
 _STRING_RUN = re.compile(r'[^"\\\x00-\x1f]*')
 _SCALAR_RUN = re.compile(r"[-+.0-9A-Za-z]*")
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
@@ -66,7 +66,7 @@ class ObjectScanner:
                 mark = self._in_escape(text[position])
                 position += mark is not Mark.BROKEN
             else:
-                position = _run_end(_SPACE_RUN, text, position)
+                position = skip_space(text, position)
                 if position == len(text):
                     break
                 consumed, mark = self._structure(text[position])

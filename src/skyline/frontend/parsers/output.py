@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum, auto
+from typing import Any
 
-from skyline.frontend.parsers.call_block import BlockState, CallBlock
+from skyline.frontend.parsers.call_block import BlockState, CallBlock, Functions, JsonBlock
 from skyline.frontend.parsers.events import ContentDelta, Event, ReasoningDelta, ToolCallInvalid
-from skyline.frontend.parsers.formats import ReasoningFormat, ToolFormat
-from skyline.frontend.parsers.json_scan import WHITESPACE
+from skyline.frontend.parsers.formats import JsonCall, NamedCall, ReasoningFormat, ToolFormat
+from skyline.frontend.parsers.markers import WHITESPACE, Markers, matches, skip_space
+from skyline.frontend.parsers.named_block import NamedBlock
 from skyline.frontend.parsers.spaced_text import SpacedText
-
-
-def random_call_id() -> str:
-    """An id in the style of the OpenAI API."""
-    return "call_" + secrets.token_hex(12)
+from skyline.frontend.parsers.tagged_block import TaggedBlock
 
 
 class _State(Enum):
@@ -30,15 +27,19 @@ class _State(Enum):
 class OutputParser:
     """Reads the text in any pieces; all events' texts joined do not depend on how it was cut. Never raises.
 
-    - Reasoning is recognised only at the beginning, and goes on to `end` or to the end of the text.
+    - Reasoning is recognised only at the beginning, unless its format says otherwise, and goes on to `end` or to the
+      end of the text.
     - A tool call is reported when it is certain to be one of `allowed_tools` (None: any name); its arguments are passed
       on letter by letter. A block that is not valid becomes content, as it was written; if it had been announced,
       `ToolCallInvalid` says so first. Calls without that event have arguments that are one valid JSON object.
     - White space is dropped around the reasoning, between it and the answer, and next to tool calls, unless content
       stands on both sides of a call: then what stood before the call stays. Everything else is kept.
 
+    `schemas` has the JSON schemas of the functions' parameters by name: formats that write arguments as plain text need
+    them to tell strings from other values.
+
     Time is linear in the length of the text. What is held back is at most a marker's length, the white space before a
-    possible edge, and an object until it is known to be a call.
+    possible edge, and a call until it is known to be one.
     """
 
     def __init__(
@@ -47,12 +48,18 @@ class OutputParser:
         tools: ToolFormat | None,
         allowed_tools: Collection[str] | None = None,
         *,
-        new_call_id: Callable[[], str] = random_call_id,
+        new_call_id: Callable[[], str],
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._reasoning_format = reasoning
         self._tools = tools
-        self._allowed = None if allowed_tools is None else frozenset(allowed_tools)
-        self._new_call_id = new_call_id
+        allowed = None if allowed_tools is None else frozenset(allowed_tools)
+        self._functions = Functions(allowed, schemas or {}, new_call_id)
+        self._reasoning_end = Markers(*([] if reasoning is None else [reasoning.end]))
+        starts = [] if tools is None or not tools.start else [tools.start]
+        if reasoning is not None and reasoning.anywhere:
+            starts.append(reasoning.start)
+        self._starts = Markers(*starts)
         self._state = _State.BEFORE_REASONING if reasoning else _State.MESSAGE_START
         self._rest = ""  # text not decided yet
         self._opening: list[str] = []  # text before a marker or an object, which returns as content if there is none
@@ -88,7 +95,7 @@ class OutputParser:
         if self._state is _State.REASONING or (self._state is _State.BEFORE_REASONING and self._starts_inside):
             self._add_reasoning(text)
         elif self._state is _State.CALL:
-            self._fail_call()
+            self._fail_call(text)
         elif self._state is _State.AFTER_CALL:
             self._end_after_call(text)
         else:
@@ -113,7 +120,7 @@ class OutputParser:
         position = self._skip_space(text, position)
         if position == len(text):
             return position
-        matched = _matches(text, position, self._reasoning_format.start)
+        matched = matches(text, position, self._reasoning_format.start)
         if matched is None:
             return position
         if matched or self._starts_inside:
@@ -125,10 +132,9 @@ class OutputParser:
 
     def _in_reasoning(self, text: str, position: int) -> int:
         assert self._reasoning_format is not None
-        marker = self._reasoning_format.end
-        end, found = _find(text, position, marker)
+        end, marker = self._reasoning_end.find(text, position)
         self._add_reasoning(text[position:end])
-        if not found:
+        if marker is None:
             return end
         self._content.skip_space = True
         self._state = _State.MESSAGE_START
@@ -148,71 +154,66 @@ class OutputParser:
 
     def _in_content(self, text: str, position: int) -> int:
         self._return_opening()
-        if self._tools is None or not self._tools.start:
-            self._add_content(text[position:])
-            return len(text)
-        end, found = _find(text, position, self._tools.start)
+        end, marker = self._starts.find(text, position)
         self._add_content(text[position:end])
-        if not found:
+        if marker is None:
             return end
-        self._open_call(self._tools.start)
-        return end + len(self._tools.start)
+        if self._tools is not None and marker == self._tools.start:
+            self._open_call(marker)
+        else:
+            self._drop_leading_space()
+            self._state = _State.REASONING
+        return end + len(marker)
 
     def _in_call(self, text: str, position: int) -> int:
         assert self._block is not None
         state, position = self._block.push(text, position, self._events)
         if state is BlockState.INVALID:
-            self._fail_call()
+            self._fail_call("")
             self._state = _State.CONTENT
         elif state is BlockState.CALL:
             self._num_calls += 1
             self._block = None
-            if not self._content.begun:
-                self._content.take_waiting()
+            self._drop_leading_space()
             self._content.skip_space = True
             self._state = _State.AFTER_CALL
         return position
 
     def _after_call(self, text: str, position: int) -> int:
         assert self._tools is not None
+        tools = self._tools
         position = self._skip_space(text, position)
         if position == len(text):
             return position
-        if self._tools.end:
-            return self._after_object(text, position, self._tools)
-        return self._between_objects(text, position, self._tools)
-
-    def _after_object(self, text: str, position: int, tools: ToolFormat) -> int:
-        ended = _matches(text, position, tools.end)
-        if ended is None:
-            return position
-        self._opening.clear()
-        self._state = _State.CONTENT
-        return position + len(tools.end) if ended else position
-
-    def _between_objects(self, text: str, position: int, tools: ToolFormat) -> int:
         if text[position] == tools.separator and tools.separator not in self._opening:
             self._opening.append(tools.separator)
             return position + 1
-        started = bool(tools.start) and _matches(text, position, tools.start)
-        if started:
-            self._open_call(tools.start)
-            return position + len(tools.start)
-        if text[position] == "{":
-            self._open_call("")
-        elif started is False:
+        undecided = False
+        for marker in (*tools.call_ends, tools.end, tools.again, tools.start):
+            found = bool(marker) and matches(text, position, marker)
+            undecided = undecided or found is None
+            if not found:
+                continue
+            if marker == tools.again:
+                self._open_call("")
+                return position
+            if marker == tools.start:
+                self._open_call(marker)
+            else:
+                self._opening.clear()
+                self._state = _State.CONTENT if marker == tools.end else _State.AFTER_CALL
+            return position + len(marker)
+        if not undecided:
             self._state = _State.CONTENT
         return position
 
     # --- parts of the steps
 
     def _skip_space(self, text: str, position: int) -> int:
-        begin = position
-        while position < len(text) and text[position] in WHITESPACE:
-            position += 1
-        if position > begin:
-            self._opening.append(text[begin:position])
-        return position
+        end = skip_space(text, position)
+        if end > position:
+            self._opening.append(text[position:end])
+        return end
 
     def _take_opening(self) -> str:
         text = "".join(self._opening)
@@ -222,25 +223,29 @@ class OutputParser:
     def _return_opening(self) -> None:
         self._add_content(self._take_opening())
 
+    def _drop_leading_space(self) -> None:
+        if not self._content.begun:
+            self._content.take_waiting()
+
     def _open_call(self, marker: str) -> None:
         assert self._tools is not None
-        opening = self._take_opening() + marker
-        self._block = CallBlock(self._tools, self._allowed, self._num_calls, self._new_call_id, opening)
+        self._block = _new_block(self._tools, self._functions, self._num_calls, self._take_opening() + marker)
         self._state = _State.CALL
 
-    def _fail_call(self) -> None:
+    def _fail_call(self, rest: str) -> None:
         if self._block is None:
             return
         if self._block.announced:
             self._events.append(ToolCallInvalid(self._num_calls))
             self._num_calls += 1  # its index is used up
-        self._add_content(self._block.raw)
+        self._add_content(self._block.raw + rest)
         self._block = None
 
     def _end_after_call(self, text: str) -> None:
         """Half an end marker and a separator that nothing follows are punctuation, not content."""
         assert self._tools is not None
-        if not self._tools.end and text.strip(WHITESPACE + self._tools.separator):
+        left = text.strip(WHITESPACE + self._tools.separator)
+        if not any(marker.startswith(left) for marker in (*self._tools.call_ends, self._tools.end, "")):
             self._add_content(text)
 
     def _add_reasoning(self, text: str) -> None:
@@ -255,21 +260,10 @@ class OutputParser:
             self._events.append(ContentDelta(text))
 
 
-def _find(text: str, position: int, marker: str) -> tuple[int, bool]:
-    """(where the marker begins, True), or (up to where there is certainly none, False)."""
-    found = text.find(marker, position)
-    if found >= 0:
-        return found, True
-    begin = max(position, len(text) - len(marker) + 1)
-    while (begin := text.find(marker[0], begin)) >= 0:
-        if marker.startswith(text[begin:]):
-            return begin, False
-        begin += 1
-    return len(text), False
-
-
-def _matches(text: str, position: int, marker: str) -> bool | None:
-    """Whether the marker stands at `position`; None if the text ends before that is certain."""
-    if text.startswith(marker, position):
-        return True
-    return None if marker.startswith(text[position : position + len(marker)]) else False
+def _new_block(tools: ToolFormat, functions: Functions, index: int, opening: str) -> CallBlock:
+    body = tools.body
+    if isinstance(body, JsonCall):
+        return JsonBlock(body, functions, index, opening)
+    if isinstance(body, NamedCall):
+        return NamedBlock(body, functions, index, opening)
+    return TaggedBlock(body, functions, index, opening)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from skyline.frontend.parsers.json_scan import WHITESPACE
+from skyline.frontend.parsers.markers import WHITESPACE
 
 
 class SpacedText:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import msgspec
 
@@ -14,11 +15,11 @@ from skyline.frontend.parsers.events import (
     ToolCallStart,
 )
 from skyline.frontend.parsers.formats import ReasoningFormat, ToolFormat
-from skyline.frontend.parsers.output import OutputParser, random_call_id
+from skyline.frontend.parsers.make import make_parser
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """`arguments` is the JSON text of one object, as the model wrote it."""
+    """`arguments` is the JSON text of one object."""
 
     id: str
     name: str
@@ -39,10 +40,11 @@ def parse_whole(
     tools: ToolFormat | None,
     allowed_tools: Collection[str] | None = None,
     *,
-    new_call_id: Callable[[], str] = random_call_id,
+    schemas: Mapping[str, Mapping[str, Any]] | None = None,
+    new_call_id: Callable[[], str] | None = None,
 ) -> ParsedMessage:
-    """What `OutputParser` makes of the text. Calls that turn out invalid are content only."""
-    parser = OutputParser(reasoning, tools, allowed_tools, new_call_id=new_call_id)
+    """What the formats' parser makes of the text. Calls that turn out invalid are content only."""
+    parser = make_parser(reasoning, tools, allowed_tools, schemas=schemas, new_call_id=new_call_id)
     content: list[str] = []
     thoughts: list[str] = []
     calls: dict[int, tuple[ToolCallStart, list[str]]] = {}

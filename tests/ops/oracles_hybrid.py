@@ -277,3 +277,38 @@ def gated_delta_rule(
                 result[token, head * value_dim : (head + 1) * value_dim] = memory.T @ q / math.sqrt(key_dim)
             states[write, head] = memory
     return [result, states]
+
+
+@oracle
+def moe_sort(x: Tensor, ids: Tensor, experts: int) -> list[Tensor]:
+    pairs = sorted((int(expert), token, choice) for token, row in enumerate(ids) for choice, expert in enumerate(row))
+    places = torch.empty(ids.shape)
+    for place, (_, token, choice) in enumerate(pairs):
+        places[token, choice] = place
+    offsets = [sum(expert < bound for expert, _, _ in pairs) for bound in range(experts + 1)]
+    return [torch.stack([x[token] for _, token, _ in pairs]).double(), torch.tensor(offsets).int(), places.int()]
+
+
+@oracle
+def moe_experts_ragged(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> list[Tensor]:
+    experts = [sum(int(offset) <= row for offset in offsets[1:]) for row in range(rows.shape[0])]
+    ids = torch.tensor(experts).view(-1, 1)
+    return moe_experts(rows, gate_up, down, torch.ones(ids.shape), ids)
+
+
+@oracle
+def moe_experts_padded(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> list[Tensor]:
+    result = torch.zeros(rows.shape, dtype=torch.float64)
+    for expert, count in enumerate(counts.tolist()):
+        ids = torch.full((count, 1), expert)
+        result[expert, :count] = moe_experts(rows[expert, :count], gate_up, down, torch.ones(ids.shape), ids)[0]
+    return [result]
+
+
+@oracle
+def moe_combine(rows: Tensor, places: Tensor, weights: Tensor) -> list[Tensor]:
+    result = torch.zeros((places.shape[0], rows.shape[1]), dtype=torch.float64)
+    for token, (row, factors) in enumerate(zip(places.tolist(), weights.tolist(), strict=True)):
+        for place, factor in zip(row, factors, strict=True):
+            result[token] += factor * rows[place].double()
+    return [result]

@@ -18,6 +18,7 @@ from skyline.ops.gates import (
 )
 from skyline.ops.latent import index_topk, latent_attention, latent_rope_write
 from skyline.ops.moe import moe_experts, moe_experts_clamped, topk_router
+from skyline.ops.moe_layouts import moe_combine, moe_experts_padded, moe_experts_ragged, moe_sort
 from skyline.ops.quantized import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
 from skyline.ops.quantized_moe import moe_experts_int4, moe_experts_int8, moe_experts_int8_weight_only
 from skyline.ops.router import router
@@ -51,11 +52,15 @@ __all__ = [
     "linear_int4",
     "linear_int8",
     "linear_int8_weight_only",
+    "moe_combine",
     "moe_experts",
     "moe_experts_clamped",
     "moe_experts_int4",
     "moe_experts_int8",
     "moe_experts_int8_weight_only",
+    "moe_experts_padded",
+    "moe_experts_ragged",
+    "moe_sort",
     "offset_head_rms_norm",
     "offset_rms_norm",
     "paged_attention",

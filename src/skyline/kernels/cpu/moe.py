@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack,
 from skyline.kernels.registry import Request
 
 
-def _layouts(format: Format) -> dict[int, Callable[[tuple[Any, ...]], PackedLayout]]:
+_Layouts = Mapping[int, Callable[[tuple[Any, ...]], PackedLayout]]
+
+
+def _layouts(format: Format) -> _Layouts:
     """By argument: of gate_up and of down."""
     return {
         1: lambda arguments: weight_layout(format, arguments[1], gated=True),
@@ -21,7 +24,7 @@ def _layouts(format: Format) -> dict[int, Callable[[tuple[Any, ...]], PackedLayo
     }
 
 
-def _into(layouts: dict[int, Callable[[tuple[Any, ...]], PackedLayout]]) -> Callable[..., None]:
+def _into(layouts: _Layouts) -> Callable[..., None]:
     def moe_experts(out: Tensor, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> None:
         if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
             arguments = (x, gate_up, down)
@@ -45,3 +48,39 @@ _provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
 _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts_int4", Format.INT4, supports)
+
+
+def _sorted_into(layouts: _Layouts, padded: bool) -> Callable[..., None]:
+    """The same kernel on rows that are sorted by expert: each is a token with one choice."""
+    experts = _into({})  # the weights are packed by then
+
+    def run(out: Tensor, rows: Tensor, bounds: Tensor, gate_up: Any, down: Any) -> None:
+        if not isinstance(gate_up, PackedWeight):
+            arguments = (rows, bounds, gate_up, down)
+            gate_up, down = pack(gate_up, layouts[2](arguments)), pack(down, layouts[3](arguments))
+        counts = bounds.long() if padded else bounds.long().diff()
+        ids = torch.repeat_interleave(torch.arange(len(counts)), counts).view(-1, 1)
+        weights = torch.ones(ids.shape, dtype=torch.float32)
+        if not padded:
+            experts(out, rows, gate_up, down, weights, ids)
+            return
+        out.zero_()
+        there = torch.arange(rows.shape[1]) < counts.unsqueeze(1)
+        found = rows[there]
+        result = torch.empty_like(found)
+        experts(result, found, gate_up, down, weights, ids)
+        out[there] = result
+
+    return run
+
+
+for _dtypes, _format, _why in (
+    (_BFLOAT16, Format.BFLOAT16, "multiplies in bfloat16"),
+    (_FLOAT32, Format.FLOAT32, "multiplies in float32"),
+):
+    _wanted = {
+        2: lambda arguments, f=_format: weight_layout(f, arguments[2], gated=True),
+        3: lambda arguments, f=_format: weight_layout(f, arguments[3]),
+    }
+    for _op, _padded in (("moe_experts_ragged", False), ("moe_experts_padded", True)):
+        provide(_op, _sorted_into(_wanted, _padded), only(_dtypes, _why), layouts=_wanted)

@@ -39,7 +39,7 @@ def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_equals_the_reference(op: Any, kernel: Kernel, dtype: torch.dtype) -> None:
     # Under some options, that is: the cases do not depend on those.
-    requests = [Request(op, "cpu", dtype, batch_invariant, native.available()) for batch_invariant in (False, True)]
+    requests = [Request(op, "cpu", dtype, batch_invariant, isa=native.available()) for batch_invariant in (False, True)]
     reasons = [kernel.supports(request) for request in requests]
     if None not in reasons:
         pytest.skip(str(reasons[0]))

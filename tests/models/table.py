@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from skyline.checkpoint.config import load_config
+from skyline.checkpoint.gguf import materialize
 from skyline.engine.sampling_params import SamplingParams
 from skyline.models import create_model
 from skyline.runner.checkpoint import Checkpoint
+from tests.checkpoint.gguf.convert import convert
 from tests.models.families import FAMILIES
 from tests.models.harness import CPU, PagedRunner, save_tiny
 from tests.oracle.engine import Job, run_engine
@@ -119,11 +122,44 @@ def plain_rows() -> Iterator[Row]:
             yield Row(f"{family}ForCausalLM", "safetensors", "transformers", *compare(folder, theirs))
 
 
+def gguf_rows() -> Iterator[Row]:
+    """Weights that the type holds exactly, in transformers' checkpoint and in the file that is made of it."""
+    import gguf
+    from gguf import GGMLQuantizationType as Type
+
+    sizes = dict(hidden_size=64, intermediate_size=96, vocab_size=VOCAB, eos_token_id=EOS, head_dim=16)
+    for family, architecture, kind in (
+        ("Qwen3", gguf.MODEL_ARCH.QWEN3, Type.BF16),
+        ("Qwen3", gguf.MODEL_ARCH.QWEN3, Type.Q8_0),
+        ("Qwen3", gguf.MODEL_ARCH.QWEN3, Type.Q4_0),
+        ("Llama", gguf.MODEL_ARCH.LLAMA, Type.Q8_0),
+        ("Llama", gguf.MODEL_ARCH.LLAMA, Type.Q4_0),
+    ):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            theirs = save_tiny(folder, family, **sizes)
+            with torch.no_grad():
+                for parameter in theirs.parameters():
+                    if parameter.dim() == 2:
+                        rounded = gguf.quants.dequantize(gguf.quants.quantize(parameter.numpy(), kind), kind)
+                        parameter.copy_(torch.from_numpy(rounded))
+            theirs.save_pretrained(folder)
+            make_tokenizer(folder)
+            convert(folder, folder / "tiny.gguf", architecture, lambda _, kind=kind: kind)  # type: ignore[misc]
+            with mock.patch("skyline.checkpoint.gguf.folder.cache_folder", return_value=folder / "cache"):
+                made = materialize(folder / "tiny.gguf")
+            yield Row(f"{family}ForCausalLM", f"GGUF {kind.name}", "transformers", *compare(made, theirs))
+
+
 def rows() -> Iterator[Row]:
     yield from plain_rows()
+    yield from gguf_rows()
 
 
-HEADER = ["| architecture | format | compared with | largest logit error | greedy tokens equal |", "|---|---|---|---|---|"]
+HEADER = [
+    "| architecture | format | compared with | largest logit error | greedy tokens equal |",
+    "|---|---|---|---|---|",
+]
 
 
 def table(found: list[Row]) -> str:

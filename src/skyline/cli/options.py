@@ -88,7 +88,7 @@ KVCacheDtype = Annotated[
     KVCacheDType,
     typer.Option(
         "--kv-cache-dtype",
-        help="Type of cached keys and values; auto: that of the activations.",
+        help="Type of cached keys and values; auto: that of the activations. fp8 takes torch's kernels on a CPU.",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -8,7 +8,7 @@ import msgspec
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-KVCacheDType = Literal["auto", "int8"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 Quantization = Literal["none", "int8", "int8-weight-only", "int4"]
 QUANTIZATION_GROUPS = (32, 64, 128)
 
@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_num_seqs: int = 256  # requests running at once
     max_num_batched_tokens: int = 2048  # token budget of a step
     block_size: int = 16  # tokens a KV block
-    kv_cache_dtype: KVCacheDType = "auto"  # "auto": of the activations; int8 has a scale for each token and head
+    # "auto": of the activations; int8 has a scale for each token and head, fp8 (e4m3) the checkpoint's for each head.
+    kv_cache_dtype: KVCacheDType = "auto"
     kv_cache_memory: int | None = None  # bytes
     num_kv_blocks: int | None = None  # overrides kv_cache_memory
     memory_fraction: float | None = None  # of what is free after loading, for the KV cache: GPU 0.9, CPU 0.5

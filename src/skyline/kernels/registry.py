@@ -23,6 +23,7 @@ class Request:
     device: str  # "cpu" or "cuda"
     dtype: torch.dtype  # of the activations
     batch_invariant: bool = False
+    kv_dtype: torch.dtype | None = None  # of cached keys and values; None: that of the activations
     isa: str = "none"  # of the CPU, as in skyline.kernels.cpu.isa; "none" as well where no kernels could be built
 
 

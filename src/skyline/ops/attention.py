@@ -12,6 +12,8 @@ from skyline.ops.batch import AttentionBatch
 from skyline.ops.caches import KVCache
 from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
 
+FP8_MAX = 448.0  # the largest number of float8_e4m3fn
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
@@ -59,15 +61,21 @@ rope = register(
 def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> None:
     """Store k, v [T, Hk * head_dim] of this step's tokens at the places that `batch` gives them in the cache.
 
-    An int8 cache takes each token's head x as round(x * (127 / max|x|)), halves to even, and the scale max|x| / 127.
+    An int8 cache takes each token's head x as round(x * (127 / max|x|)), halves to even, and the scale max|x| / 127;
+    one of fp8 takes x / scale, with the head's own scale, limited to +-448.
     """
     shape = (-1, cache.num_kv_heads, cache.head_dim)
+    places = batch.of(cache).slot_mapping
     for index, (fresh, cached) in enumerate(zip((k, v), cache.tensors, strict=True)):
         rows = fresh.reshape(shape)
-        if cache.scales is not None:
+        if cached.dtype == torch.float8_e4m3fn:
+            assert cache.scales is not None
+            scaled = (rows.float() / cache.scales[index].view(-1, 1)).clamp(-FP8_MAX, FP8_MAX).to(cached.dtype)
+            rows, cached = scaled.view(torch.uint8), cached.view(torch.uint8)  # torch copies no rows of the former
+        elif cache.scales is not None:
             rows, scale = quantized(rows)
-            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, batch.of(cache).slot_mapping, scale)
-        cached.view(shape).index_copy_(0, batch.of(cache).slot_mapping, rows.to(cached.dtype))
+            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, places, scale)
+        cached.view(shape).index_copy_(0, places, rows.to(cached.dtype))
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +90,17 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather(cache: KVCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the blocks of one request, [len(blocks) * block_size, Hk, D]; of int8, in float32."""
-    keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in cache.tensors)
+    """Keys and values of the blocks of one request, [len(blocks) * block_size, Hk, D]; of int8 and fp8, in float32."""
+    if cache.dtype == torch.float8_e4m3fn:
+        raw = (part.view(torch.uint8).index_select(0, blocks).flatten(0, 1) for part in cache.tensors)
+        keys, values = (part.view(cache.dtype) for part in raw)
+    else:
+        keys, values = (part.index_select(0, blocks).flatten(0, 1) for part in cache.tensors)
     if cache.scales is not None:
-        k_scale, v_scale = (scale.index_select(0, blocks).flatten(0, 1).unsqueeze(-1) for scale in cache.scales)
-        keys, values = keys.float() * k_scale, values.float() * v_scale
+        k_scale, v_scale = cache.scales
+        if cache.dtype == torch.int8:
+            k_scale, v_scale = (scale.index_select(0, blocks).flatten(0, 1) for scale in (k_scale, v_scale))
+        keys, values = keys.float() * k_scale.unsqueeze(-1), values.float() * v_scale.unsqueeze(-1)
     return keys, values
 
 

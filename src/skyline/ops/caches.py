@@ -53,8 +53,10 @@ def _allocated(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
 class KVCache(LayerCache):
     """One layer's paged keys and values.
 
-    k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 what is cached is k * k_scale and v * v_scale.
-    k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8.
+    k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 and fp8 (float8_e4m3fn) what is cached is
+    k * k_scale and v * v_scale.
+    k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8; beside fp8 [num_kv_heads], given
+    by the checkpoint, else 1.
     window: how many tokens back a query looks, itself included; None is all of them.
     """
 
@@ -79,6 +81,9 @@ class KVCache(LayerCache):
         if self.dtype == torch.int8:
             self.k_scale = reserve(shape[:3], torch.float32, device)
             self.v_scale = reserve(shape[:3], torch.float32, device)
+        elif self.dtype == torch.float8_e4m3fn:
+            self.k_scale = torch.ones(self.num_kv_heads, device=device) if self.k_scale is None else self.k_scale
+            self.v_scale = torch.ones(self.num_kv_heads, device=device) if self.v_scale is None else self.v_scale
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program, choose_dtype
-from skyline.runner.memory import set_kv_dtype
+from skyline.runner.memory import KV_DTYPES, set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
 _MIXERS = ("paged_attention", "latent_attention", "gated_delta_rule")  # one in each layer
@@ -63,7 +63,8 @@ def explain(
     memory = _memory(caches, config.block_size, model_config.max_position_embeddings)
 
     def request(name: str) -> Request:
-        return Request(OPS[name], device_type, dtype, config.batch_invariant, isa)
+        kv_dtype = KV_DTYPES.get(config.kv_cache_dtype)
+        return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa)
 
     steps = {
         "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),

@@ -20,6 +20,7 @@ from skyline.ops.quantized import IntegerFormat
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import (
+    KV_DTYPES,
     MemoryPlan,
     available_bytes,
     group_caches,
@@ -85,6 +86,7 @@ def build_program(
         dtype,
         batch_invariant=config.batch_invariant,
         isa=isa,
+        kv_dtype=KV_DTYPES.get(config.kv_cache_dtype),
     )
     program.fusions = fusions
     return program

@@ -20,6 +20,7 @@ _CPU_FRACTION = 0.5  # other programs live on the same memory
 _GPU_FRACTION = 0.9
 _TYPICAL_TOKENS = 2048  # of a request, for dividing memory between groups that keep more and less of it
 _STATES_PER_REQUEST = 4  # one that it writes, and those of prefixes that others may go on from
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -115,12 +116,15 @@ def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> i
 
 def set_kv_dtype(config: EngineConfig, caches: list[LayerCache]) -> None:
     """Before caches are measured and allocated. Raises ValueError for kinds of memory that have no such form."""
-    if config.kv_cache_dtype == "int8":
-        for cache in caches:
-            if isinstance(cache, KVCache):
-                cache.dtype = torch.int8
-            elif isinstance(cache, LatentCache):
-                raise ValueError("kv_cache_dtype int8 is for keys and values; this model's memory of latents has none")
+    dtype = KV_DTYPES.get(config.kv_cache_dtype)
+    if dtype is None:
+        return
+    for cache in caches:
+        if isinstance(cache, KVCache):
+            cache.dtype = dtype
+        elif isinstance(cache, LatentCache):
+            wanted = config.kv_cache_dtype
+            raise ValueError(f"kv_cache_dtype {wanted} is for keys and values; this model's latents have no such form")
 
 
 def plan_memory(

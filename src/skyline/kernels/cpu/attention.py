@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, provide
+from skyline.kernels.cpu.native import cached, library, provide
 from skyline.ops import AttentionBatch, KVCache
 
 
@@ -40,5 +40,5 @@ def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> No
     library().kv_write(k, v, *cache.tensors, cache.k_scale, cache.v_scale, batch.of(cache).slot_mapping)
 
 
-provide("paged_attention", _paged_attention)
-provide("kv_write", _kv_write)
+provide("paged_attention", _paged_attention, cached)
+provide("kv_write", _kv_write, cached)

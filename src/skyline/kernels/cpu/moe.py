@@ -12,7 +12,6 @@ from skyline.kernels.cpu.native import library, only, provide, supports
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 from skyline.kernels.registry import Request
 
-
 _Layouts = Mapping[int, Callable[[tuple[Any, ...]], PackedLayout]]
 
 

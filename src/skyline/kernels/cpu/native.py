@@ -84,6 +84,13 @@ def supports(request: Request) -> str | None:
     return None
 
 
+def cached(request: Request) -> str | None:
+    """`supports`, and keys and values as this provider reads them."""
+    if request.kv_dtype not in (None, request.dtype, torch.int8):
+        return f"reads no keys and values of {str(request.kv_dtype).removeprefix('torch.')}"
+    return supports(request)
+
+
 def only(dtypes: tuple[torch.dtype, ...], why: str) -> Callable[[Request], str | None]:
     """`supports`, and one of these dtypes, else `why`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, provide
+from skyline.kernels.cpu.native import cached, library, provide
 from skyline.ops import AttentionBatch, KVCache
 
 
@@ -31,4 +31,4 @@ def _rope_kv_write(
 
 
 provide("rope", _rope)
-provide("rope_kv_write", _rope_kv_write)
+provide("rope_kv_write", _rope_kv_write, cached)

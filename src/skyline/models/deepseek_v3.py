@@ -58,3 +58,9 @@ class DeepseekV3MoE(nn.Module):
 
 class DeepseekV3ForCausalLM(LlamaForCausalLM):
     layer_class = DeepseekV3DecoderLayer
+
+    def __init__(self, config: ModelConfig, context: LayerContext, max_positions: int) -> None:
+        super().__init__(config, context, max_positions)
+        further = config.fields().integer("num_nextn_predict_layers", 0, 64, 0)
+        last = config.num_hidden_layers
+        self.ignored = tuple(f"model.layers.{layer}.*" for layer in range(last, last + further))

@@ -85,7 +85,7 @@ class LlamaForCausalLM(nn.Module):
     layer_class: ClassVar[type[LlamaDecoderLayer]] = LlamaDecoderLayer
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention", "sliding_attention")
     activations: ClassVar[tuple[str, ...]] = ("silu", "swish")  # two names of one function
-    ignored: ClassVar[tuple[str, ...]] = ()
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, context: LayerContext, max_positions: int) -> None:
         super().__init__()

@@ -72,4 +72,4 @@ class Qwen3NextMoE(MoE):
 class Qwen3NextForCausalLM(LlamaForCausalLM):
     layer_class = Qwen3NextDecoderLayer
     layer_kinds = ("full_attention", "linear_attention")
-    ignored: ClassVar[tuple[str, ...]] = ("mtp.*",)
+    ignored: tuple[str, ...] = ("mtp.*",)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from skyline.checkpoint.config import ModelConfig
+from skyline.checkpoint.errors import CheckpointError
 from skyline.checkpoint.gguf import WEIGHTS_FILE
 from skyline.checkpoint.weights import Derived, Destination, LoadReport, SafetensorsWeights, Weights, load
 from skyline.models import destinations, ignorable
-from skyline.ops import QuantizedWeight
+from skyline.ops import KVCache, QuantizedWeight
 from skyline.ops.quantized import IntegerFormat, integers_of
-from skyline.quantization.formats import Stored, detect
+from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeights
 
 # Where checkpoints that also see keep the language model, and what it is called in one that does not.
@@ -38,7 +39,8 @@ class Checkpoint:
         """Raises CheckpointError if a file is damaged or a format unknown."""
         self.method = ""
         self._stored: dict[str, Stored] = {}
-        self._consumed: set[str] = set()
+        self._passed_over: set[str] = set()  # parts of stored weights, and what has no use here
+        self._kv_scales: dict[str, KVScales] = {}
         source: Any
         if (folder / WEIGHTS_FILE).exists():
             source = GGUFWeights(folder)
@@ -47,8 +49,10 @@ class Checkpoint:
             source = SafetensorsWeights(folder)
             found = detect(config.quantization_config, source)
             if found is not None:
-                self.method, self._consumed = found.method, set(found.consumed)
+                self.method = found.method
+                self._passed_over = {_renamed(name) for name in found.consumed | found.spare}
                 self._stored = {_renamed(name): stored for name, stored in found.stored.items()}
+                self._kv_scales = {_renamed(name): scales for name, scales in found.kv_scales.items()}
         self._source = source
         self._weights = _Renamed(source)
 
@@ -56,6 +60,9 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if isinstance(self._source, SafetensorsWeights):
             self._source.close()
 
@@ -97,10 +104,32 @@ class Checkpoint:
         return load(
             self._weights,
             places,
-            ignore=[*ignorable(model), *_SIGHT, *map(_escaped, map(_renamed, self._consumed))],
+            ignore=[*ignorable(model), *_SIGHT, *map(_escaped, self._passed_over)],
             write=write,
             derived=derived,
         )
+
+    def scale_keys_and_values(self, model: nn.Module) -> int:
+        """Give caches in fp8, not allocated yet, the scales that the checkpoint has; returns how many got them."""
+        count = 0
+        for path, module in model.named_modules():
+            cache = getattr(module, "cache", None)
+            scales = self._kv_scales.get(path)
+            if scales is None or not isinstance(cache, KVCache) or cache.dtype != torch.float8_e4m3fn:
+                continue
+            for attribute, name in (("k_scale", scales.key), ("v_scale", scales.value)):
+                setattr(cache, attribute, self._head_scales(name, cache.num_kv_heads))
+            count += 1
+        return count
+
+    def _head_scales(self, name: str, heads: int) -> torch.Tensor:
+        values = self._source.get(name).float().flatten()
+        if values.numel() not in (1, heads):
+            raise CheckpointError(f"{name} has {values.numel()} values, but there are {heads} heads of keys and values")
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"{name} is not finite; quantize the checkpoint again")
+        values = torch.where(values > 0, values, 1.0)  # -1: none was computed
+        return values.expand(heads).clone()
 
 
 class _AsWanted(Derived):

@@ -117,8 +117,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         store.randomize(model, config.seed)
         source = "random weights"
     else:
-        with checkpoint:
-            source = _read_weights(config, model, checkpoint, store, dtype)
+        source = _read_weights(config, model, checkpoint, store, dtype)
     load_seconds = time.perf_counter() - began
 
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
@@ -127,6 +126,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
     caches = kv_caches(model)
     set_kv_dtype(config, caches)
+    scaled = checkpoint.scale_keys_and_values(model) if checkpoint is not None else 0
+    if checkpoint is not None:
+        checkpoint.close()
     groups = group_caches(caches)
     memory = plan_memory(config, model_config.max_position_embeddings, groups, activations, available_bytes(device))
     for cache in caches:
@@ -168,6 +170,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if checkpoint is not None and checkpoint.method:
         parts = [f"{e['weights']} {e['format']} -> {e['becomes']}" for e in checkpoint.report(model, dtype)]
         report["stored"] = f"{checkpoint.method}: {'; '.join(parts)}"
+    if config.kv_cache_dtype == "fp8":
+        source_of = f"the checkpoint's, in {scaled} layers" if scaled else "1, for the checkpoint has none"
+        report["KV scales"] = source_of
     if tunings is not None and tunings.tactics:
         report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"

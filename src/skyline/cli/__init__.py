@@ -18,6 +18,7 @@ from skyline.cli.explain import explain
 from skyline.cli.generate import generate
 from skyline.cli.kernels import kernels
 from skyline.cli.profile import profile
+from skyline.cli.quantize import quantize
 from skyline.cli.serve import serve
 from skyline.cli.tune import tune
 from skyline.cli.version import version
@@ -76,6 +77,12 @@ app.command(
         "skyline tune Qwen/Qwen3-0.6B --quantization int4 --budget 30",
     )
 )(tune)
+app.command(
+    epilog=examples(
+        "skyline quantize Qwen/Qwen3-0.6B ./qwen3-int4 --format int4",
+        "skyline quantize ./my-model ./my-model-fp8 --format fp8",
+    )
+)(quantize)
 app.command(
     "eval",
     epilog=examples(

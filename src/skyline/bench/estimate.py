@@ -8,8 +8,8 @@ import pydantic
 class Estimate(pydantic.BaseModel):
     """`value` with its confidence interval [low, high] (95 % unless said otherwise) from `n` samples.
 
-    Where there is too little to say anything, `value` is None and `refused` says what is missing. `low` and `high` are
-    None where the value is exact or nothing is known of its spread.
+    Where there is too little to say anything, `value` is None and `refused` says what is missing; with a value, only
+    its interval is refused. `low` and `high` are None where the value is exact or nothing is known of its spread.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)

@@ -39,7 +39,7 @@ class Limit:
 
     def probability(self, estimate: Estimate | None) -> float:
         """That the limit is kept, reading the interval as a log-normal's 95 %; 0 where nothing is known."""
-        if estimate is None or estimate.value is None or estimate.value <= 0:
+        if estimate is None or estimate.refused or estimate.value is None or estimate.value <= 0:
             return 0.0
         sign = 1.0 if metric_of(self.key).better == "lower" else -1.0
         margin = sign * (math.log(self.limit) - math.log(estimate.value))
@@ -115,7 +115,7 @@ def recommend(
         probability = 1.0
         for limit in objective:
             estimate = point.metrics.get(limit.key)
-            if estimate is None or estimate.value is None:
+            if estimate is None or estimate.refused or estimate.value is None:
                 missing = f"{limit.key}: {estimate.refused if estimate is not None else 'not measured'}"
             probability *= limit.probability(estimate)
         candidate = Candidate(point, throughput, probability, missing)

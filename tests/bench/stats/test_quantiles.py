@@ -40,10 +40,36 @@ def test_samples_that_are_worth_too_few_are_refused() -> None:
     refusals = [quantile(servers.closed_loop(rng, 700, 0.9), 0.99).refused for _ in range(20)]
     assert all(why is not None and "as correlated as these 700, which are worth" in why for why in refusals)
     assert all(quantile(rng.exponential(size=700), 0.99).refused is None for _ in range(200))
+    assert np.mean([quantile(rng.exponential(size=n), 0.9).refused is None for n in range(64, 264)]) > 0.97
     # The number that is asked for is enough, give or take the noise in it.
     asked = [int(why.split()[3]) for why in refusals if why is not None]
     enough = quantile(servers.closed_loop(rng, 2 * max(asked), 0.9), 0.99)
     assert enough.value is not None
+
+
+def test_correlated_samples_keep_their_value_as_long_as_it_means_something() -> None:
+    """700 that are worth some 300, of which 3 would be expected beyond the p99: more than 2, fewer than an interval
+    takes."""
+    rng = np.random.default_rng(4)
+    estimates = [quantile(servers.closed_loop(rng, 700, 0.4), 0.99) for _ in range(50)]
+    without = [one for one in estimates if one.refused is not None and one.value is not None]
+    assert len(without) > 10
+    assert all((one.low, one.high) == (None, None) for one in without)
+    assert all(one.value is None for one in (quantile(servers.closed_loop(rng, 700, 0.95), 0.99) for _ in range(20)))
+
+
+def test_the_upper_end_is_further_out_where_samples_are_correlated() -> None:
+    """In levels, which are alike for all distributions: the median's interval is symmetrical without correlation."""
+    rng = np.random.default_rng(5)
+    for phi, least, most in ((0.0, 0.9, 1.1), (0.9, 1.15, 2.0)):
+        above, below = [], []
+        for _ in range(100):
+            samples = servers.closed_loop(rng, 1000, phi)
+            one = quantile(samples, 0.5)
+            if one.low is not None and one.high is not None:
+                above.append(np.mean(samples <= one.high) - 0.5)
+                below.append(0.5 - np.mean(samples < one.low))
+        assert least < np.mean(above) / np.mean(below) < most
 
 
 def test_wrong_arguments() -> None:

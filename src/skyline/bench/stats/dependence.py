@@ -1,4 +1,4 @@
-"""How much a serially correlated series is worth, from its lowest frequencies.
+"""How much a serially correlated series is worth.
 
 The variance of a mean of n samples is S / n, where S, the long-run variance, is the sum of all autocovariances; it is
 the spectrum at frequency zero. It is estimated here as the mean of the first few squared cosine coefficients of the
@@ -8,34 +8,57 @@ over blocks, whose variance is too small by the same truncation and which has no
 
 Lazarus, Lewis, Stock, Watson (2018), HAR Inference: Recommendations for Practice, J. Business & Economic Statistics 36.
 Müller (2014), HAC Corrections for Strongly Autocorrelated Time Series, same journal 32.
+
+A congested queue is harder. A run that happens to hold few of its excursions has a small mean, a thin tail, a short
+memory and a small S, all together (their logarithms are correlated by 0.8), and looks like a faster server's run that
+was long enough. Two things follow. Where a run is correlated and short, the end of an interval that lies towards the
+excursions is moved out (`far_tail`), the further the fewer independent samples it is worth: such runs are right or
+wrong together, and the end must hold for the lucky ones too. And where it is worth too few, the interval is refused;
+judged by ranks, hence mostly by the body of the distribution. The constants here are from simulated servers;
+tests/bench/stats/test_coverage.py has the figures, and the limit of what can be had.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft, special
+from scipy import fft, special, stats
 
 Floats = npt.NDArray[np.float64]
 Samples = Sequence[float] | npt.NDArray[np.generic]
 
-# A first guess of S is of the 5 lowest cosines. With B of them S is too small by about 0.82 (B / n_eff)² (for a
-# spectrum as of an AR(1) process), which is 3 % at B = 0.18 n_eff. More than 12 would gain little: t is 2.18 there.
-PILOT = 5
-SHARE_OF_EFFECTIVE = 0.18
+# With B cosines S is too small by about 0.82 (B / worth)² (for a spectrum as of an AR(1) process), which is 3 % at
+# B = 0.18 worth. A queue's spectrum has a sharper peak. More than 12 would gain little: t is 2.18 there.
+SHARE_OF_WORTH, SHARE_WHERE_CORRELATED = 0.18, 0.10
 FEWEST, MOST = 3, 12
-# Frequencies up to the 16th enter the skewness.
-SKEW_COSINES = 16
+# Few cosines may all be small by chance: S is at least this share of what the autocovariances add up to.
+LEAST_OF_SUM = 0.5
+# No interval for a run that is worth fewer.
+LEAST_WORTH = 15.0
+# With so many independent samples expected on the sparser side, nothing is moved out.
+MANY = 100.0
+# How much more skewed than by the central limit theorem the mean of a queue with a long memory is taken to be, and the
+# most that is corrected for.
+QUEUE_SKEW, MOST_SKEW = 5.0, 0.45
+
+
+@dataclass(frozen=True)
+class Memory:
+    """So many independent samples a series is `worth`, at most its length; `strength` is 1 − 1 / effect for the effect
+    that its first autocorrelation alone would have: 0 where there is none, and close to 1 for long memories."""
+
+    worth: float
+    strength: float
 
 
 @dataclass(frozen=True)
 class LongRun:
     """`variance` is S, with `df` degrees of freedom; `effect` is S over the variance of one sample (the design effect):
-    n samples are worth n / effect independent ones."""
+    n samples tell as much as n / effect independent ones."""
 
     variance: float
     df: int
@@ -60,29 +83,41 @@ def tail(confidence: float) -> float:
     return (1 - confidence) / 2
 
 
+def far_tail(confidence: float, memory: Memory, share: float = 0.5) -> float:
+    """What is left out on the side of the excursions, of which `share` is the smaller part of the samples."""
+    near = min(1.0, memory.worth * share / MANY)
+    return float(tail(confidence) * near ** math.sqrt(memory.strength))
+
+
 def critical(confidence: float, df: float) -> float:
     """Student's t for a two-sided interval."""
     return float(special.stdtrit(df, 1 - tail(confidence)))
 
 
-def long_run(x: Floats) -> LongRun:
-    """Of at least two samples in order of time."""
+def memory(x: Floats) -> Memory:
+    """Of at least one sample in order of time, by ranks: one outlier does not hide how alike the rest is."""
+    n = x.size
+    effect, first = _sum_of_autocorrelations(stats.rankdata(x))
+    return Memory(n / max(effect, 1.0), max(2 * first / (1 + first), 0.0))
+
+
+def long_run(x: Floats, memory: Memory) -> LongRun:
+    """Of at least two samples in order of time; `memory` is theirs, or that of what they are made of."""
     n = x.size
     deviation = x - x.mean()
     variance = float(np.mean(deviation**2))
-    # Rounding leaves a constant series with a variance of its own.
-    if variance <= (1e-14 * float(np.max(np.abs(x)))) ** 2:
+    if _is_constant(x, variance):
         return LongRun(0.0, n - 1, 1.0)
-    power = cosines(deviation) ** 2
-    pilot = float(power[:PILOT].mean())
-    effective = min(float(n), n * variance / pilot) if pilot > 0 else float(n)
-    df = min(int(np.clip(SHARE_OF_EFFECTIVE * effective, FEWEST, MOST)), n - 1)
+    share = SHARE_OF_WORTH + (SHARE_WHERE_CORRELATED - SHARE_OF_WORTH) * memory.strength
+    df = min(int(np.clip(share * memory.worth, FEWEST, MOST)), n - 1)
+    effect, _ = _sum_of_autocorrelations(x)
     # A series that swings regularly has next to no power at low frequencies; no n samples are worth more than n².
-    found = max(float(power[:df].mean()), variance / n)
-    return LongRun(found, df, found / variance)
+    least = max(LEAST_OF_SUM * effect, 1 / n)
+    found = max(float(np.mean(cosines(deviation)[:df] ** 2)) / variance, least)
+    return LongRun(found * variance, df, found)
 
 
-def effective_size(hits: npt.NDArray[np.bool_], confidence: float) -> float:
+def effective_size(hits: npt.NDArray[np.bool_], confidence: float, memory: Memory) -> float:
     """How many independent samples would tell the share of hits as well as these do in order of time.
 
     The design effect's own uncertainty is in it, by the factor (z / t)² of Korn & Graubard (1998), Confidence Intervals
@@ -94,32 +129,25 @@ def effective_size(hits: npt.NDArray[np.bool_], confidence: float) -> float:
     rarer = min(int(np.count_nonzero(hits)), n - int(np.count_nonzero(hits)))
     if n < 2 or rarer == 0:
         return float(n)
-    found = long_run(hits.astype(np.float64))
+    found = long_run(hits.astype(np.float64), memory)
     clusters = rarer / max(found.effect, 1.0)
     df = 1 / (1 / found.df + 2 * max(0.0, 1 - 1 / found.effect) / clusters)
     z = float(special.ndtri(1 - tail(confidence)))
     return n / found.effect * (z / critical(confidence, df)) ** 2
 
 
-def skewness_of_mean(x: Floats, found: LongRun) -> float:
-    """The third standardized cumulant of the mean of a serially correlated series, at most 1 in size.
+def skewness_of_mean(x: Floats, found: LongRun, memory: Memory) -> float:
+    """The third standardized cumulant of the mean of a serially correlated series, at most 0.45 in size.
 
-    Clusters of n / n_eff equal samples would give the samples' own skewness / √n_eff. Queues have more: the products of
-    cosine coefficients j, k and j + k (the bispectrum near zero) show how much, and are kept within 1 and 3.5 times
-    that, beyond which they are noise.
+    Clusters of n / n_eff equal samples would give the samples' own skewness / √n_eff. Queues have more, by 3.5 times at
+    load 0.5, and runs that hold few excursions show too little of it: correlated series are taken for queues.
     """
     deviation = x - x.mean()
     variance = float(np.mean(deviation**2))
-    highest = min(SKEW_COSINES, x.size - 1)
-    if found.variance == 0 or highest < 2:
+    if found.variance == 0:
         return 0.0
     plain = float(np.mean(deviation**3)) / variance**1.5 * (found.effect / x.size) ** 0.5
-    c = cosines(deviation)[:highest]
-    j, k = _triples(highest)
-    scale = float(np.mean(c**2)) ** 1.5
-    bispectral = 2**0.5 * float(np.mean(c[j] * c[k] * c[j + k + 1])) / scale if scale > 0 else 0.0
-    sign = -1.0 if plain < 0 else 1.0
-    return sign * min(float(np.clip(sign * bispectral, abs(plain), 3.5 * abs(plain))), 1.0)
+    return float(np.clip(plain * (1 + QUEUE_SKEW * memory.strength), -MOST_SKEW, MOST_SKEW))
 
 
 def cosines(deviation: Floats) -> Floats:
@@ -128,9 +156,34 @@ def cosines(deviation: Floats) -> Floats:
     return transformed[1:]
 
 
-@lru_cache
-def _triples(highest: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Zero-based j ≤ k of all frequencies with (j + 1) + (k + 1) ≤ highest."""
-    j, k = np.triu_indices(highest)
-    kept = j + k + 2 <= highest
-    return j[kept], k[kept]
+def is_worth(n: int, memory: Memory, least: float) -> bool:
+    """Whether n samples are worth `least`. A design effect of 2 may be chance among few, and does not refuse them."""
+    return memory.worth >= min(least, n / 2)
+
+
+def longer(n: int, worth: float, least: float) -> int:
+    """How many samples like these n, worth too few, are worth `least`; to two significant digits, rounded up."""
+    x = n * least / worth
+    unit = 10 ** max(0, math.floor(math.log10(x)) - 1)
+    return int(math.ceil(x / unit) * unit)
+
+
+def _sum_of_autocorrelations(x: Floats) -> tuple[float, float]:
+    """Over all lags of either sign, and the first. Pairs of lags are added while they are positive, and none counts for
+    more than the one before (the initial monotone sequence of Geyer 1992, Practical Markov Chain Monte Carlo,
+    Statistical Science 7). 1 and 0 for a constant series."""
+    n = x.size
+    deviation = x - x.mean()
+    if _is_constant(x, float(np.mean(deviation**2))) or n < 4:
+        return 1.0, 0.0
+    spectrum = fft.rfft(deviation, fft.next_fast_len(2 * n, real=True))
+    covariance = fft.irfft(np.abs(spectrum) ** 2, fft.next_fast_len(2 * n, real=True))[: n // 2 // 2 * 2]
+    correlation = covariance / covariance[0]
+    pairs = np.minimum.accumulate(correlation[0::2] + correlation[1::2])
+    positive = pairs[pairs > 0]
+    return 2 * float(positive.sum()) - 1, float(correlation[1])
+
+
+def _is_constant(x: Floats, variance: float) -> bool:
+    """Rounding leaves a constant series with a variance of its own."""
+    return variance <= (1e-14 * float(np.max(np.abs(x)))) ** 2

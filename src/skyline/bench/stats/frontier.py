@@ -38,7 +38,8 @@ def frontier(candidates: Sequence[Candidate], seed: int = 0, draws: int = 2000) 
 
     Values are drawn on the logarithmic scale from two half normals that meet at the value and have the interval's ends
     as their 2.5 % bounds, independently for each axis and candidate: noise that all share would not change who beats
-    whom. A value without interval is exact; so is one that is not positive, at the bottom of the scale.
+    whom. A value without interval is taken for exact, also where the interval was refused; so is one that is not
+    positive, at the bottom of the scale.
     """
     known = [candidate for candidate in candidates if _known(candidate)]
     if not known:

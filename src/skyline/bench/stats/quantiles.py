@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from scipy import optimize, special, stats
 
 from skyline.bench.estimate import Estimate
-from skyline.bench.stats.dependence import Floats, Samples, effective_size, long_run, series, tail
+from skyline.bench.stats.dependence import (
+    LEAST_WORTH,
+    Floats,
+    Samples,
+    effective_size,
+    far_tail,
+    is_worth,
+    longer,
+    memory,
+    series,
+    tail,
+)
 
 # Serial correlation is measured at a level with at least so many samples beyond it.
 SEEN_BEYOND = 20
-# So many independent samples must be expected beyond a quantile; see `quantile`.
+# With fewer independent samples expected beyond it, a quantile is refused; see `quantile`.
 LEAST_BEYOND = 2.0
+# An interval needs samples that are worth this share of the independent ones that are needed. The rest of them is for
+# the noise in what samples are worth: independent ones must pass.
+LEAST_OF_REQUIRED = 0.8
 
 
 def required_samples(q: float) -> int:
@@ -47,11 +59,13 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     statistics (Hutson 1999, Calculating Nonparametric Confidence Intervals for Quantiles Using Fractional Order
     Statistics, J. Applied Statistics 26), which are exact for independent samples up to interpolation.
 
-    Refused below `required_samples(q)`, and where the samples are so correlated that fewer than 2 of the independent
-    ones they are worth would be expected beyond the quantile. That is judged by the ranks, hence mostly by the body of
-    the distribution. Judged by the tail, runs whose tail happens to be empty would pass and those that show it be
-    refused: intervals that are right over all runs would be wrong over those that are reported. Close to that limit,
-    they are in part, where excursions are long (tests/bench/stats/test_coverage.py has the figures).
+    Its end away from the median (the upper one of the median itself) is further out where the samples are correlated
+    and worth few (`dependence.far_tail`).
+
+    Refused below `required_samples(q)`. Where the samples are so correlated that they are worth less than that, only
+    the interval is; the value too where fewer than 2 of the independent samples they are worth would be expected beyond
+    it. What they are worth is judged by ranks (`dependence.memory`). Judged by the tail, runs whose tail happens to be
+    empty would pass and those that show it be refused.
     """
     x = series(samples)
     n = x.size
@@ -60,20 +74,24 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     outside = tail(confidence)
     if n < needed:
         return Estimate.refuse(f"{name} needs {needed} requests, there {'is' if n == 1 else 'are'} {n}", n)
-    worth = n / long_run(stats.rankdata(x)).effect
-    least = LEAST_BEYOND / min(q, 1 - q)
-    if worth < least:
-        return Estimate.refuse(
-            f"{name} needs about {_round_up(n * least / worth)} requests as correlated as these {n}, which are worth "
-            f"{worth:.0f} independent ones",
-            n,
-        )
+    beyond = min(q, 1 - q)
+    kept = memory(x)
     ordered = np.sort(x)
     value = float(np.quantile(ordered, q))
+    least = max(LEAST_WORTH, LEAST_OF_REQUIRED * needed)
+    if not is_worth(n, kept, least):
+        return Estimate(
+            value=value if kept.worth >= LEAST_BEYOND / beyond else None,
+            n=n,
+            refused=f"{name} needs about {longer(n, kept.worth, least)} requests as correlated as "
+            f"these {n}, which are worth {kept.worth:.0f} independent ones",
+        )
     level = float(np.clip(q, min(0.5, SEEN_BEYOND / n), max(0.5, 1 - SEEN_BEYOND / n)))
-    effective = effective_size(x <= np.quantile(ordered, level), confidence)
-    low = _order_statistic(ordered, effective, q, outside)
-    high = _order_statistic(ordered, effective, q, 1 - outside)
+    effective = effective_size(x <= np.quantile(ordered, level), confidence, kept)
+    far = far_tail(confidence, kept, beyond)
+    below, above = (outside, far) if q >= 0.5 else (far, outside)
+    low = _order_statistic(ordered, effective, q, below)
+    high = _order_statistic(ordered, effective, q, 1 - above)
     return Estimate(value=value, low=min(low, value), high=max(high, value), n=n)
 
 
@@ -92,9 +110,3 @@ def _order_statistic(ordered: Floats, effective: float, q: float, above: float) 
     k = optimize.brentq(miss, *ends) if miss(ends[0]) < 0 < miss(ends[1]) else ends[int(miss(ends[1]) <= 0)]
     position = k / (effective + 1) * (ordered.size + 1) - 1
     return float(np.interp(position, np.arange(ordered.size), ordered))
-
-
-def _round_up(x: float) -> int:
-    """To two significant digits."""
-    unit = 10 ** max(0, math.floor(math.log10(x)) - 1)
-    return int(math.ceil(x / unit) * unit)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy import special
 
-from skyline.bench.stats.dependence import Floats, Samples, long_run, series
+from skyline.bench.stats.dependence import Floats, Samples, long_run, memory, series
 
 BATCH = 5
 # The halves' means are compared from so many samples on.
@@ -74,7 +74,7 @@ def is_steady(
 
 def _same_mean(first: Floats, second: Floats) -> float:
     """Two-sided p of Welch's t test with long-run variances. A drift within the halves only makes it larger."""
-    parts = [(run.variance / half.size, run.df) for half in (first, second) for run in [long_run(half)]]
+    parts = [(run.variance / half.size, run.df) for half in (first, second) for run in [long_run(half, memory(half))]]
     variance = math.fsum(part for part, _ in parts)
     change = abs(float(second.mean() - first.mean()))
     if variance == 0:

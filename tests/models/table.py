@@ -5,6 +5,7 @@ python -m tests.models.table writes it anew. tests/models/test_table.py checks t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from skyline.engine.sampling_params import SamplingParams
 from skyline.models import create_model
 from skyline.runner.checkpoint import Checkpoint
 from tests.checkpoint.gguf.convert import convert
+from tests.models import quantized
 from tests.models.families import FAMILIES
 from tests.models.harness import CPU, PagedRunner, save_tiny
 from tests.oracle.engine import Job, run_engine
@@ -151,9 +153,49 @@ def gguf_rows() -> Iterator[Row]:
             yield Row(f"{family}ForCausalLM", f"GGUF {kind.name}", "transformers", *compare(made, theirs))
 
 
+def quantized_rows() -> Iterator[Row]:
+    sizes = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+    for family, format in (
+        ("Qwen3", "fp8"),
+        ("Qwen3", "nvfp4"),
+        ("Qwen3", "mxfp4"),
+        ("Qwen3", "int8"),
+        ("Qwen3", "int4"),
+        ("Llama", "int4"),
+        ("Mistral", "fp8"),
+    ):
+        with _tiny(family, sizes) as (folder, theirs):
+            theirs = quantized.compressed(folder, theirs, format)
+            name = f"compressed-tensors {format}"
+            yield Row(
+                f"{family}ForCausalLM", name, "its library, transformers", *compare(folder.parent / "small", theirs)
+            )
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    for family in ("DeepseekV3", "DeepseekV32", "Qwen3Moe", "Qwen3_5"):
+        with _tiny(family, SETTINGS[family] | {"hidden_size": 160, "intermediate_size": 200}) as (folder, theirs):
+            theirs = quantized.rewrite(folder, theirs, quantized.fp8_blocks(128), fp8)
+            row = compare(folder.parent / "small", theirs)
+            yield Row(f"{family}ForCausalLM", "fp8, blocks of 128x128", "its values, transformers", *row)
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    with _tiny("GptOss", SETTINGS["GptOss"] | {"hidden_size": 64, "intermediate_size": 96}) as (folder, theirs):
+        theirs = quantized.rewrite(folder, theirs, quantized.mxfp4_experts, mxfp4)
+        row = compare(folder.parent / "small", theirs)
+        yield Row("GptOssForCausalLM", "mxfp4", "its values, transformers", *row)
+
+
+@contextlib.contextmanager
+def _tiny(family: str, settings: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "plain"
+        theirs = save_tiny(folder, family, vocab_size=VOCAB, eos_token_id=EOS, **settings)
+        make_tokenizer(folder)
+        yield folder, theirs
+
+
 def rows() -> Iterator[Row]:
     yield from plain_rows()
     yield from gguf_rows()
+    yield from quantized_rows()
 
 
 HEADER = [

@@ -11,7 +11,6 @@ from skyline.layers.context import LayerContext
 from skyline.layers.linear import Linear
 from skyline.ops.router import Scoring
 
-
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -126,8 +126,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
     caches = kv_caches(model)
     set_kv_dtype(config, caches)
-    scaled = checkpoint.scale_keys_and_values(model) if checkpoint is not None else 0
+    scaled, stored = 0, ""
     if checkpoint is not None:
+        scaled, stored = checkpoint.scale_keys_and_values(model), _stored(checkpoint, model, dtype)
         checkpoint.close()
     groups = group_caches(caches)
     memory = plan_memory(config, model_config.max_position_embeddings, groups, activations, available_bytes(device))
@@ -167,9 +168,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         groups=memory.groups,
     )
     report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
-    if checkpoint is not None and checkpoint.method:
-        parts = [f"{e['weights']} {e['format']} -> {e['becomes']}" for e in checkpoint.report(model, dtype)]
-        report["stored"] = f"{checkpoint.method}: {'; '.join(parts)}"
+    if stored:
+        report["stored"] = stored
     if config.kv_cache_dtype == "fp8":
         source_of = f"the checkpoint's, in {scaled} layers" if scaled else "1, for the checkpoint has none"
         report["KV scales"] = source_of
@@ -222,6 +222,12 @@ def _report(
     if memory.note:
         rows["note"] = memory.note
     return rows
+
+
+def _stored(checkpoint: Checkpoint, model: torch.nn.Module, dtype: torch.dtype) -> str:
+    """What a quantized checkpoint's weights were and have become; "" if there are none."""
+    parts = [f"{e['weights']} of {e['format']} -> {e['becomes']}" for e in checkpoint.report(model, dtype)]
+    return "; ".join(parts)
 
 
 def _blocks(memory: MemoryPlan, block_size: int) -> str:

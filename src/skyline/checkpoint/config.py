@@ -168,7 +168,8 @@ def load_config(folder: Path) -> ModelConfig:
         eos_token_ids=fields.token_ids("eos_token_id"),
         bos_token_id=bos[0] if bos else None,
         pad_token_id=pad[0] if pad else None,
-        quantization_config=fields.optional_object("quantization_config"),
+        quantization_config=fields.optional_object("quantization_config")
+        or fields.optional_object("compression_config"),  # compressed-tensors' first name for it
         raw=raw,
     )
 

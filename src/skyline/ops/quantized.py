@@ -43,7 +43,7 @@ def integers_of(parameter: Any) -> IntegerFormat | None:
 class QuantizedWeight:
     """A weight of small integers and what they stand for; a kernel may keep the same numbers in another order.
 
-    int8: values [.., N, K] in -127..127 and scales [.., N] float32, one a row; `group` is None.
+    int8: values [.., N, K] in -128..127 and scales [.., N] float32, one a row; `group` is None.
     int4: values [.., N, K] and scales [.., N, ceil(K / group)] float16, one for each `group` neighbours of a row (the
     last group may be shorter). Without `zeros` values are -8..7; with them, shaped like the scales, 0..15.
 

@@ -272,3 +272,34 @@ def test_a_recorded_shape_that_differs() -> None:
     stored = only(config, {**tensors, f"{NAME}.weight_shape": torch.tensor([16, 60])})
     with pytest.raises(CheckpointError, match="weight_shape"):
         stored.read(0, 16)
+
+
+def test_zero_points_of_symmetric_weights_are_none() -> None:
+    """Some writers keep them, all zero."""
+    weights, activations, shape = CASES["int8 channel"]
+    tensors, again, config = compressed(weights, shape, torch.float32, activations)
+    zeros = {f"{NAME}.weight_zero_point": torch.zeros(shape[0], 1, dtype=torch.int8)}
+    loaded = found(config, {**tensors, **zeros})
+    assert loaded.consumed == {*tensors, *zeros}
+    stored = loaded.stored[f"{NAME}.weight"]
+    assert stored.integers == IntegerFormat(bits=8) and torch.equal(whole(stored), again)
+    config["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    with pytest.raises(CheckpointError, match=r"weight_zero_point.*missing"):
+        detect(config, Tensors(tensors))
+
+
+def test_the_lowest_int8_is_kept() -> None:
+    """The library's range is -128..127."""
+    weight = torch.arange(-128, 128).to(torch.int8).view(2, 128)
+    tensors = {f"{NAME}.weight": weight, f"{NAME}.weight_scale": torch.tensor([[0.5], [3.0]])}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8}}}}
+    stored = only(config, tensors)
+    assert torch.equal(whole(stored), weight.float() * torch.tensor([[0.5], [3.0]]))
+    assert stored.levels(0, 2).values.min() == -128
+
+
+def test_scales_beside_weights_that_were_never_compressed_are_refused() -> None:
+    tensors = {f"{NAME}.weight": randn(8, 32).bfloat16(), f"{NAME}.weight_scale": torch.ones(8, 1)}
+    config = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight'.*bfloat16"):
+        detect(config, Tensors(tensors))

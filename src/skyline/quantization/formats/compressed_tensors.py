@@ -48,11 +48,11 @@ def find_compressed_tensors(config: Mapping[str, Any], source: TensorSource) -> 
             scale = f"{module}.weight_scale"
             if scale in source:
                 scheme = _scheme(groups, module)
-                zeros = f"{module}.weight_zero_point" if source.dtype(name) == torch.int8 else None
+                zeros = None
+                if source.dtype(name) == torch.int8 and not scheme.symmetric:
+                    zeros = expect(source, f"{module}.weight_zero_point", name)
                 block = scheme.block if scheme.group is None else (1, scheme.group)
-                found.add(
-                    name, scaled(source, name, scale, block, zeros if zeros is not None and zeros in source else None)
-                )
+                found.add(name, scaled(source, name, scale, block, zeros))
             elif source.dtype(name) in (*FP8_DTYPES, torch.int8) and not is_ignored(module, ignored):
                 raise missing_scale(source, name)
     return found

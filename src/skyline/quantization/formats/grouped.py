@@ -166,12 +166,12 @@ def _down(words: Tensor, start: int, stop: int, bits: int) -> Tensor:
 
 
 def _across(words: Tensor, start: int, stop: int, bits: int, awq: bool = False) -> Tensor:
-    """Words [R, W], each holding 32 / bits columns of one row: columns start to stop, uint8 [R, stop - start]."""
+    """Words [R, W], each holding 32 / bits columns of one row: columns start to stop, uint8 [stop - start, R]."""
     each = 32 // bits
     first = start // each
-    cut = words[:, first : -(-stop // each)].contiguous()
-    unpacked = unpack_awq(cut) if awq else unpack_words(cut, bits)
-    return unpacked[:, start - first * each : stop - first * each]
+    cut = words[:, first : -(-stop // each)]
+    unpacked = unpack_awq(cut) if awq else unpack_words(cut, bits).t()
+    return unpacked[start - first * each : stop - first * each]
 
 
 class RowPacked(GroupedWeight):
@@ -199,7 +199,7 @@ class GPTQPacked(GroupedWeight):
 
     def _stored_zeros(self, start: int, stop: int) -> Tensor:
         assert self.zeros is not None
-        return _across(self.source.get(self.zeros), start, stop, self.bits).t()
+        return _across(self.source.get(self.zeros), start, stop, self.bits)
 
     def _stored_scales(self, start: int, stop: int) -> Tensor:
         return self.source.get(self.scales)[:, start:stop].t()
@@ -218,15 +218,15 @@ class GPTQPackedMinusOne(GPTQPacked):
         first = start // each
         words = self.source.get(self.zeros)[:, first : -(-stop // each)]
         one = sum(1 << (self.bits * place) for place in range(each))
-        return _across(words + one, start - first * each, stop - first * each, self.bits).t()
+        return _across(words + one, start - first * each, stop - first * each, self.bits)
 
 
 class AWQPacked(GPTQPacked):
     """GEMM layout: words along N, eight columns each in the order 0, 2, 4, 6, 1, 3, 5, 7, as the zero points."""
 
     def _levels(self, start: int, stop: int) -> Tensor:
-        return _across(self.source.get(self.packed), start, stop, self.bits, awq=True).t().contiguous()
+        return _across(self.source.get(self.packed), start, stop, self.bits, awq=True)
 
     def _stored_zeros(self, start: int, stop: int) -> Tensor:
         assert self.zeros is not None
-        return _across(self.source.get(self.zeros), start, stop, self.bits, awq=True).t()
+        return _across(self.source.get(self.zeros), start, stop, self.bits, awq=True)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 # E2M1: a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Where AWQ's GEMM layout keeps column j of eight: columns 0, 2, 4, 6, 1, 3, 5, 7 lie in a word in this order.
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def _pairs(low_first: Tensor) -> Tensor:
@@ -46,9 +44,15 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """int32 [R, W] in AWQ's GEMM order -> uint8 [R, W * 8]."""
-    nibbles = unpack_words(words, 4)
-    return nibbles.view(-1, 8)[:, torch.tensor(_AWQ_PLACES)].view(nibbles.shape)
+    """int32 [R, W] in AWQ's GEMM order, of eight columns the even ones before the odd -> uint8 [W * 8, R], transposed.
+
+    Words are turned round before they are unpacked, as there are eight times fewer.
+    """
+    turned = words.t().contiguous()
+    columns = torch.empty(turned.shape[0], 8, turned.shape[1], dtype=torch.uint8)
+    for place in range(8):
+        columns[:, 2 * (place % 4) + place // 4] = (turned >> 4 * place) & 15
+    return columns.flatten(0, 1)
 
 
 def spread_columns(values: Tensor, per_block: Tensor, block: int, subtract: bool = False) -> None:

@@ -198,6 +198,45 @@ def test_twenty_mixes_give_the_same_bits(tiny_checkpoint: Path, settings: dict[s
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5"])
+def test_twenty_mixes_of_windows_and_states_give_the_same_bits(family: str, dtype: str, tmp_path: Path) -> None:
+    """As above, where a prefix comes from the cache only if a window, or a kept state, is there too."""
+    if native.available() == "none":
+        pytest.skip("needs the CPU kernels")
+    save_tiny(tmp_path, family, vocab_size=512, eos_token_id=2, **FAMILIES[family])
+    make_tokenizer(tmp_path)
+    draw = random.Random(1)
+    prompt = [draw.randrange(3, 512) for _ in range(50)]
+    params = SamplingParams(temperature=0.8, seed=7, max_tokens=24, ignore_eos=True, logprobs=3)
+    seen = set()
+    preemptions = hits = 0
+    for mix in range(20):
+        # From the second on, its own beginning is in the cache, as another request's.
+        jobs = [Job("first", prompt[: draw.randrange(1, 50)], SamplingParams(temperature=0, max_tokens=3))]
+        jobs += [Job("x", prompt, params, arrives=draw.randrange(0, 8))]
+        for index in range(mix % 6):
+            other = prompt[: draw.randrange(0, 40)] + [draw.randrange(3, 512) for _ in range(draw.randrange(1, 30))]
+            jobs.append(Job(f"n{index}", other, SamplingParams(temperature=0, max_tokens=draw.randrange(1, 30))))
+        results, core = run_engine(
+            tmp_path,
+            jobs,
+            dtype=dtype,
+            max_num_seqs=8,
+            max_model_len=104,
+            max_num_batched_tokens=draw.choice([8, 13, 40, 2048]),
+            block_size=8,
+            num_kv_blocks=draw.choice([16, 40, 200]),
+            async_scheduling=mix % 2 == 0,
+        )
+        preemptions += core.scheduler.num_preemptions
+        hits += core.scheduler.prefix_hit_tokens
+        entries = [entry for output in results["x"].outputs for entry in output.logprobs or ()]
+        seen.add((tuple(results["x"].token_ids), msgspec.json.encode(entries)))
+    assert preemptions and hits, "some of the mixes were meant to run out of blocks, and to hit the prefix cache"
+    assert len(seen) == 1
+
+
 def test_min_tokens_holds_back_the_end(tiny_checkpoint: Path, naive: NaiveModel) -> None:
     prompt = list(range(30, 50))
     first = naive.generate(prompt, 1)[0]

@@ -5,4 +5,4 @@ Every kernel gives a row the same bits whatever other rows are computed with it:
 batch decides.
 """
 
-from skyline.kernels.cpu import attention, dense, linear, moe, rope  # noqa: F401
+from skyline.kernels.cpu import attention, delta, dense, gates, linear, moe, rope  # noqa: F401

@@ -18,7 +18,7 @@ import torch
 
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.isa import cpu_model
-from skyline.ops.host_memory import HUGE_PAGE, host_zeros
+from skyline.ops.host_memory import HUGE_PAGE, reserve
 
 BYTES = 512 << 20
 
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library, threads = native.library(), native.thread_count(None)
     native.start_threads(threads)
-    memories = {"small": small_pages(), "huge": host_zeros((BYTES // 8,), torch.int64)}
+    memories = {"small": small_pages(), "huge": reserve((BYTES // 8,), torch.int64, torch.device("cpu"))}
     rates: dict[str, list[float]] = {name: [] for name in memories}
     for memory in memories.values():
         library.machine_fill(memory)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import mmap
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from skyline.ops.host_memory import HUGE_PAGE, host_zeros, reserve
+from skyline.ops.host_memory import HUGE_PAGE, reserve, reserve_weight, use_huge_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (1500, 2049), (3, HUGE_PAGE // 2)])
-def test_zeros_that_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    memory = host_zeros(shape, dtype)
+@pytest.mark.parametrize("make", [reserve, reserve_weight])
+def test_zeros_that_can_be_written(make: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    memory = make(shape, dtype, torch.device("cpu"))
     assert memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
     assert not memory.any()
     memory.fill_(3)
@@ -23,7 +25,7 @@ def test_zeros_that_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def test_large_memory_begins_on_a_huge_page_and_lives_as_long_as_its_views() -> None:
-    memory = host_zeros((2 * HUGE_PAGE + 100,), torch.uint8)
+    memory = reserve_weight((2 * HUGE_PAGE + 100,), torch.uint8)
     assert memory.data_ptr() % HUGE_PAGE == 0
     view = memory[HUGE_PAGE:]
     del memory
@@ -47,5 +49,19 @@ def test_whole_huge_pages_are_requested() -> None:
     assert " hg" in flags
 
 
+def test_weights_move_to_huge_pages_as_they_are() -> None:
+    use_huge_pages()  # what other tests have left
+    sizes = (HUGE_PAGE, 5 * HUGE_PAGE + 12_345, 40 * HUGE_PAGE)
+    weights = [reserve_weight((size,), torch.uint8) for size in sizes]
+    for index, weight in enumerate(weights):
+        weight.copy_((torch.arange(len(weight)) * (index + 3)).to(torch.uint8))
+    before = [weight.clone() for weight in weights]
+    moved = use_huge_pages(share=1.0)
+    assert moved in (0, sum(size // HUGE_PAGE * HUGE_PAGE for size in sizes)), "all, or none where the kernel cannot"
+    assert all(torch.equal(weight, copy) for weight, copy in zip(weights, before, strict=True))
+    assert use_huge_pages() == 0
+
+
 def test_another_device_is_left_to_torch() -> None:
-    assert reserve((4, 4), torch.float32, torch.device("meta")).device.type == "meta"
+    for make in (reserve, reserve_weight):
+        assert make((4, 4), torch.float32, torch.device("meta")).device.type == "meta"

@@ -84,6 +84,14 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
+def _use_huge_pages() -> None:
+    """Once the first request has had its chance."""
+    from skyline.ops.host_memory import use_huge_pages
+
+    time.sleep(2.0)
+    use_huge_pages()
+
+
 def main() -> int:
     # Signals reach the whole process group; the front end decides what they mean, and this process ends with it.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,6 +135,7 @@ def main() -> int:
         threading.Thread(target=_report_stats, args=(core, launch.outputs_address), daemon=True).start()
         limits = loaded.limits
         send(EngineReady(limits.max_model_len, loaded.vocab_size, limits.num_blocks, limits.block_size, loaded.report))
+        threading.Thread(target=_use_huge_pages, daemon=True).start()
         EngineServer(core, requests, outputs).run()
         loaded.runner.close()
     except Exception as error:

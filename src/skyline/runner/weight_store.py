@@ -15,7 +15,7 @@ from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
 from skyline.layers import random_values
 from skyline.ops import QuantizedWeight
-from skyline.ops.host_memory import reserve
+from skyline.ops.host_memory import reserve_weight
 
 
 class WeightStore:
@@ -27,7 +27,7 @@ class WeightStore:
         for use in program.weights:
             shape, dtype = tuple(use.parameter.shape), use.parameter.dtype
             if use.layout is None:
-                target = reserve(shape, dtype, device)
+                target = reserve_weight(shape, dtype, device)
             else:
                 target = use.layout.allocate(shape, dtype)
             self._targets[id(use.parameter)].append((use, target))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skyline.kernels.cpu.native import library
 from skyline.ops import QuantizedWeight
-from skyline.ops.host_memory import host_zeros
+from skyline.ops.host_memory import reserve_weight
 from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import expert_weight
 
@@ -106,7 +106,7 @@ class PackedLayout:
         if self.gated and n % 2:
             raise ValueError(f"a gated weight needs an even number of rows, not {n}")
         panels = experts * self.panels(n)
-        data = host_zeros((panels, self.panel_bytes(k)), torch.uint8)  # zeros, for the padding
+        data = reserve_weight((panels, self.panel_bytes(k)), torch.uint8)  # zeros, for the padding
         scales = sums = None
         if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
             scales = torch.zeros(panels * PANEL, dtype=torch.float32)

@@ -55,6 +55,26 @@ void quantize(const float* x, int64_t n, float factor, float low, float high, fl
   }
 }
 
+// Eight numbers of each of eight rows become eight lines of `to`, kTile numbers apart, a row a column.
+void transpose(const uint32_t* const* rows, int64_t first, uint32_t* to) {
+  __m256 a[8], b[8];
+  for (int r = 0; r < 8; r++) a[r] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[r] + first));
+  for (int r = 0; r < 8; r += 2) {
+    b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    a[r] = _mm256_shuffle_ps(b[r], b[r + 2], 0x44);
+    a[r + 1] = _mm256_shuffle_ps(b[r], b[r + 2], 0xEE);
+    a[r + 2] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0x44);
+    a[r + 3] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0xEE);
+  }
+  for (int r = 0; r < 4; r++) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + r * kTile), _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (r + 4) * kTile), _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
+  }
+}
+
 // Up to 16 consecutive lanes of one tile, being filled.
 struct TileWriter {
   const PackedMatrix& m;
@@ -66,9 +86,18 @@ struct TileWriter {
   template <class T>  // T: what one row has in one step of k: two bf16, two int8, four int8
   void spread(const std::vector<const T*>& rows, int64_t steps, int64_t steps_a_block) {
     T* base = reinterpret_cast<T*>(panel);
-    for (int64_t s = 0; s < steps; s++) {
-      T* to = base + (s / steps_a_block * 2 + tile()) * steps_a_block * kTile + s % steps_a_block * kTile + lane();
-      for (size_t r = 0; r < rows.size(); r++) to[r] = rows[r][s];
+    auto line = [&](int64_t s) {
+      return base + (s / steps_a_block * 2 + tile()) * steps_a_block * kTile + s % steps_a_block * kTile + lane();
+    };
+    int64_t s = 0;
+    if constexpr (sizeof(T) == 4) {
+      for (; rows.size() == kTile && s + 8 <= steps; s += 8) {  // blocks are whole eights
+        transpose(rows.data(), s, line(s));
+        transpose(rows.data() + 8, s, line(s) + 8);
+      }
+    }
+    for (; s < steps; s++) {
+      for (size_t r = 0; r < rows.size(); r++) line(s)[r] = rows[r][s];
     }
   }
 };
@@ -105,6 +134,10 @@ class Packer {
         std::vector<const uint32_t*> rows;
         for (int64_t r = 0; r < count; r++) {
           uint16_t* to = bits.data() + r * padded;
+          if (is_bf16(src) && m.k == padded) {
+            rows.push_back(reinterpret_cast<const uint32_t*>(rows_of<bf16>(src)[first + r]));
+            continue;
+          }
           if (is_bf16(src)) {
             std::copy_n(rows_of<bf16>(src)[first + r], m.k, to);
           } else {

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from skyline.checkpoint.weights import Weights as TensorSource
 from skyline.ops import QuantizedWeight
 from skyline.ops.quantized import IntegerFormat
 
 __all__ = ["IntegerFormat", "Stored", "TensorSource"]
-
-
-class TensorSource(Protocol):
-    """Named tensors of a checkpoint, read when they are used: skyline.checkpoint.weights.SafetensorsWeights."""
-
-    folder: Path
-
-    def __iter__(self) -> Iterator[str]: ...
-    def __contains__(self, name: object) -> bool: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def get(self, name: str) -> torch.Tensor: ...
 
 
 class Stored(Protocol):

@@ -14,7 +14,9 @@ namespace {
 
 constexpr int64_t kChannels = 512;  // of one task of the convolution
 constexpr int64_t kMaxTaps = 64;
-constexpr int64_t kMaxHead = 1024;
+constexpr int64_t kTokens = 32;  // whose keys and queries are made at a time
+constexpr int kVectors = 4;      // of columns of the memory that are gone through together
+constexpr int64_t kColumns = kVectors * Vec::width;
 
 template <class T>
 const T* list_of(const TensorView& t, int64_t length, bool right_type) {
@@ -48,6 +50,41 @@ template <class T>
 void unit(float* to, const T* x, int64_t n, float factor) {
   Vec by = Vec::all(factor / std::sqrt(sum_of_squares(x, n) + 1e-6f));
   sweep(n, [&](int64_t i, auto m) { (Vec::load(x + i, m) * by).store(to + i, m); });
+}
+
+// One token on some columns of one head's memory, whose rows lie `stride` apart: it shrinks, what it has for k is taken
+// off v, the rest is written, and q reads the result.
+template <bool whole, class T>
+inline void advance(float* memory, int64_t stride, int64_t dk, int64_t width, const float* k, const float* q, const T* v,
+                    float shrink, float beta, T* out) {
+  constexpr int w = Vec::width;
+  auto left = [&](int u) { return static_cast<int>(std::clamp<int64_t>(width - u * w, 0, w)); };
+  auto load = [&](const auto* p, int u) { return whole ? Vec::load(p + u * w) : Vec::load(p + u * w, left(u)); };
+  auto store = [&](Vec x, auto* p, int u) { whole ? x.store(p + u * w) : x.store(p + u * w, left(u)); };
+  const int vectors = whole ? kVectors : static_cast<int>((width + w - 1) / w);
+  Vec change[kVectors], read[kVectors];
+  for (int u = 0; u < kVectors; u++) change[u] = read[u] = Vec::zero();
+  const Vec by = Vec::all(shrink);
+  for (int64_t i = 0; i < dk; i++) {
+    float* line = memory + i * stride;
+    const Vec key = Vec::all(k[i]);
+    for (int u = 0; u < vectors; u++) {
+      Vec kept = load(line, u) * by;
+      store(kept, line, u);
+      change[u] = fma(key, kept, change[u]);
+    }
+  }
+  for (int u = 0; u < vectors; u++) change[u] = (load(v, u) - change[u]) * Vec::all(beta);
+  for (int64_t i = 0; i < dk; i++) {
+    float* line = memory + i * stride;
+    const Vec key = Vec::all(k[i]), query = Vec::all(q[i]);
+    for (int u = 0; u < vectors; u++) {
+      Vec kept = fma(key, change[u], load(line, u));
+      store(kept, line, u);
+      read[u] = fma(query, kept, read[u]);
+    }
+  }
+  for (int u = 0; u < vectors; u++) store(read[u], out, u);
 }
 
 }  // namespace
@@ -111,7 +148,7 @@ void gated_delta_rule(TensorView out, TensorView qkv, TensorView b, TensorView a
                       int64_t key_heads, TensorView states, TensorView query_starts, TensorView reads, TensorView writes) {
   SKYLINE_CHECK(states.ndim() == 4 && is_float32(states) && states.IsContiguous(), "takes states in float32");
   const int64_t heads = states.shape()[1], dk = states.shape()[2], dv = states.shape()[3];
-  SKYLINE_CHECK(key_heads > 0 && heads % key_heads == 0 && dk <= kMaxHead && dv <= kMaxHead, "shapes do not match");
+  SKYLINE_CHECK(key_heads > 0 && heads % key_heads == 0, "shapes do not match");
   dispatch_float(out, [&]<class T>(T*) {
     auto to = rows_of<T>(out), from = rows_of<T>(qkv), betas = rows_of<T>(b), steps = rows_of<T>(a);
     const bool right = decay.dtype().bits == 8 * sizeof(T) && dt_bias.dtype().bits == 8 * sizeof(T);
@@ -129,40 +166,32 @@ void gated_delta_rule(TensorView out, TensorView qkv, TensorView b, TensorView a
       } else if (requests.reads[r] != requests.writes[r]) {
         std::copy_n(all + (requests.reads[r] * heads + head) * dk * dv, dk * dv, memory);
       }
-      alignas(64) float q[kMaxHead], k[kMaxHead], change[kMaxHead], read[kMaxHead];
       const float slope = -std::exp(to_float(rate[head])), offset = to_float(bias[head]);
-      for (int64_t token = requests.starts[r]; token < requests.starts[r + 1]; token++) {
-        const T* row = from[token];
-        unit(q, row + source * dk, dk, 1.0f / std::sqrt(static_cast<float>(dk)));
-        unit(k, row + (key_heads + source) * dk, dk, 1.0f);
-        const T* v = row + 2 * key_heads * dk + head * dv;
-        const float shrink = std::exp(slope * softplus(to_float(steps[token][head]) + offset));
-        const float beta = 1.0f / (1.0f + std::exp(-to_float(betas[token][head])));
-        std::fill_n(change, dv, 0.0f);
-        std::fill_n(read, dv, 0.0f);
-        for (int64_t i = 0; i < dk; i++) {  // the memory shrinks, and what it has for k is read
-          float* line = memory + i * dv;
-          const Vec by = Vec::all(shrink), key = Vec::all(k[i]);
-          sweep(dv, [&](int64_t j, auto n) {
-            Vec kept = Vec::load(line + j, n) * by;
-            kept.store(line + j, n);
-            fma(key, kept, Vec::load(change + j, n)).store(change + j, n);
-          });
+      std::vector<float> q(static_cast<size_t>(kTokens * dk)), k(static_cast<size_t>(kTokens * dk));
+      float shrink[kTokens], beta[kTokens];
+      for (int64_t first = requests.starts[r]; first < requests.starts[r + 1]; first += kTokens) {
+        const int64_t count = std::min<int64_t>(kTokens, requests.starts[r + 1] - first);
+        for (int64_t t = 0; t < count; t++) {
+          const T* row = from[first + t];
+          unit(q.data() + t * dk, row + source * dk, dk, 1.0f / std::sqrt(static_cast<float>(dk)));
+          unit(k.data() + t * dk, row + (key_heads + source) * dk, dk, 1.0f);
+          shrink[t] = std::exp(slope * softplus(to_float(steps[first + t][head]) + offset));
+          beta[t] = 1.0f / (1.0f + std::exp(-to_float(betas[first + t][head])));
         }
-        sweep(dv, [&](int64_t j, auto n) {
-          ((Vec::load(v + j, n) - Vec::load(change + j, n)) * Vec::all(beta)).store(change + j, n);
-        });
-        for (int64_t i = 0; i < dk; i++) {  // what was missing is written, and the memory read for q
-          float* line = memory + i * dv;
-          const Vec key = Vec::all(k[i]), query = Vec::all(q[i]);
-          sweep(dv, [&](int64_t j, auto n) {
-            Vec kept = fma(key, Vec::load(change + j, n), Vec::load(line + j, n));
-            kept.store(line + j, n);
-            fma(query, kept, Vec::load(read + j, n)).store(read + j, n);
-          });
+        // Columns of the memory know nothing of each other: some of them go through all tokens in the first-level cache.
+        for (int64_t column = 0; column < dv; column += kColumns) {
+          const int64_t width = std::min<int64_t>(kColumns, dv - column);
+          for (int64_t t = 0; t < count; t++) {
+            const T* v = from[first + t] + 2 * key_heads * dk + head * dv + column;
+            T* result = to[first + t] + head * dv + column;
+            const float *key = k.data() + t * dk, *query = q.data() + t * dk;
+            if (width == kColumns) {
+              advance<true>(memory + column, dv, dk, width, key, query, v, shrink[t], beta[t], result);
+            } else {
+              advance<false>(memory + column, dv, dk, width, key, query, v, shrink[t], beta[t], result);
+            }
+          }
         }
-        T* result = to[token] + head * dv;
-        sweep(dv, [&](int64_t j, auto n) { Vec::load(read + j, n).store(result + j, n); });
       }
     });
   });

@@ -21,6 +21,7 @@ from skyline.engine.kv_blocks import BlockPool, block_hash, root_hash
 from skyline.engine.request import Request
 
 NONE = -1  # in a table, where nothing is kept any more
+NEVER = 1 << 62
 # Blocks of tokens between the states that are kept while generating: a state can be as large as thousands of tokens.
 STATE_INTERVAL = 16
 
@@ -45,6 +46,9 @@ class Holding:
     # States that a planned step reads and none writes any more: their length in tokens, and block.
     sealed: list[tuple[int, int]] = field(default_factory=list)
     seal_at: int = 0  # the length, within what was known at admission, whose state is to be kept
+    # Most steps change nothing: for how many tokens there is room, and at which length there is something to confirm.
+    room: int = 0
+    due: int = 0
 
 
 class KVMemory:
@@ -129,7 +133,10 @@ class KVMemory:
         return True
 
     def grow(self, request: Request, end: int) -> list[tuple[int, list[int]]] | None:
-        """Room up to token `end`: the new blocks by paged group; None, and nothing, if there is none."""
+        """Room up to token `end`: the new blocks by paged group; None, and nothing, if there is none.
+
+        Not needed while `end` is within `room`.
+        """
         holding = request.holding
         missing = [-(-end // self.block_size) - len(table) for table in holding.tables]
         if any(count > pool.num_available for count, (pool, _) in zip(missing, self._paged, strict=True)):
@@ -140,6 +147,7 @@ class KVMemory:
                 blocks = self._paged[index][0].allocate(count)
                 holding.tables[index] += blocks
                 grown.append((index, blocks))
+        holding.room = -(-end // self.block_size) * self.block_size
         return grown
 
     def whole_chunk(self, request: Request, count: int) -> int:
@@ -160,11 +168,15 @@ class KVMemory:
         if not wanted or states.num_available == 0:
             return holding.state, holding.state
         holding.sealed.append((start, holding.state))
+        holding.due = 0
         (holding.state,) = states.allocate(1)
         return holding.sealed[-1][1], holding.state
 
     def confirm(self, request: Request, start: int, end: int) -> None:
-        """A step has computed tokens start to end: publish what is complete, and let go of what nobody will see."""
+        """A step has computed tokens start to end: publish what is complete, and let go of what nobody will see.
+
+        Not needed while `end` is below `due`.
+        """
         holding = request.holding
         for index, (pool, window) in enumerate(self._paged):
             table = holding.tables[index]
@@ -186,6 +198,19 @@ class KVMemory:
             if self.prefix_caching and not self._states.is_published(block):
                 self._states.publish(block, self._hash(request, length // self.block_size - 1))
             self._states.release([block])
+        holding.due = self._next_due(holding)
+
+    def _next_due(self, holding: Holding) -> int:
+        """The first length at which `confirm` has something to do, as far as it is known now."""
+        if holding.sealed:
+            return 0
+        due = NEVER
+        for index, (_, window) in enumerate(self._paged):
+            if self.prefix_caching:
+                due = min(due, (holding.published[index] + 1) * self.block_size)
+            if window is not None:
+                due = min(due, (holding.dropped[index] + 1) * self.block_size + window - 1)
+        return due
 
     def release(self, request: Request) -> None:
         """Everything the request has, whatever state it is in."""

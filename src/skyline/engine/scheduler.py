@@ -135,15 +135,16 @@ class Scheduler:
                     continue
             if self._has_state:
                 count = self.memory.whole_chunk(request, count)
-            while (grown := self.memory.grow(request, request.num_computed + count)) is None:
-                preempted = True
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is request:
+            if request.num_computed + count > request.holding.room:
+                while (grown := self.memory.grow(request, request.num_computed + count)) is None:
+                    preempted = True
+                    victim = self.running[-1]
+                    self._preempt(victim)
+                    if victim is request:
+                        break
+                if grown is None:
                     break
-            if grown is None:
-                break
-            planned.plan.new_blocks += ((request.slot, group, blocks) for group, blocks in grown)
+                planned.plan.new_blocks += ((request.slot, group, blocks) for group, blocks in grown)
             self._append(planned, request, count, known)
             budget -= count
             position += 1
@@ -252,7 +253,9 @@ class Scheduler:
                 request.in_flight -= 1
                 request.tokens.append(output.token_ids[row])
             if same_life:
-                self.memory.confirm(request, plan.starts[row], plan.starts[row] + plan.lengths[row])
+                end = plan.starts[row] + plan.lengths[row]
+                if end >= request.holding.due:
+                    self.memory.confirm(request, plan.starts[row], end)
             if plan.samples[row]:
                 outputs.append(self._sampled(request, output, row))
         return outputs

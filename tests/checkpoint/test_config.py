@@ -231,3 +231,24 @@ def test_generation_defaults(tmp_path: Path) -> None:
     path.write_text(json.dumps({"top_p": 2}))
     with pytest.raises(CheckpointError, match=r"generation_config.json: top_p must be a number from 0 to 1"):
         load_generation_defaults(tmp_path)
+
+
+def test_gemma_3_as_it_is_published(tmp_path: Path) -> None:
+    """google/gemma-3-4b-it says little of its language model; what it leaves out is what transformers takes for it."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps({**outer, "text_config": text, "vision_config": {}}))
+    config = load_config(tmp_path)
+    assert config.architecture == "Gemma3ForCausalLM" and config.eos_token_ids == [1, 106]
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.max_position_embeddings, config.tie_word_embeddings) == (262_208, 131_072, True)
+    assert config.layer_windows[:6] == [1024] * 5 + [None] and config.hidden_act == "gelu_pytorch_tanh"
+    assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
+    assert config.local_rope is not None and (config.local_rope.type, config.local_rope.theta) == ("default", 1e4)

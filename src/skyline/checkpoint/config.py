@@ -18,12 +18,17 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
     "qwen3": {"head_dim": 128},
     "gpt_oss": {"head_dim": 64, "attention_bias": True, "sliding_window": 128, "rope_theta": 150_000.0},
-    "gemma3_text": {
+    "gemma3_text": {  # the published checkpoints leave out whatever is as in here
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
         "head_dim": 256,
         "sliding_window": 4096,
         "tie_word_embeddings": True,
         "hidden_activation": "gelu_pytorch_tanh",
         "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
     },
     "glm4_moe": {"partial_rotary_factor": 0.5},
     "minimax_m2": {"head_dim": 128, "rope_theta": 5_000_000.0},

@@ -16,6 +16,7 @@ from skyline.checkpoint.errors import CheckpointError
 
 CONFIG_PATTERNS = [
     "config.json",
+    "hf_quant_config.json",  # ModelOpt's own
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",

@@ -252,3 +252,11 @@ def test_gemma_3_as_it_is_published(tmp_path: Path) -> None:
     assert config.layer_windows[:6] == [1024] * 5 + [None] and config.hidden_act == "gelu_pytorch_tanh"
     assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
     assert config.local_rope is not None and (config.local_rope.type, config.local_rope.theta) == ("default", 1e4)
+
+
+def test_experts_alone_need_no_size_of_an_mlp(tmp_path: Path) -> None:
+    """Qwen3.5-MoE has no intermediate_size."""
+    raw = {**LLAMA, "moe_intermediate_size": 24}
+    del raw["intermediate_size"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_config(tmp_path).intermediate_size == 24

@@ -153,7 +153,10 @@ def load_config(folder: Path) -> ModelConfig:
         architecture=_architecture(fields),
         model_type=model_type,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size", 1, 2**24),
+        # Where all layers are mixtures of experts there may be none but theirs.
+        intermediate_size=fields.integer(
+            "intermediate_size", 1, 2**24, fields.optional_integer("moe_intermediate_size", 1, 2**24)
+        ),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

@@ -1,4 +1,4 @@
-"""The published models, by the sizes that transformers' configurations have by default: they are recognised, and whole."""
+"""Published models, by the sizes that transformers' configurations have by default: they are recognised, and whole."""
 
 from __future__ import annotations
 

@@ -260,3 +260,8 @@ def test_experts_alone_need_no_size_of_an_mlp(tmp_path: Path) -> None:
     del raw["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert load_config(tmp_path).intermediate_size == 24
+
+
+def test_the_first_name_of_compressed_tensors_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "compression_config": {"quant_method": "x"}}))
+    assert load_config(tmp_path).quantization_config == {"quant_method": "x"}

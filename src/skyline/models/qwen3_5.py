@@ -21,7 +21,6 @@ class Qwen3_5DecoderLayer(Qwen3NextDecoderLayer):
 
 class Qwen3_5ForCausalLM(Qwen3NextForCausalLM):
     layer_class = Qwen3_5DecoderLayer
-    ignored = ("mtp.*", "model.visual.*")
 
 
 class Qwen3_5MoeDecoderLayer(Qwen3_5DecoderLayer):

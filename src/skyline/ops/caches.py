@@ -6,6 +6,7 @@ same tokens for the same time. The runner allocates the tensors once it knows ho
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -18,26 +19,26 @@ CacheKind = Literal["full attention", "sliding window", "latent", "index", "recu
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class LayerCache:
+class LayerCache(abc.ABC):
     """What all kinds have. `group`: which of a step's block tables it goes by."""
 
     group: int = 0
 
     @property
-    def kind(self) -> CacheKind:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def kind(self) -> CacheKind: ...
 
     @property
+    @abc.abstractmethod
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The memory, as it is stored; the first dimension counts blocks."""
-        raise NotImplementedError
 
-    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None: ...
 
+    @abc.abstractmethod
     def bytes_per_token(self) -> int:
         """0 where memory does not grow with the context."""
-        raise NotImplementedError
 
     def bytes_per_block(self, block_size: int) -> int:
         return self.bytes_per_token() * block_size

@@ -71,7 +71,7 @@ class Checkpoint:
 
         Plain weights are not listed.
         """
-        places = destinations(model)
+        places = destinations(model) if self._stored else {}
         name_of = str(dtype).removeprefix("torch.")
         counts: Counter[tuple[str, str]] = Counter()
         for name, stored in self._stored.items():
@@ -89,6 +89,8 @@ class Checkpoint:
 
     def integers(self, model: nn.Module) -> dict[int, IntegerFormat]:
         """By parameter's id, the integers that all of its rows are stored as."""
+        if not self._stored:
+            return {}  # a model of many experts has many places to go over
         found: dict[int, set[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)

@@ -30,6 +30,7 @@ def test_probability_of_keeping_a_limit() -> None:
     assert limit.probability(Estimate(value=0.5, low=0.4, high=0.6)) == pytest.approx(0.5)
     assert limit.probability(Estimate(value=0.4, low=0.3, high=0.5333)) > 0.9
     assert limit.probability(Estimate(value=0.4)) == 1.0 and limit.probability(Estimate(value=0.6)) == 0.0
+    assert limit.probability(Estimate(value=0.4, refused="too short")) == 0.0  # a value, but none to rely on
     assert limit.probability(None) == limit.probability(Estimate.refuse("few")) == 0.0
     assert Limit("interactivity", 20.0).probability(Estimate(value=30.0, low=28.0, high=32.0)) > 0.99
 

@@ -86,7 +86,7 @@ class NullServer:
         self._first = self._first or self._loop.time()
         if not self._stepping:
             self._stepping = True
-            self._next = self._loop.time() + self._step_s
+            self._next = max(self._next, self._loop.time() + self._step_s)  # a stall may have begun while idle
             if self._stall is not None and self._stall[0] >= 0:
                 self._loop.call_later(self._stall[0], self._begin_stall, self._stall[1])
                 self._stall = None

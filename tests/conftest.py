@@ -6,6 +6,9 @@ import os
 
 # Tests run side by side, also those that start an engine process: more threads than cores would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it when kernels are defined: without a GPU they run in its interpreter.
+if not os.path.exists("/proc/driver/nvidia"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -12,7 +12,10 @@ from skyline import ops
 from skyline.ops import OPS, Case, Op
 from skyline.ops.attention import make_batch, make_cache
 
-from . import oracles_hybrid  # noqa: F401  (registers its oracles)
+from . import (
+    oracles_fp4,  # noqa: F401  (registers its oracles)
+    oracles_hybrid,  # noqa: F401  (registers its oracles)
+)
 from .oracles import ORACLES, as_list, tokens_of
 
 DTYPES = [torch.float32, torch.bfloat16]

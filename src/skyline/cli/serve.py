@@ -117,6 +117,14 @@ def serve(
             "--sync-scheduling", help="Plan a step only after the one before.", rich_help_panel=options.MEMORY
         ),
     ] = False,
+    no_cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--no-cuda-graphs",
+            help="On a GPU, launch every kernel of a decode step anew.",
+            rich_help_panel=options.MEMORY,
+        ),
+    ] = False,
     chat_template: Annotated[
         Path | None,
         typer.Option(
@@ -158,6 +166,7 @@ def serve(
         memory_fraction=memory_fraction,
         enable_prefix_caching=not no_prefix_caching,
         async_scheduling=not sync_scheduling,
+        cuda_graphs=not no_cuda_graphs,
     )
     from skyline.server.options import ServerOptions
     from skyline.server.run import ServerStartError, run_server

@@ -9,7 +9,7 @@ import msgspec
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
-Quantization = Literal["none", "int8", "int8-weight-only", "int4"]
+Quantization = Literal["none", "fp8", "int8", "int8-weight-only", "int4"]
 QUANTIZATION_GROUPS = (32, 64, 128)
 
 
@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     memory_fraction: float | None = None  # of what is free after loading, for the KV cache: GPU 0.9, CPU 0.5
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
+    cuda_graphs: bool = True  # on a GPU, record decode steps and replay them
     batch_invariant: bool = False  # bitwise the same results whatever else is in the batch
     threads: int | None = None  # compute threads
     seed: int = 0  # of dummy weights, and of requests that bring no seed of their own
@@ -54,6 +55,8 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.quantization_group not in QUANTIZATION_GROUPS:
             raise ValueError(f"quantization_group must be 32, 64 or 128, not {self.quantization_group}")
+        if self.quantization == "fp8" and not self.device.startswith("cuda"):
+            raise ValueError("quantization fp8 is for GPUs; on a CPU use int8, which its kernels compute in")
         if self.weight_cache and self.device.startswith("cuda"):
             raise ValueError("weight_cache is for the CPU's kernels; leave it out with device cuda")
         if self.weight_cache and self.load_format == "dummy":

@@ -1,8 +1,8 @@
 """Passes rewrite the captured graph before it is lowered: the place of fusions.
 
-A pass is a function that changes the graph in place and returns how many places it matched. It looks only at what is
-computed, never at the device: the fused ops have references like every other, so that a device without a kernel for one
-loses nothing. What does not match exactly is left as it is.
+A pass is a function that changes the graph in place and returns how many places it matched. The fused ops have
+references like every other, so that a device without a kernel for one loses nothing; GPUs have two more passes than CPUs,
+because there a launch costs more than what it computes. What does not match exactly is left as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from skyline.ops import KVCache, Op
 Pass = Callable[[fx.Graph], int]
 
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
-GATED_LINEARS = frozenset({"linear", "linear_int8", "linear_int8_weight_only", "linear_int4"})
+GATED_LINEARS = frozenset({"linear", "linear_fp8", "linear_int8", "linear_int8_weight_only", "linear_int4"})
+
+# Linears whose kernels can norm what they read and add to the residual stream what they give.
+WHOLE_LINEARS: dict[Op, Op] = {ops.linear: ops.fused_linear, ops.linear_fp8: ops.fused_linear_fp8}
 
 
 def fuse_add_rms_norm(graph: fx.Graph) -> int:
@@ -125,16 +128,84 @@ def fuse_linear_silu_mul(graph: fx.Graph) -> int:
     return matches
 
 
+def fuse_linear_add(graph: fx.Graph) -> int:
+    """add(residual, linear(x)), the product read by nothing else -> fused_linear(x, residual=residual)."""
+    matches = 0
+    for total in graph.find_nodes(op="call_function", target=ops.add):
+        products = [node for node in total.args if _whole(node) and not _of(node, "silu_mul") and len(node.users) == 1]
+        others = [node for node in total.args if node not in products[-1:]]
+        # What is no activation need not have the shape of the rows.
+        if not products or len(others) != 1 or not isinstance(others[0], fx.Node) or others[0].op == "get_attr":
+            continue
+        if _of(products[-1], "residual") is not None:
+            continue
+        with graph.inserting_before(total):
+            fused = _fuse_linear(graph, products[-1], residual=others[0])
+        total.replace_all_uses_with(fused)
+        for node in (total, products[-1]):
+            graph.erase_node(node)
+        matches += 1
+    return matches
+
+
+def fuse_norm_linear(graph: fx.Graph) -> int:
+    """linear(rms_norm(x)), the normed rows read by nothing else -> fused_linear(x, norm=weight)."""
+    matches = 0
+    for norm in graph.find_nodes(op="call_function", target=ops.rms_norm):
+        x, weight, eps = _arguments(norm)
+        reader = next(iter(norm.users), None)
+        if reader is None or len(norm.users) != 1 or not _whole(reader) or reader.args[0] is not norm:
+            continue
+        if _of(reader, "norm") is not None:
+            continue
+        with graph.inserting_before(reader):
+            fused = _fuse_linear(graph, reader, x=x, norm=weight, eps=eps)
+        reader.replace_all_uses_with(fused)
+        for node in (reader, norm):
+            graph.erase_node(node)
+        matches += 1
+    return matches
+
+
+def _whole(node: Any) -> bool:
+    return isinstance(node, fx.Node) and (node.target in WHOLE_LINEARS or node.target in WHOLE_LINEARS.values())
+
+
+def _of(linear: fx.Node, argument: str) -> Any:
+    """An argument of a linear by its name; None where the op has none of that name."""
+    assert isinstance(linear.target, Op)
+    names = list(linear.target.signature.parameters)
+    return linear.args[names.index(argument)] if argument in names else None
+
+
+def _fuse_linear(graph: fx.Graph, linear: fx.Node, **changes: Any) -> fx.Node:
+    """The fused form of a linear, with some of its arguments changed."""
+    assert isinstance(linear.target, Op)
+    bound = WHOLE_LINEARS.get(linear.target, linear.target).signature.bind(*linear.args)
+    bound.apply_defaults()
+    bound.arguments.update(changes)
+    return graph.call_function(WHOLE_LINEARS.get(linear.target, linear.target), bound.args)
+
+
 PASSES: dict[str, Pass] = {
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,
     "linear_silu_mul": fuse_linear_silu_mul,
 }
+# What a linear can take in is taken from the other fusions, so they come after it.
+GPU_PASSES: dict[str, Pass] = {
+    "linear_silu_mul": fuse_linear_silu_mul,
+    "linear_add": fuse_linear_add,
+    "norm_linear": fuse_norm_linear,
+    "add_rms_norm": fuse_add_rms_norm,
+    "rope_kv_write": fuse_rope_kv_write,
+}
 
 
-def run_passes(graph: fx.Graph) -> dict[str, int]:
-    """Apply every pass in order; the result is how often each one matched."""
-    counts = {name: rewrite(graph) for name, rewrite in PASSES.items()}
+def run_passes(graph: fx.Graph, device: str = "cpu") -> dict[str, int]:
+    """Apply every pass for a device ("cpu" or "cuda") in order; the result is how often each one matched."""
+    passes = GPU_PASSES if device == "cuda" else PASSES
+    counts = {name: rewrite(graph) for name, rewrite in passes.items()}
     graph.lint()
     return counts
 

@@ -332,7 +332,7 @@ class _Builder:
         program = Program(self._calls, self._constants, output, self._choices, weights, self._dtype)
         for use in weights:
             if use.layout is not None and not use.parameter.is_meta:  # a model that is already filled
-                target = use.layout.allocate(tuple(use.parameter.shape), use.parameter.dtype)
+                target = use.layout.allocate(tuple(use.parameter.shape), use.parameter.dtype, use.parameter.device)
                 use.layout.write(target, 0, use.parameter.detach().reshape(-1, use.parameter.shape[-1]))
                 program.set_weight(use, target)
         return program

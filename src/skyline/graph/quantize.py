@@ -55,6 +55,10 @@ def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, Integer
         return None
     else:
         op = scheme.head if any(user.op == "output" for user in node.users) else scheme.linear
+    if op is node.target:
+        return None
+    if op is ops.linear_fp8:
+        return op, IntegerFormat(8, fp8=True)
     return op, IntegerFormat(4, group) if op in (ops.linear_int4, ops.moe_experts_int4) else IntegerFormat(8)
 
 
@@ -66,6 +70,8 @@ def _as_stored(
     if format is None or formats:  # of experts, both weights have to be alike
         return None
     experts = node.target is ops.moe_experts
+    if format.fp8:
+        return None if experts else (ops.linear_fp8, format)
     if format.bits == 8:
         return ops.moe_experts_int8 if experts else ops.linear_int8, format
     return ops.moe_experts_int4 if experts else ops.linear_int4, format

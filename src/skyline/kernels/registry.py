@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
-from skyline.ops import Op, QuantizedWeight
+from skyline.kernels.gpu import Gpu
+from skyline.ops import Op
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Request:
     batch_invariant: bool = False
     kv_dtype: torch.dtype | None = None  # of cached keys and values; None: that of the activations
     isa: str = "none"  # of the CPU, as in skyline.kernels.cpu.isa; "none" as well where no kernels could be built
+    gpu: Gpu | None = None  # of device "cuda"
 
 
 class Layout(Protocol):
@@ -35,17 +40,18 @@ class Layout(Protocol):
 
     name: str
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-        """Room for a weight of this shape, [N, K] or [E, N, K]; the result has `shape` and `nbytes`.
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Any:
+        """Room on a device for a weight of this shape, [N, K] or [E, N, K]; the result has `shape` and `nbytes`.
 
         Device "meta" has no such thing: where nothing is computed, kernels are described by the plain weight.
         """
         ...
 
-    def write(self, target: Any, first_row: int, rows: torch.Tensor | QuantizedWeight) -> None:
+    def write(self, target: Any, first_row: int, rows: Any) -> None:
         """Put rows [n, K] of the weight at first_row (counted over all experts). Any thread may call it.
 
-        A layout of integers also takes rows that are integers already, of its own bits, group and zero points.
+        A layout of integers also takes rows that are integers already, a QuantizedWeight of its own bits, group and
+        zero points; one of FP8 likewise Fp8Rows.
         """
         ...
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.kernels.registry import Kernel, Layout, Request, register
+from skyline.kernels.registry import CPU, Kernel, Layout, Request, register
 from skyline.kernels.torch_invariant import ROW_TILE
 from skyline.ops import (
     Op,
@@ -35,7 +35,7 @@ class Int8Layout:
     def __init__(self) -> None:
         self.name = "int8"
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> QuantizedWeight:
         return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
 
     def write(self, target: QuantizedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
@@ -51,7 +51,7 @@ class Int4Layout:
         self.group = group
         self.symmetric = symmetric
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedWeight:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> QuantizedWeight:
         per_group = (*shape[:-1], -(-shape[-1] // self.group))
         scales = torch.empty(per_group, dtype=torch.float16)
         zeros = None if self.symmetric else torch.empty_like(scales)

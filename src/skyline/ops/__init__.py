@@ -6,7 +6,10 @@ from skyline.ops.caches import IndexCache, KVCache, LatentCache, LayerCache, Sta
 from skyline.ops.contract import OPS, Case, Cost, Op
 from skyline.ops.delta import causal_conv, gated_delta_rule
 from skyline.ops.dense import add, embedding, head_rms_norm, linear, rms_norm, select_rows, silu_mul, split
+from skyline.ops.fp4 import Fp4Weight, linear_fp4
+from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fused import add_rms_norm, rope_kv_write
+from skyline.ops.fused_linear import fused_linear, fused_linear_fp8
 from skyline.ops.gates import (
     gated_rms_norm,
     gelu_mul,
@@ -28,6 +31,8 @@ __all__ = [
     "AttentionBatch",
     "Case",
     "Cost",
+    "Fp4Weight",
+    "Fp8Weight",
     "IndexCache",
     "KVCache",
     "LatentCache",
@@ -39,6 +44,8 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "embedding",
+    "fused_linear",
+    "fused_linear_fp8",
     "gated_delta_rule",
     "gated_rms_norm",
     "gelu_mul",
@@ -49,6 +56,8 @@ __all__ = [
     "latent_rope_write",
     "layer_norm",
     "linear",
+    "linear_fp4",
+    "linear_fp8",
     "linear_int4",
     "linear_int8",
     "linear_int8_weight_only",

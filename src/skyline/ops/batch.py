@@ -53,6 +53,15 @@ class AttentionBatch:
     # Of each request, the block that holds its recurrent state before this step (-1: none, it begins), and after it.
     state_reads: list[int]
     state_writes: list[int]
+    # The two on the device, [2, R] int32; a write to -1 is none. Made of the lists when first asked for, unless given.
+    state_blocks: torch.Tensor | None = None
+
+    def device_states(self) -> torch.Tensor:
+        """`state_blocks`, for kernels that do not go by the host's lists."""
+        if self.state_blocks is None:
+            host = np.array([self.state_reads, self.state_writes], np.int32)
+            self.state_blocks = to_device(host, self.context_lens.device)
+        return self.state_blocks
 
     def of(self, cache: LayerCache) -> BlockTables:
         """The tables that a cache goes by."""

@@ -20,11 +20,13 @@ class IntegerFormat:
     """Of what kind the integers of a weight are (QuantizedWeight).
 
     bits 8: one scale a row. bits 4: a scale for each `group` neighbours of a row, with `zeros` also a zero point.
+    fp8: no integers, but FP8 (skyline.ops.fp8), with a scale a row, or, with `group`, for each block of group x group.
     """
 
     bits: int
     group: int | None = None
     zeros: bool = False
+    fp8: bool = False
 
 
 def set_integers(parameter: Tensor, format: IntegerFormat) -> None:

@@ -16,6 +16,7 @@ from skyline.checkpoint.gguf import WEIGHTS_FILE
 from skyline.checkpoint.weights import Derived, Destination, LoadReport, SafetensorsWeights, Weights, load
 from skyline.models import destinations, ignorable
 from skyline.ops import KVCache, QuantizedWeight
+from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.quantized import IntegerFormat, integers_of
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeights
@@ -87,14 +88,16 @@ class Checkpoint:
             counts[stored.format, becomes] += 1
         return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
-    def integers(self, model: nn.Module) -> dict[int, IntegerFormat]:
-        """By parameter's id, the integers that all of its rows are stored as."""
+    def integers(self, model: nn.Module, fp8: bool = False) -> dict[int, IntegerFormat]:
+        """By parameter's id, the integers that all of its rows are stored as. fp8: also where they are FP8."""
         if not self._stored:
             return {}  # a model of many experts has many places to go over
         found: dict[int, set[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
             format = stored.integers if stored is not None and place.transform is None else None
+            if format is not None and format.fp8 and not (fp8 and _whole_blocks(place, format)):
+                format = None
             for tensor in (place.tensor, *place.others):
                 found.setdefault(id(_whole(tensor)), set()).add(format)
         return {key: format for key, (format, *more) in found.items() if format is not None and not more}
@@ -146,7 +149,7 @@ class _AsWanted(Derived):
     def shape(self) -> tuple[int, ...]:
         return self._stored.shape
 
-    def read(self, start: int, stop: int) -> torch.Tensor | QuantizedWeight:  # type: ignore[override]
+    def read(self, start: int, stop: int) -> torch.Tensor | QuantizedWeight | Fp8Rows:  # type: ignore[override]
         return self._stored.levels(start, stop) if self._as_integers else self._stored.read(start, stop)
 
 
@@ -181,7 +184,15 @@ def _renamed(name: str) -> str:
     return name
 
 
+def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
+    """Whether what shares a scale in the checkpoint also does where it goes."""
+    parts = (place.tensor, *place.others)
+    return format.group is None or all(part.storage_offset() // part.shape[-1] % format.group == 0 for part in parts)
+
+
 def _described(format: IntegerFormat) -> str:
+    if format.fp8:
+        return "fp8" if format.group is None else f"fp8 in blocks of {format.group}x{format.group}"
     group = "" if format.group is None else f" in groups of {format.group}"
     return f"int{format.bits}{group}{' with zero points' if format.zeros else ''}"
 

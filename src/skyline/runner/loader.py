@@ -15,9 +15,11 @@ from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
 from skyline.kernels import tuning
 from skyline.kernels.cpu import native
+from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops.quantized import IntegerFormat
 from skyline.runner.checkpoint import Checkpoint
+from skyline.runner.decode_graphs import why_not_recorded
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import (
     KV_DTYPES,
@@ -67,25 +69,31 @@ def build_program(
     dtype: torch.dtype,
     isa: str | None = None,
     stored: Mapping[int, IntegerFormat] | None = None,
+    gpu: Gpu | None = None,
 ) -> Program:
     """Capture, quantize, fuse, lower.
 
     isa: of the CPU to choose for; None is this machine's, building its kernels. stored: by a parameter's id, the
-    integers that the checkpoint has of it, which are used unless another quantization, or none, is asked for.
+    integers that the checkpoint has of it, which are used unless another quantization, or none, is asked for. gpu: to
+    choose for; None is this machine's.
     """
+    device = torch.device(config.device)
+    if gpu is None and device.type == "cuda":
+        gpu = detect(device.index or 0)
     graph = capture(model)
     if config.quantization != "none":
         quantize_linears(graph, config.quantization, config.quantization_group, stored)
-    fusions = run_passes(graph)
+    fusions = run_passes(graph, device.type)
     if isa is None:
         isa = native.available() if config.device == "cpu" else "none"
     program = lower(
         graph,
         model,
-        torch.device(config.device),
+        device,
         dtype,
         batch_invariant=config.batch_invariant,
         isa=isa,
+        gpu=gpu,
         kv_dtype=KV_DTYPES.get(config.kv_cache_dtype),
     )
     program.fusions = fusions
@@ -104,7 +112,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     began = time.perf_counter()
     model = create_model(model_config, dtype, device, config.max_model_len, allocate=False)
     checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, model_config)
-    program = build_program(config, model, dtype, stored=checkpoint.integers(model) if checkpoint else None)
+    takes_fp8 = device.type == "cuda" and detect(device.index or 0).fp8
+    program = build_program(config, model, dtype, stored=checkpoint.integers(model, takes_fp8) if checkpoint else None)
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -138,7 +147,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     tokenizer_file = folder / "tokenizer.json"
     eos = frozenset(effective_eos_token_ids(model_config, load_generation_defaults(folder)))
     compiler = GrammarCompiler(tokenizer_file.read_text("utf-8"), model_config.vocab_size, sorted(eos))
-    token_ids = torch.zeros((config.max_num_seqs, memory.max_model_len + 1), dtype=torch.int32, device=device)
+    shape = (config.max_num_seqs + 1, memory.max_model_len + 1)  # the last row is for padding
+    token_ids = torch.zeros(shape, dtype=torch.int32, device=device)
     sampler = Sampler(
         vocab_size=model_config.vocab_size,
         max_slots=config.max_num_seqs,
@@ -157,6 +167,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         threads=config.threads,
         table_groups=sum(not group.state for group in memory.groups),
+        graphs=config.cuda_graphs if device.type == "cuda" and why_not_recorded(program) is None else None,
     )
     limits = Limits(
         num_blocks=memory.groups[0].num_blocks,

@@ -23,6 +23,7 @@ from skyline.graph import Program
 from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import to_device, token_positions
+from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.sampler import Sampler, SampleResult
 
 T = TypeVar("T")
@@ -77,10 +78,13 @@ class ModelRunner:
         device: torch.device,
         threads: int | None = None,
         table_groups: int = 1,
+        graphs: bool | None = None,
     ) -> None:
-        """token_ids [max_num_seqs, max_model_len] int32 on the device, shared with the sampler.
+        """token_ids [max_num_seqs + 1, max_model_len + 1] int32 on the device, shared with the sampler; the last row is
+        that of padding.
 
-        table_groups: of caches that go by block tables (skyline.engine.kv_memory).
+        table_groups: of caches that go by block tables (skyline.engine.kv_memory). graphs: record decode steps as CUDA
+        graphs; False runs the same steps call by call, None has none of it.
         threads: of the CPU kernels; None is one for each physical core that this process may use.
         """
         self._program = program
@@ -89,10 +93,26 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self._slots: dict[int, _Slot] = {}
-        max_num_seqs, max_tokens = token_ids.shape
-        shape = (max_num_seqs, -(-max_tokens // block_size))
+        shape = (token_ids.shape[0] - 1, -(-token_ids.shape[1] // block_size))
         self._block_tables = [np.zeros(shape, np.int32) for _ in range(table_groups)]
+        self._graphs: DecodeGraphs | None = None
+        if graphs is not None:
+            from skyline.kernels.triton.sampling import greedy  # Triton, which there need not be
+
+            self._graphs = DecodeGraphs(
+                program,
+                token_ids,
+                greedy,
+                table_shape=(table_groups, *shape),
+                block_size=block_size,
+                record=graphs,
+            )
         self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, _all_native(program)))
+
+    @property
+    def recorded_sizes(self) -> list[int]:
+        """Numbers of requests whose decode steps there are CUDA graphs for."""
+        return [] if self._graphs is None else self._graphs.recorded
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
@@ -110,6 +130,9 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
+        if self._graphs is not None and self._graphs.takes(plan):
+            if not any(self._scores(slot, start) for slot, start in zip(plan.slots, plan.starts, strict=True)):
+                return self._decode(plan, self._graphs)
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
@@ -136,10 +159,21 @@ class ModelRunner:
             return _Computed(plan, None, prompt_logprobs)
         slots = [plan.slots[row] for row in sampling]
         ends_at = [plan.starts[row] + plan.lengths[row] for row in sampling]
-        sampled = self._sampler.sample(logits[: len(sampling)], slots, ends_at)
-        where = (to_device(np.array(slots), self._device), to_device(np.array(ends_at), self._device))
+        return _Computed(plan, self._sample(logits[: len(sampling)], slots, ends_at), prompt_logprobs)
+
+    def _decode(self, plan: StepPlan, graphs: DecodeGraphs) -> _Computed:
+        done = graphs.step(plan, self._block_tables)
+        count = len(plan.slots)
+        if self._sampler.greedy_only(plan.slots):
+            return _Computed(plan, self._sampler.sample_greedy(done.tokens[:count], done.tops[:count], plan.slots), {})
+        return _Computed(plan, self._sample(done.logits[:count], plan.slots, [start + 1 for start in plan.starts]), {})
+
+    def _sample(self, logits: Tensor, slots: list[int], ends: list[int]) -> SampleResult:
+        """Choose the tokens that stand at `ends` of the slots, and write them there."""
+        sampled = self._sampler.sample(logits, slots, ends)
+        where = (to_device(np.array(slots), self._device), to_device(np.array(ends), self._device))
         self._token_ids.index_put_(where, sampled.token_ids.to(torch.int32))
-        return _Computed(plan, sampled, prompt_logprobs)
+        return sampled
 
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.freed:
@@ -153,11 +187,15 @@ class ModelRunner:
             tokens = np.array(request.token_ids, np.int32)
             self._token_ids[request.slot, : len(tokens)] = to_device(tokens, self._device)
             self._sampler.admit(request)
+        before = []
         for slot, group, blocks in plan.new_blocks:
             counts = self._slots[slot].num_blocks
             known = counts[group]
+            before.append(known)
             counts[group] = known + len(blocks)
             self._block_tables[group][slot, known : known + len(blocks)] = blocks
+        if self._graphs is not None and plan.new_blocks:
+            self._graphs.add_blocks(plan.new_blocks, before)
 
     def _scores(self, slot: int, start: int) -> bool:
         """Whether a chunk from `start` on predicts tokens of a prompt whose log-probabilities are wanted."""

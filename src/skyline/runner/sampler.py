@@ -30,6 +30,7 @@ from skyline.runner.sampling.uniform import uniform
 __all__ = ["SampleResult", "Sampler"]
 
 _GREEDY, _UNSORTED, _TOP_K, _TOP_P, _SORTED = range(5)
+_PENALIZED_AT_ONCE = 32
 _CPU_CHUNK = 1 << 20  # logits worked on at once on the CPU: their temporaries stay in its cache
 
 
@@ -70,6 +71,7 @@ class Sampler:
         self._failed: list[str | None] = [None] * max_slots
         self._special = np.zeros(max_slots, dtype=np.bool_)  # slots with any of the four above
         self._float32: Tensor | None = None  # memory for logits that have to be converted
+        self._counts: Tensor | None = None  # zeros between steps; where Triton's kernels apply penalties
         for slot in range(max_slots):
             self.release(slot)
 
@@ -122,8 +124,8 @@ class Sampler:
 
         logits [R, V] of a float dtype on the device, may be overwritten; row r belongs to slots[r], and positions[r]
         tokens stand before the one to choose. All is computed in float32. Queues device work and returns, except that
-        rows with a grammar wait for their tokens, and, in torch, rows with top_p but no top_k wait once for the size of
-        their nucleus.
+        rows with a grammar wait for their tokens, and, where torch has to choose, rows with top_p but no top_k wait
+        once for the size of their nucleus.
         """
         if logits.shape != (len(slots), self._vocab_size) or not logits.is_floating_point():
             raise ValueError(
@@ -131,7 +133,7 @@ class Sampler:
                 f"not {logits.dtype} {list(logits.shape)}"
             )
         special = [row for row, slot in enumerate(slots) if self._special[slot]]
-        if special or not choose.is_native(logits):
+        if special or not choose.takes_mixed(logits):
             logits = self._converted(logits)
         wanted = [row for row in special if self._logprobs[slots[row]] is not None]
         raw = logits[self._index(wanted)] if wanted else None
@@ -149,6 +151,18 @@ class Sampler:
             found = LogprobTensors.of(raw, tokens[self._index(wanted)], most)
             host += [found.ids, found.logprobs, found.ranks]
         return SampleResult(tokens, list(slots), HostCopy(host), counts, errors)
+
+    def greedy_only(self, slots: list[int]) -> bool:
+        """Whether the tokens of these slots are the largest of their logits as they are, and nothing else is wanted."""
+        index = np.asarray(slots, np.int64)
+        return not (self._mode[index].any() or self._special[index].any())
+
+    def sample_greedy(self, tokens: Tensor, tops: Tensor, slots: list[int]) -> SampleResult:
+        """`sample` for slots that are `greedy_only`, from what was already found of their logits.
+
+        tokens [R] int64 and tops [R] float32 on the device, each row's largest logit; queued copies read them.
+        """
+        return SampleResult(tokens, list(slots), HostCopy([tokens, tops]))
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt's own tokens, each with the k most likely ones; waits for the device.
@@ -184,8 +198,36 @@ class Sampler:
             rules.mask(logits[row], self._token_ids[slots[row], self._num_prompt[slots[row]] : positions[row]])
         if constrained:
             self._constrain(logits, slots, constrained, errors)
-        for row, rules in ruled:
-            rules.adjust(logits[row], self._token_ids[slots[row], : positions[row]], self._num_prompt[slots[row]])
+        if choose.is_triton(logits):
+            self._penalize(logits, slots, positions, [(row, rules) for row, rules in ruled if rules.penalizes])
+            for row, rules in ruled:
+                rules.add_bias(logits[row])
+        else:
+            for row, rules in ruled:
+                rules.adjust(logits[row], self._token_ids[slots[row], : positions[row]], self._num_prompt[slots[row]])
+
+    def _penalize(self, logits: Tensor, slots: list[int], positions: list[int], ruled: list[tuple[int, Rules]]) -> None:
+        """Penalties of all rows that have some, a few rows at once: each needs a count of every token."""
+        from skyline.kernels.triton.logits import penalize
+
+        for start in range(0, len(ruled), _PENALIZED_AT_ONCE):
+            part = ruled[start : start + _PENALIZED_AT_ONCE]
+            lengths = [positions[row] for row, _ in part]
+            numbers = np.array(
+                [
+                    [row for row, _ in part],
+                    [slots[row] for row, _ in part],
+                    lengths,
+                    [self._num_prompt[slots[row]] for row, _ in part],
+                    [rules.repetition for _, rules in part],
+                    [rules.frequency for _, rules in part],
+                    [rules.presence for _, rules in part],
+                ],
+                np.float64,
+            )
+            if self._counts is None or len(self._counts) < len(part):
+                self._counts = torch.zeros((len(part), self._vocab_size), dtype=torch.int32, device=self._device)
+            penalize(logits, self._counts, self._token_ids, to_device(numbers, self._device), max(lengths))
 
     def _constrain(self, logits: Tensor, slots: list[int], rows: list[int], errors: dict[int, str]) -> None:
         bitmask = torch.zeros(
@@ -224,9 +266,9 @@ class Sampler:
         if not modes.any():
             return choose.greedy(logits)
         numbers = np.concatenate((self._numbers[:, slots], uniform(self._seeds[slots], positions)[None]))
-        if choose.is_native(logits):
+        if choose.takes_mixed(logits):
             numbers[1, modes == _GREEDY] = 1
-            return choose.choose_native(logits, numbers)
+            return choose.choose_mixed(logits, numbers)
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         tops = torch.empty(len(slots), dtype=torch.float32, device=self._device)
         for mode in np.unique(modes):

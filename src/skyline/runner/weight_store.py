@@ -15,6 +15,7 @@ from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
 from skyline.layers import random_values
 from skyline.ops import QuantizedWeight
+from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.host_memory import reserve_weight
 
 
@@ -22,6 +23,7 @@ class WeightStore:
     """The memory behind the parameters, which are on the meta device, of a model that runs as `program`."""
 
     def __init__(self, model: nn.Module, program: Program, device: torch.device) -> None:
+        self._device = device
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._targets: dict[int, list[tuple[WeightUse, Any]]] = {id(p): [] for p in model.parameters()}
         for use in program.weights:
@@ -29,7 +31,7 @@ class WeightStore:
             if use.layout is None:
                 target = reserve_weight(shape, dtype, device)
             else:
-                target = use.layout.allocate(shape, dtype)
+                target = use.layout.allocate(shape, dtype, device)
             self._targets[id(use.parameter)].append((use, target))
             program.set_weight(use, target)
 
@@ -51,7 +53,7 @@ class WeightStore:
             found |= parts
         return found
 
-    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight) -> None:
+    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight | Fp8Rows) -> None:
         """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe.
 
         Integers are for layouts that were made for them, by `set_integers`.
@@ -60,11 +62,11 @@ class WeightStore:
         assert parameter is not None and id(parameter) in self._targets
         for use, memory in self._targets[id(parameter)]:
             if use.layout is None:
-                plain = source.dequantize() if isinstance(source, QuantizedWeight) else source
+                plain = source if isinstance(source, torch.Tensor) else source.dequantize()
                 memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(plain)
                 continue
             width = parameter.shape[-1]
-            rows = source if isinstance(source, QuantizedWeight) else source.reshape(-1, width)
+            rows = source.reshape(-1, width) if isinstance(source, torch.Tensor) else source
             try:
                 use.layout.write(memory, target.storage_offset() // width, rows)
             except ValueError as error:
@@ -73,6 +75,6 @@ class WeightStore:
     def randomize(self, model: nn.Module, seed: int) -> None:
         """As skyline.layers.randomize."""
         for parameter, fill in random_values(model, seed):
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
             fill(values)
             self.write(parameter, values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.cpu.native import library
+from skyline.kernels.registry import CPU
 from skyline.ops import QuantizedWeight
 from skyline.ops.host_memory import reserve_weight
 from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
@@ -100,7 +101,7 @@ class PackedLayout:
             case Format.INT4:
                 return -(-k // self.group) * ((128 if self.zeros else 64) + self.group // 32 * 512)
 
-    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> PackedWeight:
         experts = shape[0] if len(shape) == 3 else 1
         n, k = shape[-2:]
         if self.gated and n % 2:

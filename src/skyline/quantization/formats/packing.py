@@ -1,4 +1,4 @@
-"""Small integers and E2M1 numbers out of the words and bytes they are packed in.
+"""Small integers out of the words they are packed in, wider floats, and scales laid over a matrix.
 
 Everything works on whole slices. Bytes of a word are taken in the machine's order: Skyline's platforms, like the
 formats, are little-endian.
@@ -9,24 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# E2M1: a sign, two bits of exponent and one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-def _pairs(low_first: Tensor) -> Tensor:
-    """The two values of each byte, [16] -> [256] int64, each the bits of two float32, the low nibble's first."""
-    byte = torch.arange(256)
-    return torch.stack((low_first[byte & 15], low_first[byte >> 4]), -1).view(torch.int64).flatten()
-
-
-_E2M1_PAIRS = _pairs(torch.tensor(E2M1 + tuple(-value for value in E2M1)))
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-
-
-def unpack_e2m1(packed: Tensor) -> Tensor:
-    """uint8 [.., K / 2], the low nibble first -> float32 [.., K]."""
-    values = _E2M1_PAIRS.index_select(0, packed.flatten().int()).view(torch.float32)
-    return values.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def widen_fp8(values: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from skyline.ops import QuantizedWeight
+from skyline.ops.fp4 import unpack_e2m1
+from skyline.ops.fp8 import BLOCK, FP8, Fp8Rows
 from skyline.ops.quantized import IntegerFormat
-from skyline.quantization.formats.packing import spread_columns, unpack_e2m1, widen_fp8
+from skyline.quantization.formats.packing import spread_columns, widen_fp8
 from skyline.quantization.formats.scales import (
     Grid,
     checked,
@@ -76,6 +78,11 @@ class ScaledWeight:
 
     @property
     def integers(self) -> IntegerFormat | None:
+        if self.source.dtype(self.elements) == FP8 and len(self.matrix) == 2 and not self.transposed:
+            plain = self.whole is None and self.zeros is None and self.source.dtype(self.scales) not in E8M0_SCALES
+            if plain and (self.grid.rows, self.grid.columns) == (BLOCK, BLOCK):
+                return IntegerFormat(bits=8, group=BLOCK, fp8=True)
+            return IntegerFormat(bits=8, fp8=True) if plain and self.grid.columns >= self.matrix[-1] else None
         is_int8 = self.source.dtype(self.elements) == torch.int8 and self.zeros is None and len(self.matrix) == 2
         return IntegerFormat(bits=8) if is_int8 and self.grid.columns >= self.matrix[-1] else None
 
@@ -94,9 +101,11 @@ class ScaledWeight:
         spread_columns(values, self._scales(start, stop), self.grid.columns)
         return values.transpose(-1, -2) if self.transposed else values
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight:
+    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows:
         assert self.integers is not None
         scales = self._scales(start, stop) if start < stop else torch.empty(0, 1)
+        if self.integers.fp8:
+            return Fp8Rows(self.source.get(self.elements)[start:stop], scales.expand(stop - start, -1))
         return QuantizedWeight(self.source.get(self.elements)[start:stop], scales[:, 0].contiguous())
 
     def _scales(self, start: int, stop: int) -> Tensor:

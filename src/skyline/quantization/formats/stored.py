@@ -8,6 +8,7 @@ import torch
 
 from skyline.checkpoint.weights import Weights as TensorSource
 from skyline.ops import QuantizedWeight
+from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.quantized import IntegerFormat
 
 __all__ = ["IntegerFormat", "Stored", "TensorSource"]
@@ -42,6 +43,6 @@ class Stored(Protocol):
         """
         ...
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight:
-        """The same rows of a matrix [N, K] as integers, where `integers` says that there are such."""
+    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows:
+        """The same rows of a matrix [N, K] as integers or FP8, where `integers` says that there are such."""
         ...

@@ -9,8 +9,9 @@ Filters mean what they mean in vLLM and transformers, in this order: min_p (Nguy
 Holtzman et al. 2020, over what the first two left). Equal logits are ranked by lower token id first, so top_k keeps
 exactly k tokens. Every function may overwrite its logits.
 
-Where there are compiled CPU kernels, `choose_native` does all of it for rows of any mix of parameters. The other
-functions are torch, for other devices and for comparison; exp may differ in its last bit between the two.
+Where there are kernels for it, compiled ones for the CPU or Triton's for the GPU, `choose_mixed` does all of it for
+rows of any mix of parameters. The other functions are torch, for other devices and for comparison; exp may differ in
+its last bit between them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skyline.kernels import triton
 from skyline.kernels.cpu import native, sampling
+from skyline.kernels.gpu import detect
+from skyline.ops.batch import to_device
 
 MAX_TOP_K = 1024  # the largest top_k found by selection; larger ones sort the row
 NUCLEUS_CANDIDATES = 1024  # top_p looks here first, and sorts the row only if they hold too little mass
@@ -41,6 +45,28 @@ def is_native(logits: Tensor) -> bool:
     )
 
 
+def is_triton(logits: Tensor) -> bool:
+    """Whether Triton's kernels take these logits [R, V]."""
+    if not logits.is_cuda:
+        return False
+    gpu = detect(logits.device.index or 0)
+    return gpu.capability >= triton.OLDEST and "triton" in gpu.libraries
+
+
+def takes_mixed(logits: Tensor) -> bool:
+    """Whether `choose_mixed` takes these logits [R, V]."""
+    return is_native(logits) or is_triton(logits)
+
+
+def choose_mixed(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """As `choose_native`, on the CPU or on a GPU, for which it does not wait."""
+    if is_native(logits):
+        return choose_native(logits, numbers)
+    from skyline.kernels.triton.sampling import choose_tokens
+
+    return choose_tokens(logits, to_device(np.ascontiguousarray(numbers), logits.device))
+
+
 def choose_native(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
     """Tokens [R] int64 and each row's largest scaled logit [R] float32, of logits [R, V] as `is_native` takes them.
 
@@ -54,6 +80,10 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [R] int64 (lowest id among equals) and their logits [R] float32 of `logits` [R, V] of any float dtype."""
     if is_native(logits):
         return sampling.choose_tokens(logits, None)
+    if is_triton(logits):
+        from skyline.kernels.triton import sampling as on_gpu
+
+        return on_gpu.greedy(logits)
     values, tokens = logits.max(dim=-1)
     return tokens, values.float()
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from skyline.engine.messages import TokenLogprobs
+from skyline.runner.sampling import choose
 
 _ROWS_AT_ONCE = 32  # bounds the temporaries of logprobs to a few rows of the vocabulary
+_ROWS_IN_TRITON = 1024  # which has none of that size
 _LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot carry (as in OpenAI's API)
 
 
@@ -46,9 +48,10 @@ class LogprobTensors:
     def of(logits: Tensor, tokens: Tensor, k: int) -> LogprobTensors:
         """logits [M, V] of any float dtype, left as they are; tokens [M] integer; 0 <= k."""
         k = min(k, logits.shape[1])
+        rows = _ROWS_IN_TRITON if choose.is_triton(logits) else _ROWS_AT_ONCE
         parts = [
-            _logprobs(logits[start : start + _ROWS_AT_ONCE], tokens[start : start + _ROWS_AT_ONCE], k)
-            for start in range(0, max(logits.shape[0], 1), _ROWS_AT_ONCE)
+            _logprobs(logits[start : start + rows], tokens[start : start + rows], k)
+            for start in range(0, max(logits.shape[0], 1), rows)
         ]
         ids, logprobs, ranks = (torch.cat(column) for column in zip(*parts, strict=True))
         return LogprobTensors(ids, logprobs, ranks)
@@ -61,12 +64,19 @@ class LogprobTensors:
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.float()
     tokens = tokens.to(torch.int64).unsqueeze(1)
-    own = logits.gather(1, tokens)
-    values, ids = logits.topk(k, dim=-1)
-    ranks = (logits > own).sum(-1) + 1
-    logprobs = torch.cat((own, values), dim=1) - logits.logsumexp(-1, keepdim=True)
+    if choose.is_triton(logits):
+        from skyline.kernels.triton.logits import token_statistics
+
+        own, sums, ranks = token_statistics(logits, tokens.squeeze(1))
+        own, sums = own.unsqueeze(1), sums.unsqueeze(1)
+        values, ids = logits.topk(k, dim=-1)
+    else:
+        logits = logits.float()
+        own, sums = logits.gather(1, tokens), logits.logsumexp(-1, keepdim=True)
+        values, ids = logits.topk(k, dim=-1)
+        ranks = (logits > own).sum(-1) + 1
+    logprobs = torch.cat((own, values.float()), dim=1) - sums
     return torch.cat((tokens, ids), dim=1), logprobs.clamp_(min=_LEAST_LOGPROB), ranks
 
 

@@ -99,8 +99,12 @@ class Rules:
         parts = (self.allowed, self.banned, self.bad_sequences, self.stop_ids)
         return any(part is not None for part in parts)
 
+    @property
+    def penalizes(self) -> bool:
+        return self.repetition != 1.0 or self.frequency != 0.0 or self.presence != 0.0
+
     def _adjusts(self) -> bool:
-        return self.repetition != 1.0 or self.frequency != 0.0 or self.presence != 0.0 or self.bias_ids is not None
+        return self.penalizes or self.bias_ids is not None
 
     def mask(self, logits: Tensor, generated: Tensor) -> None:
         """Set tokens that must not come next to minus infinity. logits [V] float32; generated [G], this request's."""
@@ -116,7 +120,12 @@ class Rules:
             logits.index_fill_(0, self.stop_ids, _NEVER)
 
     def adjust(self, logits: Tensor, tokens: Tensor, num_prompt: int) -> None:
-        """Penalties and biases. logits [V] float32; tokens [T] integer, prompt and generated.
+        """Penalties and biases. logits [V] float32; tokens [T] integer, prompt and generated."""
+        self._penalize(logits, tokens, num_prompt)
+        self.add_bias(logits)
+
+    def _penalize(self, logits: Tensor, tokens: Tensor, num_prompt: int) -> None:
+        """As skyline.kernels.triton.logits.penalize, in torch.
 
         Repetition (Keskar et al. 2019, CTRL) counts prompt and output, frequency and presence (OpenAI) output only.
         """
@@ -129,6 +138,9 @@ class Rules:
             counts = torch.zeros_like(logits).index_add_(0, generated, torch.ones_like(generated, dtype=logits.dtype))
             # A token that occurs twice is written twice with the same value.
             logits[generated] = logits[generated] - self.frequency * counts[generated] - self.presence
+
+    def add_bias(self, logits: Tensor) -> None:
+        """logits [V] float32."""
         if self.bias_ids is not None:
             assert self.bias is not None
             logits.index_add_(0, self.bias_ids, self.bias)

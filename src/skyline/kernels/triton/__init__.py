@@ -1,0 +1,96 @@
+"""Kernels in Triton: every op on NVIDIA GPUs from Ampere on.
+
+Importing this package registers them and imports no Triton: what is chosen is imported when it first runs. They are
+tested on the CPU in Triton's interpreter, and compiled there for every generation of GPU (tests/kernels/triton).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from skyline.kernels.registry import Kernel, Layout, Request, register
+from skyline.kernels.triton.fp8 import fp8_layout
+from skyline.kernels.triton.layouts import INT8, int4_layout
+
+PROVIDER = "triton"
+OLDEST = (8, 0)
+
+LayoutOf = Layout | Callable[[tuple[Any, ...]], Layout]
+
+
+def supports(request: Request) -> str | None:
+    """Why no kernel of this provider can serve the request, or None."""
+    if request.device != "cuda" or request.gpu is None:
+        return "needs a CUDA device"
+    if request.batch_invariant:
+        return "its reduction order depends on the number of rows"
+    if request.gpu.capability < OLDEST:
+        return f"needs compute capability 8.0, {request.gpu.name} has {'.'.join(map(str, request.gpu.capability))}"
+    return None if "triton" in request.gpu.libraries else "Triton is not installed: pip install triton"
+
+
+def supports_fp8(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    return None if request.gpu.fp8 else f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
+
+
+def provide(
+    op: str,
+    module: str,
+    layouts: Mapping[int, LayoutOf] | None = None,
+    check: Callable[[Request], str | None] = supports,
+) -> None:
+    """Register the function of the op's name in a module of this package, which is imported at the first call."""
+    found: Callable[..., Any] | None = None
+
+    def run(*arguments: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(import_module(f"{__name__}.{module}"), op)
+        return found(*arguments)
+
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}))
+
+
+_MODULES = {
+    "norms": (
+        "rms_norm",
+        "add_rms_norm",
+        "head_rms_norm",
+        "offset_rms_norm",
+        "offset_head_rms_norm",
+        "gated_rms_norm",
+        "layer_norm",
+    ),
+    "activations": ("silu_mul", "gelu_mul", "sigmoid_mul"),
+    "rope": ("rope_kv_write", "rope", "kv_write"),
+    "causal_conv": ("causal_conv",),
+    "delta": ("gated_delta_rule",),
+    "linear": ("linear", "fused_linear"),
+    "router": ("router", "topk_router"),
+    "moe": (
+        "moe_experts",
+        "moe_experts_clamped",
+        "moe_sort",
+        "moe_combine",
+        "moe_experts_ragged",
+        "moe_experts_padded",
+    ),
+    "attention": ("paged_attention",),
+}
+
+for _module, _ops in _MODULES.items():
+    for _op in _ops:
+        provide(_op, _module)
+
+for _op in ("linear_fp8", "fused_linear_fp8"):
+    provide(_op, "linear", {1: fp8_layout}, supports_fp8)
+
+provide("linear_int8", "quantized", {1: INT8})
+provide("linear_int8_weight_only", "quantized", {1: INT8})
+provide("linear_int4", "quantized", {1: int4_layout(1)})
+provide("linear_fp4", "quantized")

@@ -1,0 +1,28 @@
+"""What a launch has to know about the device. Where tensors are on the CPU, in tests, the answer is that of an H200."""
+
+from __future__ import annotations
+
+import torch
+
+from skyline.kernels.gpu import GPUS, detect
+
+
+def multiprocessors(device: torch.device) -> int:
+    return detect(device.index or 0).multiprocessors if device.type == "cuda" else GPUS["h200"].multiprocessors
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return detect(device.index or 0).capability if device.type == "cuda" else GPUS["h200"].capability
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block can have."""
+    return detect(device.index or 0).shared_memory if device.type == "cuda" else GPUS["h200"].shared_memory
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch, from Hopper on).
+
+    A kernel that is launched so touches nothing that others write, or read and it writes, before its `gdc_wait`.
+    """
+    return device.type == "cuda" and capability(device) >= (9, 0)

@@ -1,0 +1,374 @@
+"""Mixture of experts: few launches, and nothing that depends on values the device has.
+
+One token: a program streams a few rows of an expert's gate and up, then a few of the down rows of all its experts at
+once, which adds them up. More tokens: tiles of an expert's rows (skyline.kernels.triton.moe_tiles), which for few pairs
+of token and expert find their rows by looking at all ids, and else after a sort; then a sum over a token's choices.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skyline.kernels.triton.moe_tiles import Groups, activated, grouped_experts, tile_for
+
+_FEW_PAIRS = 128  # up to so many are grouped without a sort
+_STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
+_GATE_UP_BAND = 4  # rows of gate, and of up, that a program streams
+_DOWN_BAND = 2  # rows of down, of each chosen expert
+_STREAM_STAGES = 4
+_SORT_BLOCK = 4096
+
+
+@triton.jit
+def _stream_gate_up_kernel(
+    x,  # [T, H]
+    weight,  # [E, 2 I, H], gate rows first
+    bias,  # [E, 2 I], contiguous, or unused
+    ids,  # [T * TOP_K]
+    y,  # [T * TOP_K, I]
+    n,  # I
+    k,  # H
+    x_stride,
+    expert_stride,
+    weight_stride,
+    alpha,
+    limit,
+    TOP_K: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BAND: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pair = tl.program_id(1)
+    own = tl.program_id(0) * BAND + tl.arange(0, BAND)
+    safe = tl.where(own < n, own, 0)
+    steps = tl.arange(0, STEP)
+    expert = tl.load(ids + pair)
+    band_at = weight + expert * expert_stride + steps[None, :]
+    gate_at = band_at + safe.to(tl.int64)[:, None] * weight_stride
+    up_at = band_at + (safe + n).to(tl.int64)[:, None] * weight_stride
+    x_at = x + (pair // TOP_K).to(tl.int64) * x_stride + steps
+    gates = tl.zeros((BAND, STEP), tl.float32)
+    ups = tl.zeros((BAND, STEP), tl.float32)
+    for first in tl.range(0, k, STEP, num_stages=STAGES):
+        if EVEN_K:
+            values = tl.load(x_at + first)
+            gate_part, up_part = tl.load(gate_at + first), tl.load(up_at + first)
+        else:
+            left = first + steps < k
+            values = tl.load(x_at + first, mask=left, other=0.0)
+            gate_part = tl.load(gate_at + first, mask=left[None, :], other=0.0)
+            up_part = tl.load(up_at + first, mask=left[None, :], other=0.0)
+        values = values.to(tl.float32)[None, :]
+        gates += gate_part.to(tl.float32) * values
+        ups += up_part.to(tl.float32) * values
+    gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
+    if BIAS:
+        biases = bias + expert * 2 * n
+        gate += tl.load(biases + safe).to(tl.float32)
+        up += tl.load(biases + n + safe).to(tl.float32)
+    result = activated(gate, up, alpha, limit, BIAS)
+    tl.store(y + pair.to(tl.int64) * n + own, result.to(y.dtype.element_ty), mask=own < n)
+
+
+@triton.jit
+def _stream_down_kernel(
+    x,  # [T * TOP_K, I], contiguous
+    weight,  # [E, H, I]
+    bias,  # [E, H], contiguous, or unused
+    weights,  # [T * TOP_K] float32
+    ids,  # [T * TOP_K]
+    y,  # [T, H]
+    n,  # H
+    k,  # I
+    expert_stride,
+    weight_stride,
+    TOP_K: tl.constexpr,
+    CHOICES: tl.constexpr,  # TOP_K, padded
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BAND: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    token = tl.program_id(1).to(tl.int64)
+    each = tl.arange(0, CHOICES * BAND)  # the band's rows of the first choice, of the second, ...
+    choice = each // BAND
+    real = choice < TOP_K
+    pair = token * TOP_K + tl.where(real, choice, 0)
+    own = tl.program_id(0) * BAND + each % BAND
+    safe = tl.where(own < n, own, 0)
+    steps = tl.arange(0, STEP)
+    expert = tl.load(ids + pair)
+    weight_at = weight + (expert * expert_stride + safe * weight_stride)[:, None] + steps[None, :]
+    x_at = x + (pair * k)[:, None] + steps[None, :]
+    sums = tl.zeros((CHOICES * BAND, STEP), tl.float32)
+    for first in tl.range(0, k, STEP, num_stages=STAGES):
+        inside = real[:, None] if EVEN_K else real[:, None] & (first + steps < k)[None, :]
+        values = tl.load(x_at + first, mask=inside, other=0.0).to(tl.float32)
+        sums += values * tl.load(weight_at + first, mask=inside, other=0.0).to(tl.float32)
+    result = tl.sum(sums, 1)
+    if BIAS:
+        result += tl.load(bias + expert * n + safe).to(tl.float32)
+    result *= tl.load(weights + pair, mask=real, other=0.0)
+    result = tl.sum(tl.reshape(result, (CHOICES, BAND)), 0)
+    column = tl.program_id(0) * BAND + tl.arange(0, BAND)
+    tl.store(y + token * n + column, result.to(y.dtype.element_ty), mask=column < n)
+
+
+def _stream(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    (tokens, top_k), (_, h, i) = ids.shape, down.shape
+    hidden = torch.empty((tokens * top_k, i), dtype=x.dtype, device=x.device)
+    step = min(2048 // x.element_size(), triton.next_power_of_2(h))
+    _stream_gate_up_kernel[(triton.cdiv(i, _GATE_UP_BAND), tokens * top_k)](
+        x,
+        gate_up,
+        x if gate_up_bias is None else gate_up_bias,
+        ids,
+        hidden,
+        i,
+        h,
+        x.stride(0),
+        gate_up.stride(0),
+        gate_up.stride(1),
+        alpha,
+        limit,
+        TOP_K=top_k,
+        BIAS=gate_up_bias is not None,
+        EVEN_K=h % step == 0,
+        BAND=_GATE_UP_BAND,
+        STEP=step,
+        STAGES=_STREAM_STAGES,
+    )
+    y = torch.empty((tokens, h), dtype=x.dtype, device=x.device)
+    step = min(512 // x.element_size(), triton.next_power_of_2(i))
+    _stream_down_kernel[(triton.cdiv(h, _DOWN_BAND), tokens)](
+        hidden,
+        down,
+        x if down_bias is None else down_bias,
+        weights,
+        ids,
+        y,
+        h,
+        i,
+        down.stride(0),
+        down.stride(1),
+        TOP_K=top_k,
+        CHOICES=triton.next_power_of_2(top_k),
+        BIAS=down_bias is not None,
+        EVEN_K=i % step == 0,
+        BAND=_DOWN_BAND,
+        STEP=step,
+        STAGES=_STREAM_STAGES,
+    )
+    return y
+
+
+@triton.jit
+def _sort_kernel(
+    ids,  # [pairs] int64
+    order,  # [pairs] int32: the pair of each place, or unused
+    places,  # [pairs] int32: the place of each pair, or unused
+    offsets,  # [E + 1] int32
+    pairs,
+    ORDER: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    each = tl.arange(0, BLOCK)
+    lower = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, pairs, BLOCK):
+        pair = first + each
+        chosen = tl.load(ids + pair, mask=pair < pairs, other=0x7FFFFFFF).to(tl.int32)
+        lower += (chosen < expert).to(tl.int32)
+    start = tl.sum(lower, 0)
+    tl.store(offsets + expert, start)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(offsets + expert + 1, pairs)
+    for first in range(0, pairs, BLOCK):
+        pair = first + each
+        same = tl.load(ids + pair, mask=pair < pairs, other=0x7FFFFFFF).to(tl.int32) == expert
+        place = start + tl.cumsum(same.to(tl.int32), 0) - 1
+        if ORDER:
+            tl.store(order + place, pair, mask=same)
+        if PLACES:
+            tl.store(places + pair, place, mask=same)
+        start += tl.sum(same.to(tl.int32), 0)
+
+
+def _sort(ids: Tensor, experts: int, order: Tensor | None, places: Tensor | None) -> Tensor:
+    """Fill order [pairs] or places [pairs], as given -> offsets [E + 1] int32. Pairs of one expert keep their order."""
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+    block = min(_SORT_BLOCK, max(128, triton.next_power_of_2(ids.numel())))
+    _sort_kernel[(experts,)](
+        ids,
+        offsets if order is None else order,
+        offsets if places is None else places,
+        offsets,
+        ids.numel(),
+        ORDER=order is not None,
+        PLACES=places is not None,
+        BLOCK=block,
+        num_warps=min(8, block // 128),
+    )
+    return offsets
+
+
+@triton.jit
+def _spread_kernel(
+    x,  # [T, H]
+    places,  # [T, TOP_K] int32
+    rows,  # [T * TOP_K, H], contiguous
+    size,
+    x_stride,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    values = tl.load(x + token * x_stride + columns, mask=inside)
+    for choice in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + choice).to(tl.int64)
+        tl.store(rows + place * size + columns, values, mask=inside)
+
+
+@triton.jit
+def _combine_kernel(
+    rows,  # [N, H]
+    places,  # [T, TOP_K] int32, or unused: choice c of token t is row t * TOP_K + c
+    weights,  # [T, TOP_K] float32
+    y,  # [T, H], contiguous
+    size,
+    stride,
+    PLACES: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        place = token * TOP_K + choice
+        weight = tl.load(weights + place)
+        if PLACES:
+            place = tl.load(places + place).to(tl.int64)
+        total += weight * tl.load(rows + place * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=inside)
+
+
+def _combine(rows: Tensor, places: Tensor | None, weights: Tensor) -> Tensor:
+    (tokens, top_k), size = weights.shape, rows.shape[1]
+    y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _combine_kernel[(tokens, triton.cdiv(size, block))](
+            rows,
+            weights if places is None else places,
+            weights,
+            y,
+            size,
+            rows.stride(0),
+            PLACES=places is not None,
+            TOP_K=top_k,
+            BLOCK=block,
+        )
+    return y
+
+
+def moe_combine(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    return _combine(rows, places.contiguous(), weights.contiguous())
+
+
+def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, top_k), size = ids.shape, x.shape[1]
+    rows = torch.empty((tokens * top_k, size), dtype=x.dtype, device=x.device)
+    places = torch.empty(ids.shape, dtype=torch.int32, device=x.device)
+    offsets = _sort(ids.contiguous(), experts, None, places)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _spread_kernel[(tokens, triton.cdiv(size, block))](x, places, rows, size, x.stride(0), TOP_K=top_k, BLOCK=block)
+    return rows, offsets, places
+
+
+def _experts(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    (tokens, top_k), experts = ids.shape, gate_up.shape[0]
+    pairs = tokens * top_k
+    weights, ids = weights.contiguous(), ids.contiguous()
+    if tokens == 0:
+        return torch.empty_like(x)
+    if tokens <= _STREAM_TOKENS:
+        return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
+    tile = tile_for(pairs, experts, x)
+    if pairs <= _FEW_PAIRS:
+        groups = Groups("ids", ids, None, pairs, tile, pairs, experts)
+    else:
+        order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+        offsets = _sort(ids, experts, order, None)
+        groups = Groups("offsets", offsets, order, pairs // tile.rows + experts, tile, pairs, experts)
+    rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
+    return _combine(rows, None, weights)
+
+
+def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    return _experts(x, gate_up, None, down, None, weights, ids, 0.0, 0.0)
+
+
+def moe_experts_clamped(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    return _experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
+
+
+def moe_experts_ragged(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    experts = gate_up.shape[0]
+    if rows.shape[0] == 0:
+        return torch.empty_like(rows)
+    tile = tile_for(rows.shape[0], experts, rows)
+    tiles = rows.shape[0] // tile.rows + experts
+    return grouped_experts(rows, Groups("offsets", offsets, None, tiles, tile, rows.shape[0], experts), gate_up, down)
+
+
+def moe_experts_padded(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    experts, capacity, size = rows.shape
+    if capacity == 0:
+        return torch.empty_like(rows)
+    # How full the experts are is known on the device alone: as if all were.
+    tile = tile_for(experts * capacity, experts, rows)
+    tiles = experts * triton.cdiv(capacity, tile.rows)
+    groups = Groups("counts", counts, None, tiles, tile, experts * capacity, experts, capacity)
+    return grouped_experts(rows.view(-1, size), groups, gate_up, down).view(rows.shape)

@@ -1,0 +1,435 @@
+"""Linear layers on weights of int8, int4 and FP4.
+
+One kernel serves them all: a program multiplies a tile of rows of x with a band of the weight's rows, which it widens
+as it reads them. Few rows are bound by reading the weight. There, the warps of a program share its band by columns:
+each sums up its own blocks of K, and all are added at the end, so that even a narrow weight keeps every processor
+reading.
+
+Integers are multiplied as such. x is quantized by a kernel of its own before, as the references do. Those of int4 are
+multiplied in bfloat16, which holds each of them, and a group's sum of products is an integer below 2^24: exact as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.layouts import SYMMETRIC_ZERO, Int4Weight, pack_int4
+from skyline.ops import Fp4Weight, QuantizedWeight
+
+FEW_ROWS = 16  # up to so many rows of x the warps of a program share a band by columns
+
+_INT8_WEIGHT_ONLY, _INT8, _INT4, _MXFP4, _NVFP4 = (tl.constexpr(kind) for kind in range(5))
+_SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)
+
+
+class Tactic(NamedTuple):
+    """Rows of x and of the weight (of gate and of up each) a program, columns a block, blocks at a time."""
+
+    rows: int
+    band: int
+    width: int
+    split: int
+    warps: int
+    stages: int
+
+
+def tactic(rows: int, n: int, width: int, group: bool, silu_mul: bool, wide: bool, sms: int) -> Tactic:
+    """For `rows` of x and n columns of the result.
+
+    width: the most columns a block. group: it may not be less. wide: products of float32.
+    """
+    if wide:  # without the matrix unit, where a thread holds whole rows of its blocks
+        return Tactic(16 if rows <= 16 else 32, 32, 32, 1, 4, 2)
+    if rows <= FEW_ROWS:
+        return Tactic(16, 16 if silu_mul or n < 32 * sms else 32, width, 4, 4, 4)
+    width = width if group else min(width, 64)
+    # int4 adds up each group's sums by themselves, and silu_mul's two bands too: more registers than there are.
+    both = silu_mul and group
+    if rows <= 32:
+        return Tactic(32, 16 if both else 32, width, 1, 4, 4)
+    if rows <= 64:
+        return Tactic(64, 32 if both else 64, width, 1, 4, 3)
+    return Tactic(128, 128 >> silu_mul + group, width, 1, 8, 3)
+
+
+@triton.jit
+def _quantize_kernel(
+    x,  # [T, K]
+    levels,  # [T, K] int8 or bfloat16
+    scales,  # [groups, T] float32
+    sums,  # [groups, T] float32, of a group's integers, or unused
+    rows,
+    k,
+    x_stride,
+    groups,
+    SUMS: tl.constexpr,
+    COUNT: tl.constexpr,  # groups a program
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,  # of a group, padded
+):
+    """`skyline.ops.quantized.quantize_rows` to the bit: a product is rounded to float32 before it is to an integer."""
+    row = tl.program_id(0).to(tl.int64)
+    group, within = tl.program_id(1) * COUNT + tl.arange(0, COUNT), tl.arange(0, SIZE)
+    column = group[:, None] * GROUP + within[None, :]
+    inside = (column < k) & (within < GROUP)[None, :]
+    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(wide), 1)
+    broken = tl.max((wide != wide).to(tl.int32), 1)
+    largest = tl.where(broken > 0, float("nan"), largest)
+    inverse = tl.div_rn(tl.full((COUNT,), 127.0, tl.float32), largest)
+    inverse = tl.where(inverse < float("inf"), inverse, 0.0)
+    scaled = wide * inverse[:, None]
+    # Numbers from 2^23 on are integers, and additions round half to even.
+    integers = (scaled + 12582912.0) - 12582912.0
+    integers = tl.where(integers == integers, integers, 0.0)
+    tl.store(levels + row * k + column, integers.to(levels.dtype.element_ty), mask=inside)
+    known = group < groups
+    tl.store(
+        scales + group.to(tl.int64) * rows + row, tl.div_rn(largest, tl.full((COUNT,), 127.0, tl.float32)), mask=known
+    )
+    if SUMS:
+        tl.store(sums + group.to(tl.int64) * rows + row, tl.sum(integers, 1), mask=known)
+
+
+def _quantize(x: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, K] -> integers [T, K], and scales and sums [groups, T] float32.
+
+    group None: of whole rows, int8, without sums. Otherwise of each `group` neighbours, in bfloat16.
+    """
+    rows, k = x.shape
+    groups = 1 if group is None else triton.cdiv(k, group)
+    levels = torch.empty((rows, k), dtype=torch.int8 if group is None else torch.bfloat16, device=x.device)
+    scales = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
+    sums = scales if group is None else torch.empty_like(scales)
+    size = triton.next_power_of_2(k if group is None else group)
+    count = max(1, min(1024 // size, triton.next_power_of_2(groups)))
+    _quantize_kernel[(rows, triton.cdiv(groups, count))](
+        x,
+        levels,
+        scales,
+        sums,
+        rows,
+        k,
+        x.stride(0),
+        groups,
+        SUMS=group is not None,
+        COUNT=count,
+        GROUP=k if group is None else group,
+        SIZE=size,
+        num_warps=max(1, min(16, count * size // 512)),
+        enable_fp_fusion=False,
+    )
+    return levels, scales, sums
+
+
+@triton.jit
+def _turned(tile, SPLIT: tl.constexpr):
+    """[.., BAND, WIDTH] -> [.., WIDTH, BAND]."""
+    return tl.permute(tile, (0, 2, 1)) if SPLIT > 1 else tl.trans(tile)
+
+
+@triton.jit
+def _biased(nibbles):
+    """Integers 0..15 -> 128 more, in bfloat16: below 2^8 the lowest bits of its mantissa are the integer."""
+    return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _e2m1(codes):
+    """Codes 0..15 -> float32, times 2^-14: moved up they are float16, whose exponents are biased by 14 more."""
+    bits = codes.to(tl.int16)
+    return (((bits & 7) << 9) | ((bits & 8) << 12)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _fp4_scales(codes, KIND: tl.constexpr):
+    """uint8 -> float32, times 2^14."""
+    if KIND == _MXFP4:
+        scales = ((codes.to(tl.int32) + 14) << 23).to(tl.float32, bitcast=True)
+    else:
+        # E4M3 moved up is float16, whose exponents are biased by 8 more.
+        bits = codes.to(tl.int16)
+        moved = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True)
+        scales = moved.to(tl.float32) * 4194304.0
+    return scales
+
+
+@triton.jit
+def _scaled(values, scales, SPLIT: tl.constexpr, BAND: tl.constexpr, HALF: tl.constexpr, EACH: tl.constexpr):
+    """values [.., BAND, HALF] times scales [.., BAND, HALF / EACH], each for EACH neighbours."""
+    if SPLIT > 1:
+        grouped = tl.reshape(values, (SPLIT, BAND, HALF // EACH, EACH)) * scales[:, :, :, None]
+        result = tl.reshape(grouped, (SPLIT, BAND, HALF))
+    else:
+        result = tl.reshape(tl.reshape(values, (BAND, HALF // EACH, EACH)) * scales[:, :, None], (BAND, HALF))
+    return result
+
+
+@triton.jit
+def _add_product(
+    total,
+    values,  # of x, [.., ROWS, WIDTH]
+    weight,
+    scales,
+    zeros,
+    x_scales,
+    x_sums,
+    row,  # [ROWS], inside x
+    own,  # [BAND], inside the weight
+    first,
+    rows,
+    outputs,
+    k,
+    KIND: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BAND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total plus values times the weight's columns `first` and on: int32 for int8, otherwise float32."""
+    # What lies in a row: a byte for each column, or for two.
+    LANES: tl.constexpr = 1 if KIND <= _INT8 else 2
+    HALF: tl.constexpr = WIDTH // LANES
+    stride = (k + LANES - 1) // LANES
+    byte = first // LANES + tl.arange(0, HALF)
+    if SPLIT > 1:
+        byte = tl.arange(0, SPLIT)[:, None] * HALF + byte[None, :]
+        at = weight + own.to(tl.int64)[None, :, None] * stride + byte[:, None, :]
+        inside = (byte < stride)[:, None, :]
+    else:
+        at = weight + own.to(tl.int64)[:, None] * stride + byte[None, :]
+        inside = (byte < stride)[None, :]
+    stored = tl.load(at) if EVEN_K else tl.load(at, mask=inside, other=0)
+    if KIND <= _INT8:
+        if KIND == _INT8_WEIGHT_ONLY:
+            stored = stored.to(tl.float32).to(values.dtype)
+        tile = _turned(stored, SPLIT)
+        result = tl.dot(values, tile, total, input_precision=PRECISION, out_dtype=total.dtype)
+    elif KIND == _INT4:
+        tile = _turned(tl.interleave(_biased(stored & 15), _biased(stored >> 4)), SPLIT)
+        part = tl.dot(values, tile)
+        group = first // GROUP
+        if SPLIT > 1:
+            group += tl.arange(0, SPLIT)[:, None]
+            known = group * GROUP < k
+            x_at = group.to(tl.int64) * rows + row[None, :]
+            weight_at = group.to(tl.int64) * outputs + own[None, :]
+            x_scale = tl.load(x_scales + x_at, mask=known, other=0.0)[:, :, None]
+            x_sum = tl.load(x_sums + x_at, mask=known, other=0.0)[:, :, None]
+            scale = tl.load(scales + weight_at, mask=known, other=0.0).to(tl.float32)[:, None, :]
+            if ZEROS:
+                bias = tl.load(zeros + weight_at, mask=known, other=0.0).to(tl.float32)[:, None, :] + 128.0
+        else:
+            x_at, weight_at = group.to(tl.int64) * rows + row, group.to(tl.int64) * outputs + own
+            x_scale, x_sum = tl.load(x_scales + x_at)[:, None], tl.load(x_sums + x_at)[:, None]
+            scale = tl.load(scales + weight_at).to(tl.float32)[None, :]
+            if ZEROS:
+                bias = tl.load(zeros + weight_at).to(tl.float32)[None, :] + 128.0
+        if ZEROS:
+            part -= x_sum * bias
+        else:
+            part -= x_sum * _SYMMETRIC
+        result = total + part * x_scale * scale
+    else:
+        PARTS: tl.constexpr = WIDTH // GROUP
+        groups = (k + GROUP - 1) // GROUP
+        group = first // GROUP + tl.arange(0, PARTS)
+        if SPLIT > 1:
+            group = tl.arange(0, SPLIT)[:, None] * PARTS + group[None, :]
+            scale_at = scales + own.to(tl.int64)[None, :, None] * groups + group[:, None, :]
+            known = (group < groups)[:, None, :]
+        else:
+            scale_at = scales + own.to(tl.int64)[:, None] * groups + group[None, :]
+            known = (group < groups)[None, :]
+        scale = _fp4_scales(tl.load(scale_at, mask=known, other=0), KIND)
+        evens = _scaled(_e2m1(stored & 15), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
+        odds = _scaled(_e2m1(stored >> 4), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
+        result = tl.dot(values, _turned(tl.interleave(evens, odds), SPLIT), total, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _linear_kernel(
+    x,  # [T, K], as it is or its integers
+    x_scales,  # [groups, T] float32
+    x_sums,  # [groups, T] float32
+    weight,  # [N, K] int8, or [N, ceil(K / 2)] uint8
+    scales,  # int8: [N] float32. int4: [groups, N] float16. FP4: [N, groups] uint8
+    zeros,  # like scales
+    whole,  # [] float32, of FP4
+    bias,  # [N]
+    y,  # [T, n]
+    rows,
+    n,  # columns of y: N, or N / 2
+    outputs,  # N
+    k,
+    x_stride,
+    KIND: tl.constexpr,
+    ZEROS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BAND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,  # float16 times FP4 in tf32, which holds both: float16 has not the range of the scales
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TOGETHER: tl.constexpr,  # tiles of rows that go by before the next band of the weight is read
+):
+    program = tl.program_id(0)
+    row_tiles, bands = tl.cdiv(rows, ROWS), tl.cdiv(n, BAND)
+    batch = program // (TOGETHER * bands)
+    height = tl.minimum(row_tiles - batch * TOGETHER, TOGETHER)
+    row = (batch * TOGETHER + program % (TOGETHER * bands) % height) * ROWS + tl.arange(0, ROWS)
+    column = program % (TOGETHER * bands) // height * BAND + tl.arange(0, BAND)
+    safe_row, own = tl.where(row < rows, row, 0), tl.where(column < n, column, 0)
+    KIND_OF_SUM: tl.constexpr = tl.int32 if KIND == _INT8 else tl.float32
+    if SPLIT > 1:
+        steps = tl.arange(0, SPLIT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        x_at = x + safe_row.to(tl.int64)[None, :, None] * x_stride + steps[:, None, :]
+        result = tl.zeros((SPLIT, ROWS, BAND), KIND_OF_SUM)
+    else:
+        steps = tl.arange(0, WIDTH)
+        x_at = x + safe_row.to(tl.int64)[:, None] * x_stride + steps[None, :]
+        result = tl.zeros((ROWS, BAND), KIND_OF_SUM)
+    second = result
+    for first in tl.range(0, k, SPLIT * WIDTH, num_stages=STAGES):
+        left = first + steps < k
+        if SPLIT > 1:
+            # Rows of padding are not read: each program reads all of x, which is as much as its band of the weight.
+            values = tl.load(x_at + first, mask=left[:, None, :] & (row < rows)[None, :, None], other=0)
+        elif EVEN_K:
+            values = tl.load(x_at + first)
+        else:
+            values = tl.load(x_at + first, mask=left[None, :], other=0)
+        if WIDEN:
+            values = values.to(tl.float32)
+        result = _add_product(
+            result, values, weight, scales, zeros, x_scales, x_sums, safe_row, own, first, rows, outputs, k,
+            KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, PRECISION,
+        )  # fmt: skip
+        if GATED:
+            second = _add_product(
+                second, values, weight, scales, zeros, x_scales, x_sums, safe_row, own + n, first, rows, outputs, k,
+                KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, PRECISION,
+            )  # fmt: skip
+    if SPLIT > 1:
+        result = tl.sum(result, 0)
+        second = tl.sum(second, 0)
+    result = _finished(result, x_scales, scales, whole, bias, safe_row, own, KIND, BIAS)
+    if GATED:
+        up = _finished(second, x_scales, scales, whole, bias, safe_row, own + n, KIND, BIAS)
+        result = result * tl.sigmoid(result) * up
+    at = row.to(tl.int64)[:, None] * n + column[None, :]
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < n)[None, :])
+
+
+@triton.jit
+def _finished(total, x_scales, scales, whole, bias, row, own, KIND: tl.constexpr, BIAS: tl.constexpr):
+    """The scales that are common to a whole sum, and the bias."""
+    result = total.to(tl.float32)
+    if KIND == _INT8:
+        result *= tl.load(x_scales + row)[:, None] * tl.load(scales + own)[None, :]
+    elif KIND == _INT8_WEIGHT_ONLY:
+        result *= tl.load(scales + own)[None, :]
+    elif KIND != _INT4:
+        result *= tl.load(whole)
+    if BIAS:
+        result += tl.load(bias + own).to(tl.float32)[None, :]
+    return result
+
+
+def _launch(
+    kind: tl.constexpr,
+    x: Tensor,
+    dtype: torch.dtype,
+    weight: QuantizedWeight | Int4Weight | Fp4Weight,
+    bias: Tensor | None,
+    silu_mul: bool,
+    quantized: tuple[Tensor, Tensor] | None = None,
+    chosen: Tactic | None = None,
+) -> Tensor:
+    """x [T, K] as the kernel multiplies it, `quantized` its scales and sums -> [T, N or N / 2] of `dtype`."""
+    (rows, k), outputs = x.shape, weight.shape[0]
+    n = outputs // 2 if silu_mul else outputs
+    y = torch.empty((rows, n), dtype=dtype, device=x.device)
+    if not rows:
+        return y
+    group, scales, zeros, whole = weight.group or 1, weight.scales, None, None
+    if isinstance(weight, Fp4Weight):
+        scales, whole = weight.scales.view(torch.uint8), weight.global_scale
+    elif isinstance(weight, Int4Weight):
+        zeros = weight.zeros
+    widen = whole is not None and x.dtype == torch.float16
+    width = group if kind == _INT4 else 64 if kind == _NVFP4 else 128
+    if chosen is None:
+        wide = widen or x.dtype == torch.float32
+        chosen = tactic(rows, n, width, bool(kind == _INT4), silu_mul, wide, multiprocessors(x.device))
+    x_scales, x_sums = (x, x) if quantized is None else quantized
+    _linear_kernel[(triton.cdiv(rows, chosen.rows) * triton.cdiv(n, chosen.band),)](
+        x,
+        x_scales,
+        x_sums,
+        weight.values,
+        scales,
+        scales if zeros is None else zeros,
+        scales if whole is None else whole,
+        x if bias is None else bias,
+        y,
+        rows,
+        n,
+        outputs,
+        k,
+        x.stride(0),
+        KIND=kind,
+        ZEROS=zeros is not None,
+        GATED=silu_mul,
+        BIAS=bias is not None,
+        ROWS=chosen.rows,
+        BAND=chosen.band,
+        WIDTH=chosen.width,
+        GROUP=group,
+        SPLIT=chosen.split,
+        EVEN_K=k % (chosen.split * chosen.width) == 0,
+        WIDEN=widen,
+        STAGES=chosen.stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        TOGETHER=8,
+        num_warps=chosen.warps,
+    )
+    return y
+
+
+def linear_int8_weight_only(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False
+) -> Tensor:
+    return _launch(_INT8_WEIGHT_ONLY, x, x.dtype, weight, bias, silu_mul)
+
+
+def linear_int8(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    levels, scales, sums = _quantize(x, None)
+    return _launch(_INT8, levels, x.dtype, weight, bias, silu_mul, (scales, sums))
+
+
+def linear_int4(
+    x: Tensor, weight: QuantizedWeight | Int4Weight, bias: Tensor | None = None, silu_mul: bool = False
+) -> Tensor:
+    packed = pack_int4(weight) if isinstance(weight, QuantizedWeight) else weight
+    levels, scales, sums = _quantize(x, packed.group)
+    return _launch(_INT4, levels, x.dtype, packed, bias, silu_mul, (scales, sums))
+
+
+def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    return _launch(_MXFP4 if weight.group == 32 else _NVFP4, x, x.dtype, weight, bias, silu_mul)

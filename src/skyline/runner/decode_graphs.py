@@ -1,0 +1,190 @@
+"""Decode steps on a GPU as recorded CUDA graphs: one launch for the host, whatever the model does.
+
+A graph reads its inputs where they were when it was recorded. So those of a step (slots, positions, places in the caches)
+are copied there first, and block tables stay on the device, to which only new blocks are added. There is a graph for each
+of a few numbers of requests; a step takes the next larger one, and its surplus rows are padding: a slot that nobody has,
+a context of 0, no place in any cache.
+
+The rule: a step is replayed where every request computes one token and samples from it, and there are no more requests
+than the largest graph has; all others run call by call. A size is recorded when it occurs for the second time, so that no
+first token waits for it. If recording fails, that is reported once and everything runs call by call.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skyline.engine.messages import StepPlan
+from skyline.graph import Program
+from skyline.ops import AttentionBatch
+from skyline.ops.batch import BlockTables, to_device
+
+_LOG = logging.getLogger(__name__)
+
+# Rows of a step's inputs; behind them, a row of places for each group of caches.
+_SLOTS, _POSITIONS, _CONTEXTS, _STATE_READS, _STATE_WRITES, _PLACES = range(6)
+
+Greedy = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# Ops whose references in torch look at no value of a tensor; others do, or go by the host's numbers.
+_PLAIN = frozenset(
+    {"add", "embedding", "gelu_mul", "linear", "scale", "select_rows", "sigmoid_mul", "silu_mul", "split"}
+)
+_RECORDABLE = frozenset({"triton", "flashinfer"})
+
+
+def why_not_recorded(program: Program) -> str | None:
+    """None if every call of a decode step can be recorded, else the reason."""
+    for call in program.calls:
+        if call.kernel.provider not in _RECORDABLE and call.op.name not in _PLAIN:
+            return f"{call.op.name} runs in {call.kernel.provider}, which looks at values on the host"
+    return None
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Numbers of requests to record graphs for: at most a third of a step's rows is padding, from 24 on a seventh."""
+    sizes = [1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 64, 64)]
+    kept = [size for size in sizes if size < most]
+    return [*kept, most]
+
+
+@dataclass(slots=True)
+class Decoded:
+    """Results of a step, valid until the next one: logits [size, V]; greedy tokens [size] int64, their logits [size]."""
+
+    logits: Tensor
+    tokens: Tensor
+    tops: Tensor
+
+
+@dataclass(slots=True)
+class _Recorded:
+    inputs: Tensor  # [rows above, size] int64
+    graph: torch.cuda.CUDAGraph | None = None
+    result: Decoded | None = None
+
+
+class DecodeGraphs:
+    """Not thread-safe: one thread calls it, in the order of the plans."""
+
+    def __init__(
+        self,
+        program: Program,
+        token_ids: Tensor,
+        greedy: Greedy,
+        *,
+        table_shape: tuple[int, int, int],
+        block_size: int,
+        record: bool = True,
+    ) -> None:
+        """token_ids [max_num_seqs + 1, max_model_len + 1] int32 on the device; its last row is the padding's.
+
+        table_shape: groups of caches, max_num_seqs, blocks that a request can have. record: False runs the same steps
+        call by call.
+        """
+        self._program = program
+        self._token_ids = token_ids
+        self._greedy = greedy
+        self._block_size = block_size
+        self._record = record
+        self._device = token_ids.device
+        groups, requests, width = table_shape
+        self._tables = torch.zeros((groups, requests + 1, width), dtype=torch.int32, device=self._device)
+        self._sizes = graph_sizes(requests)
+        self._query_starts = torch.arange(requests + 1, dtype=torch.int32, device=self._device)
+        self._rows = torch.arange(requests, device=self._device)
+        self._known: dict[int, _Recorded] = {}
+        self._pool: Any = None  # of memory, which all graphs share: no two run at once
+
+    @property
+    def recorded(self) -> list[int]:
+        """Sizes there are graphs for."""
+        return sorted(size for size, known in self._known.items() if known.graph is not None)
+
+    def takes(self, plan: StepPlan) -> bool:
+        return bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1
+
+    def add_blocks(self, new_blocks: Sequence[tuple[int, int, list[int]]], known: Sequence[int]) -> None:
+        """A plan's `new_blocks`, and how many each of them had in its table before."""
+        places = [
+            np.arange(before, before + len(blocks)) + (group * self._tables.shape[1] + slot) * self._tables.shape[2]
+            for (slot, group, blocks), before in zip(new_blocks, known, strict=True)
+        ]
+        values = [np.array(blocks, np.int64) for _, _, blocks in new_blocks]
+        update = to_device(np.stack((np.concatenate(places), np.concatenate(values))), self._device)
+        self._tables.view(-1).index_copy_(0, update[0], update[1].int())
+
+    def step(self, plan: StepPlan, tables: Sequence[NDArray[np.int32]]) -> Decoded:
+        """Queue a step that `takes` accepts. tables: the host's block tables by group, [max_num_seqs, blocks]."""
+        count = len(plan.slots)
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        host = np.zeros((_PLACES + len(tables), size), np.int64)
+        slots, starts = np.array(plan.slots), np.array(plan.starts)
+        host[_SLOTS, count:] = self._tables.shape[1] - 1
+        host[[_STATE_READS, _STATE_WRITES], count:] = -1
+        host[_PLACES:, count:] = -1
+        host[_SLOTS, :count], host[_POSITIONS, :count], host[_CONTEXTS, :count] = slots, starts, starts + 1
+        if plan.state_writes:
+            host[_STATE_READS, :count], host[_STATE_WRITES, :count] = plan.state_reads, plan.state_writes
+        blocks, offsets = np.divmod(starts, self._block_size)
+        for group, table in enumerate(tables):
+            host[_PLACES + group, :count] = table[slots, blocks].astype(np.int64) * self._block_size + offsets
+
+        known = self._known.get(size)
+        if known is None:
+            known = self._known[size] = _Recorded(to_device(host, self._device))
+            return self._run(known.inputs, bool(plan.state_writes))
+        staged = torch.from_numpy(host)
+        known.inputs.copy_(staged.pin_memory() if self._device.type == "cuda" else staged, non_blocking=True)
+        if known.graph is None and self._record:
+            self._capture(size, known, bool(plan.state_writes))
+        if known.graph is None:
+            return self._run(known.inputs, bool(plan.state_writes))
+        known.graph.replay()
+        assert known.result is not None
+        return known.result
+
+    def _capture(self, size: int, known: _Recorded, states: bool) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Another thread may allocate or synchronise meanwhile: only this thread's calls count.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                known.result = self._run(known.inputs, states)
+        except RuntimeError as error:
+            self._record = False
+            _LOG.warning("decode steps of %d requests could not be recorded, they run call by call: %s", size, error)
+            return
+        self._pool = self._pool or graph.pool()
+        known.graph = graph
+
+    def _run(self, inputs: Tensor, states: bool) -> Decoded:
+        size = inputs.shape[1]
+        slots, positions = inputs[_SLOTS], inputs[_POSITIONS]
+        batch = AttentionBatch(
+            tables=tuple(
+                BlockTables(inputs[_PLACES + group], table.index_select(0, slots))
+                for group, table in enumerate(self._tables)
+            ),
+            query_starts=self._query_starts[: size + 1],
+            context_lens=inputs[_CONTEXTS].int(),
+            host_query_lens=[1] * size,
+            host_context_lens=[self._token_ids.shape[1]] * size,  # nothing that is recorded may look at it
+            state_reads=[],
+            state_writes=[],
+        )
+        if states:
+            batch.state_blocks = inputs[_STATE_READS : _STATE_WRITES + 1].int()
+        logits = self._program(self._token_ids[slots, positions], positions, batch, self._rows[:size])
+        tokens, tops = self._greedy(logits)
+        # Where a request does not take the likeliest token, the sampler writes over it before anyone reads.
+        self._token_ids[slots, positions + 1] = tokens.int()
+        return Decoded(logits, tokens, tops)

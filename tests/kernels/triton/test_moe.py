@@ -1,0 +1,215 @@
+"""Mixture of experts in Triton at shapes that the ops' cases lack: many tiles, ragged ends, every way to find rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skyline import ops
+from skyline.kernels.triton import moe, moe_tiles, router
+from skyline.ops.router import Scoring
+from tests.kernels.triton.test_ops import DEVICE
+
+Choose = Callable[[int, int, int, torch.Generator], Tensor]
+
+
+def _spread(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> Tensor:
+    return torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+
+
+def _crowd(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> Tensor:
+    """The last experts have all tokens."""
+    return torch.arange(experts - 1, experts - 1 - top_k, -1).expand(tokens, top_k).contiguous()
+
+
+def _weights(experts: int, h: int, i: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    gate_up = torch.randn((experts, 2 * i, h), generator=generator) / h**0.5
+    down = torch.randn((experts, h, i), generator=generator) / i**0.5
+    return gate_up.to(dtype), down.to(dtype)
+
+
+def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1.6e-2, 1e-2)
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    torch.testing.assert_close(actual.float().cpu(), expected.float(), rtol=rtol, atol=atol)
+
+
+def _on_device(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+# How, dtype, and (tokens, top_k, experts, h, i): several bands and steps, whole and ragged.
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [
+    # streamed
+    (_spread, BF16, (1, 8, 9, 72, 24)),
+    (_spread, FP32, (1, 3, 5, 520, 12)),
+    (_spread, FP16, (1, 1, 2, 24, 520)),
+    # grouped by ids
+    (_crowd, BF16, (16, 3, 5, 72, 40)),
+    (_spread, BF16, (9, 8, 11, 128, 64)),
+    (_spread, FP32, (40, 1, 3, 100, 72)),
+    # sorted
+    (_crowd, BF16, (20, 8, 11, 72, 40)),
+    (_crowd, FP16, (150, 1, 5, 200, 72)),
+    (_spread, FP32, (20, 8, 11, 100, 40)),
+]
+
+
+@pytest.mark.parametrize("choose,dtype,shape", SHAPES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_experts_at_larger_shapes(choose: Choose, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tokens, top_k, experts, h, i = shape
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((tokens, h), generator=generator).to(dtype)
+    gate_up, down = _weights(experts, h, i, dtype, generator)
+    ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts(x.float(), gate_up.float(), down.float(), weights, ids)
+    _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, dtype)
+
+
+@pytest.mark.parametrize("tokens,top_k", [(1, 3), (6, 3), (50, 3)])
+def test_clamped_experts_on_rows_of_a_wider_tensor(tokens: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn((tokens, 200), generator=generator)[:, :144]
+    gate_up, down = _weights(5, 144, 80, torch.float32, generator)
+    biases = [torch.randn((5, 160), generator=generator), torch.randn((5, 144), generator=generator)]
+    ids, weights = _spread(tokens, top_k, 5, generator), torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts_clamped(x, gate_up, biases[0], down, biases[1], weights, ids, 1.702, 0.5)
+    wide = torch.empty((tokens, 200), device=DEVICE)[:, :144].copy_(x)
+    others = _on_device(gate_up, biases[0], down, biases[1], weights, ids)
+    _close(moe.moe_experts_clamped(wide, *others, 1.702, 0.5), expected, torch.float32)
+
+
+def test_every_tile_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn((150, 128), generator=generator).bfloat16()
+    gate_up, down = _weights(2, 128, 144, torch.bfloat16, generator)
+    ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
+    expected = ops.moe_experts(x.float(), gate_up.float(), down.float(), weights, ids)
+    for _, tile in moe_tiles._TILES:
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
+        _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, torch.bfloat16)
+
+
+def test_a_token_may_choose_an_expert_twice() -> None:
+    generator = torch.Generator().manual_seed(8)
+    gate_up, down = _weights(3, 32, 16, torch.float32, generator)
+    for tokens in (1, 30, 60):
+        x, weights = torch.randn((tokens, 32), generator=generator), torch.rand((tokens, 4), generator=generator)
+        ids = torch.randint(0, 3, (tokens, 4), generator=generator)
+        expected = ops.moe_experts(x, gate_up, down, weights, ids)
+        _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, torch.float32)
+
+
+@pytest.mark.parametrize("capacity,counts", [(40, [0, 33, 40, 16]), (17, [17, 0, 1, 16]), (16, [0, 0, 0, 16])])
+def test_padded_experts_of_several_tiles(capacity: int, counts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(9)
+    rows = torch.randn((4, capacity, 72), generator=generator)
+    for expert, count in enumerate(counts):
+        rows[expert, count:] = float("nan")
+    gate_up, down = _weights(4, 72, 200, torch.float32, generator)
+    held = torch.tensor(counts, dtype=torch.int32)
+    expected = ops.moe_experts_padded(rows, held, gate_up, down)
+    _close(moe.moe_experts_padded(*_on_device(rows, held, gate_up, down)), expected, torch.float32)
+
+
+@pytest.mark.parametrize("choose", [_spread, _crowd])
+def test_sorting_in_several_blocks(choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "_SORT_BLOCK", 128)
+    generator = torch.Generator().manual_seed(10)
+    x, ids = torch.randn((70, 1100), generator=generator), choose(70, 5, 7, generator)
+    for actual, expected in zip(moe.moe_sort(*_on_device(x, ids), 7), ops.moe_sort(x, ids, 7), strict=True):
+        assert actual.dtype == expected.dtype and torch.equal(actual.cpu(), expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 5), st.booleans(), st.integers(0, 1000))
+def test_no_token_is_lost_between_the_layouts(experts: int, tokens: int, top_k: int, crowded: bool, seed: int) -> None:
+    top_k = min(top_k, experts)
+    generator = torch.Generator().manual_seed(seed)
+    choose = _crowd if crowded else _spread
+    x, ids = torch.randn((tokens, 16), generator=generator), choose(tokens, top_k, experts, generator)
+    gate_up, down = _weights(experts, 16, 16, torch.float32, generator)
+    weights = torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts(x, gate_up, down, weights, ids)
+    x, ids, weights, gate_up, down = _on_device(x, ids, weights, gate_up, down)
+    rows, offsets, places = moe.moe_sort(x, ids, experts)
+    assert sorted(places.flatten().tolist()) == list(range(ids.numel()))
+    ragged = moe.moe_experts_ragged(rows, offsets, gate_up, down)
+    _close(moe.moe_combine(ragged, places, weights), expected, torch.float32)
+    _close(moe.moe_experts(x, gate_up, down, weights, ids), expected, torch.float32)
+
+
+def test_no_tokens() -> None:
+    x, ids = torch.empty((0, 32), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
+    gate_up, down = _on_device(*_weights(3, 32, 16, torch.float32, torch.Generator()))
+    weights = torch.empty((0, 2), device=DEVICE)
+    assert moe.moe_experts(x, gate_up, down, weights, ids).shape == (0, 32)
+    rows, offsets, places = moe.moe_sort(x, ids, 3)
+    assert rows.shape == (0, 32) and offsets.tolist() == [0] * 4 and places.shape == (0, 2)
+    assert moe.moe_experts_ragged(rows, offsets, gate_up, down).shape == (0, 32)
+    assert moe.moe_combine(rows, places, weights).shape == (0, 32)
+    assert moe.moe_experts_padded(x.view(3, 0, 32), offsets[1:], gate_up, down).shape == (3, 0, 32)
+    weights, ids = router.router(x, torch.empty((3, 32), device=DEVICE), None, None, 2, "softmax", True)
+    assert weights.shape == ids.shape == (0, 2) and ids.dtype == torch.int64
+
+
+RouterCase = tuple[int, int, int, Scoring, int, int, bool]
+ROUTERS: list[RouterCase] = [  # rows, experts, top_k, scoring, groups, top_groups, whether with correction
+    (1, 128, 8, "softmax", 1, 1, False),
+    (40, 60, 4, "softmax", 1, 1, False),
+    (17, 256, 8, "sigmoid", 8, 4, True),
+    (5, 48, 6, "sigmoid", 3, 2, True),
+    (3, 6, 2, "sigmoid", 6, 3, False),
+    (130, 32, 4, "softmax of the chosen", 1, 1, False),
+    (2, 512, 16, "softmax", 1, 1, False),
+]
+
+
+@pytest.mark.parametrize("case", ROUTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_router_at_real_numbers_of_experts(case: RouterCase, dtype: torch.dtype) -> None:
+    rows, experts, top_k, scoring, groups, top_groups, correct = case
+    generator = torch.Generator().manual_seed(11)
+    # Whole numbers below 256: products and sums are exact, so that both choose alike whatever the order of the sum.
+    x = torch.randint(-2, 3, (rows, 200), generator=generator).to(dtype)
+    weight = torch.randint(-2, 3, (experts, 200), generator=generator).to(dtype) / 16
+    bias = torch.randint(-9, 9, (experts,), generator=generator).to(dtype) / 8
+    correction = torch.randn(experts, generator=generator) / 4 if correct else None
+    options = (top_k, scoring, True, 2.5, groups, top_groups)
+    want_weights, want_ids = ops.router(x, weight, bias, correction, *options)
+    moved = None if correction is None else correction.to(DEVICE)
+    weights, ids = router.router(*_on_device(x, weight, bias), moved, *options)
+    torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ids.cpu(), want_ids)
+
+
+def test_router_of_two_dtypes() -> None:
+    generator = torch.Generator().manual_seed(12)
+    x, weight = torch.randn((3, 300), generator=generator).bfloat16(), torch.randn((20, 300), generator=generator)
+    weights, ids = router.router(*_on_device(x, weight), None, None, 5, "softmax of the chosen", False)
+    want_weights, want_ids = ops.router(x, weight, None, None, 5, "softmax of the chosen", False)
+    torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ids.cpu(), want_ids)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_equal_scores_go_to_the_lower_expert(groups: int) -> None:
+    x, weight = _on_device(torch.zeros(2, 4), torch.zeros(6, 4))
+    _, ids = router.router(x, weight, None, None, 3, "sigmoid", True, 1.0, groups, min(2, groups))
+    assert ids.tolist() == [[0, 1, 2]] * 2
+    _, ids = router.topk_router(torch.zeros((2, 6), device=DEVICE), 3, True)
+    assert ids.tolist() == [[0, 1, 2]] * 2
+
+
+def test_ids_of_rows_without_numbers_are_experts() -> None:
+    x = torch.full((2, 16), float("nan"), device=DEVICE)
+    weight = torch.ones((12, 16), device=DEVICE)
+    for scoring in ("softmax", "sigmoid", "softmax of the chosen"):
+        _, ids = router.router(x, weight, None, None, 4, scoring, True, 1.0, 3, 2)
+        assert all(len(set(row)) == 4 and set(row) <= set(range(12)) for row in ids.tolist())

@@ -1,0 +1,38 @@
+"""Oracles of the ops on weights of four-bit floats."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyline.ops import Fp4Weight
+
+from .oracles import oracle, silu_mul
+
+
+@oracle
+def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, activated: bool = False) -> list[Tensor]:
+    product = x.double().numpy() @ _dequantized(weight).T
+    result = torch.from_numpy(product if bias is None else product + bias.double().numpy())
+    return silu_mul(result) if activated else [result]
+
+
+def _dequantized(weight: Fp4Weight) -> np.ndarray:
+    """Each code decoded as the formats' specifications define their numbers."""
+    numbers = np.array([_float(code, 2, 1, 1) for code in range(16)])
+    if weight.group == 32:
+        factors = np.array([2.0 ** (code - 127) for code in range(256)])
+    else:
+        factors = np.array([_float(code, 4, 3, 7) for code in range(256)])
+    column = np.arange(weight.shape[1])
+    codes = weight.values.numpy()[:, column // 2] >> (column % 2 * 4) & 15
+    scales = factors[weight.scales.view(torch.uint8).numpy()[:, column // weight.group]]
+    return numbers[codes] * scales * float(weight.global_scale)
+
+
+def _float(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> float:
+    sign = -1.0 if code >> (exponent_bits + mantissa_bits) else 1.0
+    exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1)
+    mantissa = (code & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    return sign * (2.0 ** (exponent - bias) * (1 + mantissa) if exponent else 2.0 ** (1 - bias) * mantissa)

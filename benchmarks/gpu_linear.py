@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT), str(ROOT / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
 # name -> N, K, gated, normed, with residual
@@ -40,7 +40,8 @@ def tactics(rows: int) -> list[Any]:
 
     if rows == 1:
         shapes = [(*shape, 1) for shape in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8))]
-        return [Tactic(*shape) for shape in shapes if 16 <= shape[0] * shape[1] // (32 * shape[2]) <= 64]
+        vectors = [Tactic(*shape) for shape in shapes if 16 <= shape[0] * shape[1] // (32 * shape[2]) <= 32]
+        return [*vectors, *(t for t in tactics(16) if t.warps == 4 and t.columns > 128)]
     shapes = itertools.product((64, 128), (128, 256, 512), (4, 8), (3, 4, 5))
     return [Tactic(*shape) for shape in shapes if (2 * shape[0] + rows) * shape[1] * shape[3] <= 220_000]
 
@@ -65,7 +66,7 @@ def multiply(x: torch.Tensor, product: tuple[Any, ...], chosen: Any) -> Callable
 
     def run(weight: Any) -> torch.Tensor:
         fp8 = not isinstance(weight, torch.Tensor)
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and (chosen is None or chosen.stages == 1):
             values, scales = (weight.values, weight.scales) if fp8 else (weight, None)
             return linear._vector(x, values, scales, None, gated, norm, 1e-6, rest, chosen)
         if not fp8:
@@ -85,6 +86,8 @@ def compile_some(job: tuple[int, bool, list[Any], str]) -> int:
     product = (512, 4096, *PRODUCTS[name][2:])
     failed = 0
     for tactic in chosen:
+        if tactic.stages > 1 and not fp8:
+            continue
         try:
             x = torch.empty(rows, 4096, dtype=torch.bfloat16)
             multiply(x, product, tactic)(weights(fp8, 1024, 4096, "cpu")[0])
@@ -114,6 +117,7 @@ def time_graph(run: Callable[[], Any], repeats: int = 7) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--products", nargs="*", default=list(PRODUCTS), choices=PRODUCTS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 16, 64])
     arguments = parser.parse_args()
     jobs = [
@@ -127,16 +131,13 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         print("did not compile:", sum(pool.map(compile_some, jobs, chunksize=1)))
 
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(400):  # until the clocks are up
-        a @ a
-    source = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    copy = 2 * 2 * source.numel() / time_graph(lambda: target.copy_(source))
-    del source, target, a
+    from gpu import ceilings
+
+    copy = ceilings.measure()["copy_bytes_per_s"]
     print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s")
     record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "copy_bytes_per_s": copy, "rows": []}
-    for name, product in PRODUCTS.items():
+    for name in arguments.products:
+        product = PRODUCTS[name]
         for fp8 in (False, True):
             copies = weights(fp8, product[0], product[1], "cuda")
             for rows in arguments.rows:
@@ -176,7 +177,9 @@ def _measure(product: tuple[Any, ...], copies: list[Any], rows: int, fp8: bool, 
             return F.linear(x, weight)
 
     seen = []
-    for chosen in tactics(rows) if fp8 or rows == 1 else []:
+    for chosen in tactics(rows):
+        if not fp8 and (rows > 1 or chosen.stages > 1):
+            continue
         try:
             seen.append((share(multiply(x, inner, chosen)), tuple(chosen)))
         except Exception:

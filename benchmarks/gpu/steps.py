@@ -33,6 +33,8 @@ def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **optio
     from skyline.engine.config import EngineConfig
     from skyline.runner.loader import load_model
 
+    gc.collect()
+    torch.cuda.empty_cache()  # of the model before
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             model=str(write_shape(shape, Path(folder))),
@@ -123,6 +125,8 @@ class _Steps:
 
         model.runner._execute = timed
         blocks = -(-(start + length + 1) // 16)
+        if requests * blocks > model.limits.num_blocks:
+            raise ValueError(f"{requests * blocks} KV blocks are needed, there are {model.limits.num_blocks}")
         params = SamplingParams(temperature=0, max_tokens=64)
         admitted = [
             AdmittedRequest(

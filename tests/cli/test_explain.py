@@ -11,6 +11,7 @@ import torch
 from skyline.checkpoint import load_config
 from skyline.engine.config import EngineConfig
 from skyline.kernels import NoKernelError
+from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
 from skyline.runner.explain import explain
 from skyline.runner.loader import build_program
@@ -157,3 +158,45 @@ def test_every_architecture_is_explained(family: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, family, **FAMILIES[family])
     facts = explain(EngineConfig(model=str(tmp_path)), batch=2, context=33, prefill=17)
     assert 8 <= facts["launches"]["layer"] < 30 and facts["steps"]["decode"]["flops"] > 0
+
+
+@pytest.mark.parametrize("hardware", GPUS)
+def test_hardware_that_is_not_there(hardware: str, tiny_checkpoint: Path) -> None:
+    gpu = GPUS[hardware]
+    facts = explain(EngineConfig(model=str(tiny_checkpoint), dtype="bfloat16"), hardware=hardware)
+    assert facts["device"] == "cuda" and facts["isa"] is None
+    told = facts["hardware"]
+    assert (told["name"], told["assumed"]) == (gpu.name, False)
+    assert told["bandwidth_bytes_per_second"] == gpu.bandwidth and told["flops_per_second"] == gpu.flops
+    assert {op["provider"] for op in facts["ops"]} >= {"triton"}
+    for step in ("decode", "prefill"):
+        figures = facts["steps"][step]
+        assert figures["floor"]["memory"] == pytest.approx(figures["bytes"] / gpu.bandwidth)
+        assert figures["floor"]["compute"] == pytest.approx(figures["flops"] / gpu.flops["bfloat16"])
+        larger = [max(op[step]["floor"]["memory"], op[step]["floor"]["compute"]) for op in facts["ops"]]
+        assert figures["floor"]["seconds"] == pytest.approx(sum(larger))
+
+
+def test_a_gpu_is_assumed_where_there_is_none(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = EngineConfig(model=str(tiny_checkpoint), device="cuda", dtype="bfloat16")
+    facts = explain(config)
+    assert facts["hardware"]["name"] == GPUS["h200"].name and facts["hardware"]["assumed"]
+    assert facts["ops"] == explain(config, hardware="h200")["ops"]
+    cpu = explain(EngineConfig(model=str(tiny_checkpoint)))
+    assert cpu["hardware"] is None and "floor" not in cpu["steps"]["decode"]
+    with pytest.raises(ValueError, match="hardware must be one of a100, l4"):
+        explain(config, hardware="tpu")
+    with pytest.raises(ValueError, match="ask for one of them"):
+        explain(config, hardware="h200", isa="avx2")
+
+
+def test_formats_have_peaks_of_their_own(tiny_checkpoint: Path) -> None:
+    """FP8 and int8 multiply twice as fast, so that their products' floor is half."""
+    for quantization, op in (("fp8", "linear_fp8"), ("int8", "linear_int8"), ("int4", "linear_int4")):
+        config = EngineConfig(model=str(tiny_checkpoint), device="cuda", dtype="bfloat16", quantization=quantization)
+        ops = [entry for name, entry in by_op(explain(config, hardware="h100")).items() if name.endswith(op)]
+        for entry in ops:
+            peak = GPUS["h100"].flops["bfloat16" if quantization == "int4" else "float8"]
+            assert entry["prefill"]["floor"]["compute"] == pytest.approx(entry["prefill"]["flops"] / peak)
+        assert ops

@@ -47,6 +47,15 @@ def explain(
             rich_help_panel=options.MODEL,
         ),
     ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU to choose kernels for, which implies --device cuda: a100, l4, h100, h200, b200, gb200 or "
+            "rtx-blackwell; it need not be there.",
+            show_default="this machine's",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
     quantization: options.Quantize = None,
     quantization_group: options.QuantizationGroup = 64,
     batch_invariant: options.BatchInvariant = False,
@@ -61,7 +70,7 @@ def explain(
         model,
         starts=False,
         dtype=dtype,
-        device=device,
+        device=device if hardware is None else "cuda",
         quantization=quantization,
         quantization_group=quantization_group,
         batch_invariant=batch_invariant,
@@ -82,6 +91,7 @@ def explain(
                 context=min(1024, longest) if context is None else context,
                 prefill=min(512, longest) if prefill is None else prefill,
                 isa=isa,
+                hardware=hardware,
             )
         except (ValueError, kernels.NoKernelError) as error:
             console.fail(str(error))
@@ -109,6 +119,11 @@ def _show(facts: dict[str, Any]) -> None:
         "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():
         summary.add_row(f"[bold]{name}[/bold]", value)
+    if (gpu := facts["hardware"]) is not None:
+        rates = ", ".join(f"{rate / 1e12:,.0f} TFLOP/s in {name}" for name, rate in gpu["flops_per_second"].items())
+        value = f"{gpu['name']}, {gpu['bandwidth_bytes_per_second'] / 1e12:,.2f} TB/s, {rates}"
+        assumed = "; taken for granted, for there is no GPU here: choose one with --hardware" if gpu["assumed"] else ""
+        summary.add_row("[bold]hardware[/bold]", value + assumed)
     out.print(summary)
 
     if facts["stored"] is not None:
@@ -157,17 +172,33 @@ def _show(facts: dict[str, Any]) -> None:
     ):
         costs = Table(title=title, title_justify="left")
         costs.add_column("op")
-        for column in ("bytes", "FLOPs", "FLOPs a byte"):
+        floors = ("memory", "compute") if gpu else ()
+        for column in ("bytes", "FLOPs", "FLOPs a byte", *floors):
             costs.add_column(column, justify="right")
         for op in sorted(facts["ops"], key=lambda op: -int(op[name]["bytes"])):
             costs.add_row(op["op"], *_figures(op[name]))
         costs.add_section()
         costs.add_row("all", *_figures(facts["steps"][name]), style="bold")
         out.print(costs)
+        if gpu is not None:
+            floor = facts["steps"][name]["floor"]
+            moving, computing = _time(floor["memory"]), _time(floor["compute"])
+            out.print(
+                f"At least {_time(floor['seconds'])} on {gpu['name']}: memory takes {moving}, compute {computing}"
+            )
 
 
-def _figures(cost: dict[str, Any]) -> tuple[str, str, str]:
-    return _size(cost["bytes"]), _number(cost["flops"]), f"{cost['intensity']:,.1f}"
+def _figures(cost: dict[str, Any]) -> tuple[str, ...]:
+    floor = cost.get("floor", {})
+    times = (_time(floor[name]) for name in ("memory", "compute") if floor)
+    return _size(cost["bytes"]), _number(cost["flops"]), f"{cost['intensity']:,.1f}", *times
+
+
+def _time(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:,.2f} {unit}"
+    return f"{seconds * 1e6:,.2f} µs"
 
 
 def _size(count: int) -> str:

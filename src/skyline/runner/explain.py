@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import fx, nn
 
@@ -18,6 +19,8 @@ from skyline.engine.config import EngineConfig
 from skyline.graph import Call, Program, capture
 from skyline.kernels import Choice, Request, candidates
 from skyline.kernels.cpu.isa import REQUIRES, detect
+from skyline.kernels.gpu import GPUS, Gpu
+from skyline.kernels.gpu import detect as detect_gpu
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
@@ -30,21 +33,34 @@ _MIXERS = ("paged_attention", "latent_attention", "gated_delta_rule")  # one in 
 
 
 def explain(
-    config: EngineConfig, *, batch: int = 1, context: int = 256, prefill: int = 256, isa: str | None = None
+    config: EngineConfig,
+    *,
+    batch: int = 1,
+    context: int = 256,
+    prefill: int = 256,
+    isa: str | None = None,
+    hardware: str | None = None,
 ) -> dict[str, Any]:
     """Plain JSON data: the model, each op with its kernel and the reasons, and the cost of two steps.
 
     The steps are a decode of `batch` requests with `context` tokens each, and a prefill of `prefill` tokens. Their cost
     is the least that must be done (skyline.ops.Cost), with perfect reuse inside each op and none between ops.
     isa: instruction set of the CPU kernels, as in skyline.kernels.cpu.isa; None is this machine's. Nothing is built, so
-    that it is not known here whether there is a compiler.
+    that it is not known here whether there is a compiler. hardware: one of skyline.kernels.gpu.GPUS; it need not be
+    there, and means device "cuda". None is this machine's GPU, or an H200 where there is none.
     Raises CheckpointError, ValueError or NoKernelError.
     """
+    if hardware is not None and hardware not in GPUS:
+        raise ValueError(f"hardware must be one of {', '.join(GPUS)}, not {hardware!r}")
+    if hardware is not None and isa is not None:
+        raise ValueError("isa is of a CPU, hardware of a GPU: ask for one of them")
+    config = config if hardware is None else msgspec.structs.replace(config, device="cuda")
     device_type = config.device.partition(":")[0]
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {config.device!r}")
     if isa is not None and isa not in ISAS:
         raise ValueError(f"isa must be one of {', '.join(ISAS)}, not {isa!r}")
+    gpu = _gpu(config.device, hardware) if device_type == "cuda" else None
     isa = "none" if device_type != "cpu" else detect() if isa is None else isa
     model_config = load_config(Path(config.model))
     dtype = choose_dtype(config, model_config)
@@ -54,7 +70,8 @@ def explain(
     model = create_model(model_config, dtype, "meta")
     unfused = _launched(capture(model))
     checkpoint = _open(Path(config.model), model_config)
-    program = build_program(config, model, dtype, isa, checkpoint.integers(model) if checkpoint else None)
+    stored = checkpoint.integers(model, gpu is not None and gpu.fp8) if checkpoint else None
+    program = build_program(config, model, dtype, isa, stored, gpu)
     fused = [call.op.name for call in program.calls if not call.is_view]
     launches, per_layer = Counter(fused), _per_layer(fused)
     caches = kv_caches(model)
@@ -64,7 +81,7 @@ def explain(
 
     def request(name: str) -> Request:
         kv_dtype = KV_DTYPES.get(config.kv_cache_dtype)
-        return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa)
+        return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa, gpu)
 
     steps = {
         "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),
@@ -75,6 +92,7 @@ def explain(
         "architecture": model_config.architecture,
         "device": config.device,
         "isa": isa if device_type == "cpu" else None,
+        "hardware": None if gpu is None else _hardware(gpu, assumed=hardware is None and not torch.cuda.is_available()),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": model_config.num_hidden_layers,
         "hidden_size": model_config.hidden_size,
@@ -98,8 +116,8 @@ def explain(
             "unfused_layer": _rounded(sum(_per_layer(unfused).values())),
         },
         "steps": {
-            "decode": {"requests": batch, "context": context, **_summary(steps["decode"])},
-            "prefill": {"requests": 1, "context": prefill, **_summary(steps["prefill"])},
+            "decode": {"requests": batch, "context": context, **_figures(steps["decode"], gpu)},
+            "prefill": {"requests": 1, "context": prefill, **_figures(steps["prefill"], gpu)},
         },
         "ops": [
             {
@@ -109,8 +127,8 @@ def explain(
                 "rejected": _rejected(request(name), choice),
                 "launches": launches[name],
                 "launches_per_layer": _rounded(per_layer.get(name, 0.0)),
-                "decode": _figures(steps["decode"][name]),
-                "prefill": _figures(steps["prefill"][name]),
+                "decode": _figures({name: steps["decode"][name]}, gpu),
+                "prefill": _figures({name: steps["prefill"][name]}, gpu),
             }
             for name, choice in program.choices.items()
             if launches[name]  # views are in no step's work
@@ -200,17 +218,52 @@ def _cost(program: Program, starts: list[int], lengths: list[int], block_size: i
     return costs
 
 
-def _summary(costs: dict[str, Cost]) -> dict[str, Any]:
-    return _figures(sum(costs.values(), Cost(0, 0)))
+def _gpu(device: str, hardware: str | None) -> Gpu:
+    if hardware is not None:
+        return GPUS[hardware]
+    return detect_gpu(torch.device(device).index or 0) if torch.cuda.is_available() else GPUS["h200"]
 
 
-def _figures(cost: Cost) -> dict[str, Any]:
-    """`intensity`: floating point operations a byte. Below the device's ratio of the two, memory is the limit."""
+def _hardware(gpu: Gpu, assumed: bool) -> dict[str, Any]:
+    """assumed: nobody asked for this GPU, and there is none."""
     return {
+        "name": gpu.name,
+        "assumed": assumed,
+        "capability": ".".join(map(str, gpu.capability)),
+        "multiprocessors": gpu.multiprocessors,
+        "memory_bytes": gpu.memory,
+        "bandwidth_bytes_per_second": gpu.bandwidth,
+        "flops_per_second": gpu.flops,
+        "libraries": sorted(gpu.libraries),
+    }
+
+
+def _figures(costs: dict[str, Cost], gpu: Gpu | None) -> dict[str, Any]:
+    """Of ops together. `intensity`: floating point operations a byte. Below the device's ratio, memory is the limit.
+
+    `floor`, of a GPU, in seconds: at the vendor's peaks moving the bytes takes `memory` and multiplying `compute`.
+    Ops run one after the other, so that they take no less than `seconds`, the sum of each op's larger one.
+    """
+    cost = sum(costs.values(), Cost(0, 0))
+    figures: dict[str, Any] = {
         "bytes": cost.bytes,
         "flops": cost.flops,
         "intensity": round(cost.flops / cost.bytes, 3) if cost.bytes else 0.0,
     }
+    if gpu is not None:
+        floors = [(cost.bytes / gpu.bandwidth, cost.flops / _peak(name, gpu)) for name, cost in costs.items()]
+        figures["floor"] = {
+            "memory": sum(memory for memory, _ in floors),
+            "compute": sum(compute for _, compute in floors),
+            "seconds": sum(map(max, floors)),
+        }
+    return figures
+
+
+def _peak(op: str, gpu: Gpu) -> float:
+    """FLOP/s in the format that an op multiplies in. Integers of 8 bits go as fast as FP8, and were there before it."""
+    plain = gpu.flops["bfloat16"]
+    return gpu.flops.get("float8", 2 * plain) if "fp8" in op or op.endswith("int8") else plain
 
 
 def _parameter_bytes(model: nn.Module) -> int:

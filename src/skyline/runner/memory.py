@@ -65,7 +65,8 @@ def group_caches(caches: list[LayerCache]) -> list[CacheGroup]:
 def available_bytes(device: torch.device) -> int:
     """Bytes a new allocation can take: on a CPU also within the limits of the control group."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     available = _meminfo("MemAvailable")
     for limit, usage in (
         (_CGROUP / "memory.max", _CGROUP / "memory.current"),

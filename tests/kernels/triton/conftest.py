@@ -39,6 +39,11 @@ def _cast(self: Any, source: Any, target: Any, rounding: Any = None) -> Any:
     kinds = (source.dtype.scalar, target.scalar)
     if all(kind.name in _TORCH for kind in kinds):
         data = _convert(source.data, *kinds).reshape(source.data.shape)
+    elif target.scalar.name in _TORCH:  # of integers
+        data = _convert(source.data.astype(np.float32), tl.float32, target).reshape(source.data.shape)
+    elif kinds[0].name in _TORCH:
+        wide = _convert(source.data, kinds[0], tl.float32).reshape(source.data.shape)
+        data = wide.astype(interpreter._get_np_dtype(target))
     else:
         data = source.data.astype(interpreter._get_np_dtype(target))
     return interpreter.TensorHandle(data, target.scalar)
@@ -52,8 +57,8 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return interpreter.TensorHandle((wide[0] @ wide[1]).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
-for _name in ("create_fp_ext", "create_fp_trunc", "create_fp_to_fp"):
-    setattr(interpreter.InterpreterBuilder, _name, _cast)
+for _name in ("fp_ext", "fp_trunc", "fp_to_fp", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
+    setattr(interpreter.InterpreterBuilder, f"create_{_name}", _cast)
 interpreter.InterpreterBuilder.create_dot = _dot
 
 _patch = interpreter._patch_lang_tensor

@@ -81,6 +81,8 @@ _MODULES = {
         "moe_experts_padded",
     ),
     "attention": ("paged_attention",),
+    "latent": ("latent_rope_write", "latent_attention"),
+    "indexer": ("index_topk",),
 }
 
 for _module, _ops in _MODULES.items():

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.device import multiprocessors, overlaps
 
 _SILU, _GELU, _SIGMOID = (tl.constexpr(kind) for kind in range(3))
 _WIDE, _NARROW = 2048, 512  # columns a program, where there are programs for all processors, and where not
@@ -24,7 +25,11 @@ def _gate_kernel(
     KIND: tl.constexpr,
     ONE: tl.constexpr,  # gate a row
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -49,6 +54,7 @@ def _gate(gate: Tensor, x: Tensor, kind: tl.constexpr) -> Tensor:
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if rows:
         busy = rows * triton.cdiv(columns, _WIDE) >= multiprocessors(x.device)
+        early = overlaps(x.device)
         block = min(_WIDE if busy else _NARROW, triton.next_power_of_2(columns))
         _gate_kernel[(rows, triton.cdiv(columns, block))](
             gate,
@@ -60,6 +66,8 @@ def _gate(gate: Tensor, x: Tensor, kind: tl.constexpr) -> Tensor:
             KIND=kind,
             ONE=gate.shape[1] == 1 < columns,
             BLOCK=block,
+            EARLY=early,
+            launch_pdl=early,
             num_warps=max(1, block // 512),
         )
     return y

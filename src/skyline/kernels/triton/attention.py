@@ -20,7 +20,7 @@ from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memo
 from skyline.ops import AttentionBatch, KVCache
 
 _LOG2E = math.log2(math.e)
-_LEAST_KEYS = 256  # of a context's upper bound that a split is worth
+_LEAST_KEYS = 512  # of a context's upper bound that a split is worth
 _MOST_SPLITS = 64
 
 
@@ -51,8 +51,8 @@ def prefill_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
 
 def num_splits(requests: int, kv_heads: int, capacity: int, processors: int) -> int:
     """Into how many parts a context is cut, of which no more is known than that it is at most `capacity` long."""
-    wanted = -(-2 * processors // max(1, requests * kv_heads))
-    return max(1, min(wanted if wanted > 1 else 1, capacity // _LEAST_KEYS, _MOST_SPLITS))
+    most = min(-(-2 * processors // max(1, requests * kv_heads)), capacity // _LEAST_KEYS, _MOST_SPLITS)
+    return 1 << max(0, most.bit_length() - 1)  # few different numbers: each is compiled for
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _decode_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,  # SPLITS, or the next power of two
+    TOGETHER: tl.constexpr,  # splits that are merged at once
     KIND: tl.constexpr,  # 0: as q, 1: fp8, 2: int8
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
@@ -156,7 +156,6 @@ def _decode_kernel(
         mixed = tl.dot(weights.to(q.dtype.element_ty), values, mixed, input_precision=PRECISION)
         top = higher
 
-    place = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row)[:, None] * SIZE + column[None, :]
     writes = real[:, None] & known[None, :]
     if SPLITS > 1:
         mine = pair.to(tl.int64) * SPLITS + split
@@ -168,19 +167,26 @@ def _decode_kernel(
             return
         tl.store(counters + pair, 0)
         every = pair.to(tl.int64) * SPLITS
-        part = tl.arange(0, PARTS)
         # Past the first-level cache, which does not see what other processors write.
+        part = tl.arange(0, SPLITS)
         at = (every + part)[:, None] * 2 * ROWS + row[None, :]
-        tops = tl.load(sums + at, mask=(part < SPLITS)[:, None], other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(sums + at + ROWS, mask=(part < SPLITS)[:, None], other=0.0, cache_modifier=".cg")
+        tops = tl.load(sums + at, cache_modifier=".cg")
+        totals = tl.load(sums + at + ROWS, cache_modifier=".cg")
         top = tl.max(tops, 0)
         total = tl.sum(tl.where(totals > 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), 0)
         mixed = tl.zeros((ROWS, WIDE), tl.float32)
-        for index in range(SPLITS):
-            other = every + index
-            high = tl.load(sums + other * 2 * ROWS + row, cache_modifier=".cg")
-            some = tl.load(parts + (other * ROWS + row[:, None]) * WIDE + column[None, :], cache_modifier=".cg")
-            mixed += tl.where(high > float("-inf"), tl.exp2(high - top), 0.0)[:, None] * some
+        used = tl.cdiv(context - base, tl.maximum(share, 1))
+        few = tl.arange(0, TOGETHER)
+        for index in range(0, used, TOGETHER):  # several at once: each load takes its time
+            other = every + index + few
+            there = ((index + few) < used)[:, None] & real[None, :]
+            high = tl.load(
+                sums + other[:, None] * 2 * ROWS + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
+            )
+            place = (other[:, None, None] * ROWS + row[None, :, None]) * WIDE + column[None, None, :]
+            some = tl.load(parts + place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+            factor = tl.where(high > float("-inf"), tl.exp2(high - top[None, :]), 0.0)
+            mixed += tl.sum(factor[:, :, None] * some, 0)
     if SINKS:
         sink = tl.load(sinks + head * GROUP + row, mask=real, other=float("-inf")).to(tl.float32) * 1.4426950408889634
         higher = tl.maximum(top, sink)
@@ -190,6 +196,7 @@ def _decode_kernel(
     result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
     if KIND == 1:
         result *= tl.load(v_scale + head)
+    place = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row)[:, None] * SIZE + column[None, :]
     tl.store(out + place, tl.where(context > 0, result, 0.0).to(out.dtype.element_ty), mask=writes)
 
 
@@ -393,7 +400,7 @@ def paged_attention(
             KEYS=chosen.keys,
             STAGES=chosen.stages,
             SPLITS=splits,
-            PARTS=triton.next_power_of_2(splits),
+            TOGETHER=min(splits, max(1, 8192 // (chosen.rows * options["WIDE"]))),
             EARLY=early,
             num_warps=chosen.warps,
             launch_pdl=early,

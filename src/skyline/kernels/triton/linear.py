@@ -39,7 +39,7 @@ def vector_tactic(k: int, gated: bool, blocks: bool) -> Tactic:
     """For one row of x, results of k products each; blocks: of weights that have a scale a block."""
     if blocks:
         return Tactic(16, BLOCK, 4)
-    return Tactic(4, min(triton.next_power_of_2(k), 1024), 4 if gated else 2)
+    return Tactic(4, min(triton.next_power_of_2(k), 1024 if gated else 512), 4)
 
 
 def band_tactic(rows: int, gated: bool, blocks: bool) -> Tactic:

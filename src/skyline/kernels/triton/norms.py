@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from skyline.kernels.triton.device import overlaps
 
 
 @triton.jit
@@ -26,7 +29,11 @@ def _norm_kernel(
     GATE: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -66,6 +73,7 @@ def _norm(
     groups = rows.shape[1] // size
     if rows.shape[0]:
         block = triton.next_power_of_2(size)
+        early = overlaps(x.device)
         _norm_kernel[(rows.shape[0], groups)](
             rows,
             rows if residual is None else residual,
@@ -83,6 +91,8 @@ def _norm(
             GATE=gate is not None,
             OFFSET=offset,
             BLOCK=block,
+            EARLY=early,
+            launch_pdl=early,
             num_warps=max(1, min(16, block // 512)),
         )
     return y.view(x.shape), total.view(x.shape)
@@ -138,6 +148,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         block = triton.next_power_of_2(size)
+        early = overlaps(x.device)
         warps = max(1, min(16, block // 512))
         _layer_norm_kernel[(rows.shape[0],)](
             rows, weight, bias, y, rows.stride(0), size, eps, BLOCK=block, num_warps=warps

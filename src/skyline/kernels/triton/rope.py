@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.device import multiprocessors, overlaps
 from skyline.ops import AttentionBatch, KVCache
 
 _HEADS = 8  # a program
@@ -180,8 +181,12 @@ def _heads_kernel(
     WIDTH: tl.constexpr,  # HALF, padded
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Groups of heads are counted through queries, keys and values; those the grid leaves out are none of its work."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     lane = tl.arange(0, TOKENS * HEADS)
     row = tl.program_id(0).to(tl.int64) * TOKENS + lane // HEADS
     group, q_groups, kv_groups = tl.program_id(1), tl.cdiv(q_heads, HEADS), tl.cdiv(kv_heads, HEADS)
@@ -236,6 +241,7 @@ def _launch(
     q_norm, k_norm = (k if norm is None else norm for norm in norms)
     q_out, k_out, v_out = (outputs[1] if out is None else out for out in outputs)
     k_scale, v_scale = (k, k) if scales is None else scales
+    early = overlaps(k.device)
     _heads_kernel[(triton.cdiv(rows, tokens), groups)](
         q,
         k,
@@ -266,6 +272,8 @@ def _launch(
         WIDTH=triton.next_power_of_2(half),
         TOKENS=tokens,
         HEADS=_HEADS,
+        EARLY=early,
+        launch_pdl=early,
         num_warps=4 if tokens > 1 else 2,
         # Levels of int8 are rounded products: fused with the addition that rounds them, they would not be.
         enable_fp_fusion=k_out.dtype != torch.int8,

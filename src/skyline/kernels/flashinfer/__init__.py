@@ -1,0 +1,70 @@
+"""Kernels of FlashInfer (arXiv:2501.01005), where it is installed: `pip install skyline-llm[cuda]`.
+
+NOT YET RUN ON ANY GPU. What is checked is that every call fits the signatures of FlashInfer 0.7.2
+(tests/kernels/test_flashinfer.py); results and speed are not, and the library builds or fetches some of its kernels
+when they are first used. A kernel here is preferred to Triton's only where the library can be imported; what a call
+asks that it does not serve goes on to Triton's kernel.
+
+Attention splits a step into a plan, made once, and a run a layer. A plan needs the contexts' lengths on the host, which
+a recorded decode step does not know. So steps that compute prompts are planned (BatchPrefillWithPagedKVCacheWrapper),
+while decode steps take the kernels that read lengths and block tables on the device and need no plan.
+
+Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
+copies where Triton takes one launch. Importing this package imports no FlashInfer.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from skyline.kernels.registry import Kernel, Request, register
+
+PROVIDER = "flashinfer"
+
+
+def supports(request: Request) -> str | None:
+    """Why no kernel of this provider can serve the request, or None."""
+    if request.device != "cuda" or request.gpu is None:
+        return "needs a CUDA device"
+    if request.batch_invariant:
+        return "its reduction order depends on the other rows"
+    if request.gpu.capability < (8, 0):
+        return f"needs compute capability 8.0, {request.gpu.name} has {'.'.join(map(str, request.gpu.capability))}"
+    if missing := {"flashinfer", "triton"} - request.gpu.libraries:
+        return f"{' and '.join(sorted(missing))} cannot be imported: pip install skyline-llm[cuda]"
+    if request.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _supports_attention(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None:
+        return why_not
+    if request.kv_dtype not in (None, request.dtype):
+        return "cached keys and values have a scale for each head, it takes one for all"
+    return None
+
+
+def _supports_latent(request: Request) -> str | None:
+    if (why_not := _supports_attention(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    if request.gpu.capability[0] != 10:
+        return f"without a plan it takes compute capability 10, {request.gpu.name} has {request.gpu.capability[0]}.x"
+    return None
+
+
+def _provide(op: str, module: str, check: Any = supports) -> None:
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
+
+    register(Kernel(op, PROVIDER, run, check))
+
+
+_provide("rms_norm", "dense")
+_provide("silu_mul", "dense")
+_provide("paged_attention", "attention", _supports_attention)
+_provide("latent_attention", "latent", _supports_latent)

@@ -1,0 +1,61 @@
+"""Attention over paged keys and values: planned for prompts, from device memory alone for decode steps."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import flashinfer.decode
+import torch
+from torch import Tensor
+
+from skyline.kernels.flashinfer import calls, step
+from skyline.kernels.triton import attention as triton
+from skyline.kernels.triton.device import capability
+from skyline.ops import AttentionBatch, KVCache
+
+_HEAD_DIMS = (64, 128, 256)
+_BLOCK_SIZES = (16, 32, 64)
+_MOST_GROUPED = 16  # query heads of a KV head
+
+
+def serves(shape: calls.Shape, decodes: bool, capability: tuple[int, int]) -> bool:
+    """Whether the kernels are made for such a step; softcap only for prompts before Blackwell's own kernels."""
+    if shape.head_dim not in _HEAD_DIMS or shape.block_size not in _BLOCK_SIZES:
+        return False
+    if shape.heads // shape.kv_heads > _MOST_GROUPED:
+        return False
+    if decodes:
+        return shape.softcap is None and capability[0] in (9, 10, 12)
+    return shape.softcap is None or capability[0] != 10
+
+
+def paged_attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    k, v = cache.tensors
+    size, major = cache.head_dim, capability(q.device)
+    heads = q.shape[1] // size
+    shape = calls.Shape(heads, cache.num_kv_heads, size, k.shape[1], q.dtype, scale, window, softcap, cache.group)
+    mine = step.of(batch)
+    if sinks is not None or k.dtype != q.dtype or not q.shape[0] or not serves(shape, mine.decodes, major):
+        return triton.paged_attention(q, cache, batch, scale, window, sinks, softcap)
+    tables = batch.of(cache).block_tables
+    queries = q.reshape(-1, heads, size).contiguous()
+    if mine.decodes:
+        lengths, padding = mine.lengths()
+        memory = step.workspace("decode", q.device)
+        found = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
+            **calls.decode(queries, k, v, memory, tables, lengths, shape)
+        )
+        return cast(Tensor, found.view(q.shape).masked_fill_(padding, 0))
+    # On Blackwell the kernels chosen by default are those of Ampere.
+    wrapper = mine.wrapper(shape, tables, "trtllm-gen" if major[0] == 10 else "auto")
+    out = torch.empty_like(queries)
+    wrapper.run(**calls.prefill_run(queries, k, v, out))
+    return out.view(q.shape)

@@ -1,0 +1,256 @@
+"""The lightning indexer: the keys' write to their cache, the scores of positions, and the best of them in order.
+
+1. Scores, float32: a program takes the heads of one or a few queries of a request, and part of its keys.
+2. A program a query: the score of its last choice, by its digits in base 256, and then the choices in the order of
+   their positions, so that of equals the earlier are taken.
+3. Their order: each counts those ahead of it.
+
+Nothing but the size of the buffer for scores depends on how long contexts may be.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skyline.kernels.triton import rope
+from skyline.kernels.triton.device import multiprocessors, shared_memory
+from skyline.kernels.triton.latent_absorbed import request_of
+from skyline.ops import AttentionBatch, IndexCache
+
+_SCORE_BYTES = 128 << 20  # that are held at once
+_ROWS = 128  # of queries' heads in a product, where there are several queries
+_KEYS = 128  # in a product
+_TILE = 4096  # scores that are looked at together
+_RANKED = 64  # choices of a program
+
+
+@triton.jit(do_not_specialize=["first_token", "last_token", "groups"])
+def _score_kernel(
+    q,  # [T, HEADS * SIZE], contiguous
+    keys,  # [places, SIZE]
+    weights,  # [T, HEADS]
+    tables,  # [R, longest]
+    query_starts,
+    context_lens,
+    scores,  # [last_token - first_token, width] float32, out: of the positions each query sees
+    first_token,
+    last_token,
+    groups,
+    weights_stride,
+    table_stride,
+    width,
+    scale,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDE_HEADS: tl.constexpr,
+    WIDE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    request, group, split = tl.program_id(0) // groups, tl.program_id(0) % groups, tl.program_id(1)
+    end = tl.load(query_starts + request + 1)
+    first = tl.maximum(tl.load(query_starts + request), first_token) + group * QUERIES
+    last = tl.minimum(tl.minimum(end, last_token), first + QUERIES)
+    if first >= last:
+        return
+    visible = tl.load(context_lens + request) - end + last  # to the last of these queries
+    lane = tl.arange(0, QUERIES * WIDE_HEADS)
+    token, head = (first + lane // WIDE_HEADS).to(tl.int64), lane % WIDE_HEADS
+    real = (token < last) & (head < HEADS)
+    column = tl.arange(0, WIDE_SIZE)
+    known = column < SIZE
+    at = (token * HEADS + head) * SIZE
+    query = tl.load(q + at[:, None] + column[None, :], mask=real[:, None] & known[None, :], other=0.0)
+    factor = tl.load(weights + token * weights_stride + head, mask=real, other=0.0).to(tl.float32)
+    row = first + tl.arange(0, QUERIES)
+    out = scores + (row - first_token).to(tl.int64)[:, None] * width
+    table = tables + request.to(tl.int64) * table_stride
+    for begin in tl.range(split * KEYS, visible, SPLITS * KEYS, num_stages=STAGES):
+        key = begin + tl.arange(0, KEYS)
+        there = key < visible
+        block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
+        place = (block * BLOCK + key % BLOCK) * SIZE
+        some = tl.load(keys + place[:, None] + column[None, :], mask=there[:, None] & known[None, :], other=0.0)
+        products = tl.dot(query, some.to(query.dtype).T, input_precision=PRECISION)
+        products = tl.maximum(products * scale, 0.0) * factor[:, None]
+        summed = tl.sum(tl.reshape(products, (QUERIES, WIDE_HEADS, KEYS)), 1)
+        tl.store(out + key[None, :], summed, mask=(row < last)[:, None] & there[None, :])
+
+
+@triton.jit
+def _ordered(scores, key, visible):
+    """Scores at `key` as integers that order alike, from 0; -0.0 equals 0.0."""
+    values = tl.load(scores + key, mask=key < visible, other=0.0)
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return bits.to(tl.int64) + 0x80000000
+
+
+@triton.jit(do_not_specialize=["first_token", "requests", "top_k"])
+def _select_kernel(
+    scores,  # [rows, width] float32
+    query_starts,
+    context_lens,
+    counts,  # [rows] int32, out
+    places,  # [rows, top_k] int32, out: as many positions, rising
+    values,  # [rows, top_k] int64, out: and their scores as `_ordered`
+    first_token,
+    requests,
+    width,
+    top_k,
+    WIDE_REQUESTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0) + first_token
+    request = request_of(token, query_starts, requests, WIDE_REQUESTS)
+    visible = tl.load(context_lens + request) - tl.load(query_starts + request + 1) + token + 1
+    scores += row * width
+    # Chosen are scores above `bound`, and the first `left` that equal it. To begin with, all.
+    bound, left = tl.full((), 0, tl.int64), top_k
+    if visible > top_k:
+        digits = tl.arange(0, 256)
+        for step in tl.static_range(4):
+            found = tl.zeros((256,), tl.int32)
+            for begin in range(0, visible, TILE):
+                key = begin + tl.arange(0, TILE)
+                value = _ordered(scores, key, visible)
+                alike = (key < visible) & ((value >> (32 - 8 * step)) == bound)
+                found += tl.histogram(((value >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=alike)
+            above = tl.sum(found) - tl.cumsum(found, 0)
+            digit = tl.sum((above >= left).to(tl.int32))
+            left -= tl.sum(tl.where(digits == digit, above, 0))
+            bound = bound * 256 + digit
+    taken = tl.full((), 0, tl.int32)
+    equal = tl.full((), 0, tl.int32)
+    for begin in range(0, visible, TILE):
+        key = begin + tl.arange(0, TILE)
+        value = _ordered(scores, key, visible)
+        same = ((key < visible) & (value == bound)).to(tl.int32)
+        ahead = equal + tl.cumsum(same, 0) - same
+        takes = (key < visible) & ((value > bound) | ((same > 0) & (ahead < left)))
+        number = takes.to(tl.int32)
+        at = row * top_k + taken + tl.cumsum(number, 0) - number
+        tl.store(places + at, key, mask=takes)
+        tl.store(values + at, value, mask=takes)
+        taken += tl.sum(number)
+        equal += tl.sum(same)
+    tl.store(counts + row, taken)
+
+
+@triton.jit
+def _rank_kernel(
+    counts,  # of _select_kernel
+    places,
+    values,
+    chosen,  # [rows, top_k] int32, out: the best first, -1 behind the last
+    top_k,
+    RANKED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + row)
+    mine = tl.program_id(1) * RANKED + tl.arange(0, RANKED)
+    real = mine < count
+    value = tl.load(values + row * top_k + mine, mask=real, other=0)
+    ahead = tl.zeros((RANKED, RANKED), tl.int32)
+    for begin in range(0, count if tl.program_id(1) * RANKED < count else 0, RANKED):
+        index = begin + tl.arange(0, RANKED)
+        other = tl.load(values + row * top_k + index, mask=index < count, other=-1)[None, :]
+        earlier = index[None, :] < mine[:, None]
+        ahead += ((other > value[:, None]) | ((other == value[:, None]) & earlier)).to(tl.int32)
+    place = tl.load(places + row * top_k + mine, mask=real, other=-1)
+    tl.store(chosen + row * top_k + tl.where(real, tl.sum(ahead, 1), mine), place, mask=mine < top_k)
+
+
+def index_topk(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    cache: IndexCache,
+    batch: AttentionBatch,
+    top_k: int,
+    scale: float,
+) -> Tensor:
+    (keys,) = cache.tensors
+    tokens, size, heads = q.shape[0], cache.head_dim, weights.shape[1]
+    chosen = torch.empty((tokens, top_k), dtype=torch.int32, device=q.device)
+    if not tokens:
+        return chosen
+    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    places = batch.of(cache)
+    rope._launch(q, k, None, size, (turned, keys, None), positions=positions, table=table, slots=places.slot_mapping)
+
+    tables, longest = places.block_tables, max(batch.host_query_lens)
+    requests, capacity = tables.shape[0], tables.shape[1] * keys.shape[1]
+    # A step of single queries may be recorded, and replayed for any contexts.
+    width = capacity if longest == 1 else max(batch.host_context_lens)
+    at_once = min(tokens, max(1, _SCORE_BYTES // (4 * width)))
+    wide_heads, wide_size = (max(16, triton.next_power_of_2(number)) for number in (heads, size))
+    queries = 1 if longest == 1 else max(1, _ROWS // wide_heads)
+    groups = triton.cdiv(min(longest, at_once), queries)
+    tile = _KEYS if q.element_size() == 2 else 32
+    stages = (shared_memory(q.device) - queries * wide_heads * wide_size * q.element_size()) // (
+        tile * (wide_size + wide_heads * queries) * q.element_size()
+    )
+    splits = max(1, min(triton.cdiv(width, tile), triton.cdiv(4 * multiprocessors(q.device), requests * groups)))
+    scores = torch.empty((at_once, width), device=q.device)
+    counts = torch.empty((at_once,), dtype=torch.int32, device=q.device)
+    found = torch.empty((at_once, top_k), dtype=torch.int32, device=q.device)
+    values = torch.empty((at_once, top_k), dtype=torch.int64, device=q.device)
+    for first in range(0, tokens, at_once):
+        last = min(first + at_once, tokens)
+        _score_kernel[(requests * groups, splits)](
+            turned,
+            keys,
+            weights,
+            tables,
+            batch.query_starts,
+            batch.context_lens,
+            scores,
+            first,
+            last,
+            groups,
+            weights.stride(0),
+            tables.stride(0),
+            width,
+            scale,
+            HEADS=heads,
+            SIZE=size,
+            WIDE_HEADS=wide_heads,
+            WIDE_SIZE=wide_size,
+            BLOCK=keys.shape[1],
+            QUERIES=queries,
+            KEYS=tile,
+            STAGES=max(1, min(3, stages)),
+            SPLITS=splits,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=4 if queries * wide_heads <= 64 else 8,
+        )
+        _select_kernel[(last - first,)](
+            scores,
+            batch.query_starts,
+            batch.context_lens,
+            counts,
+            found,
+            values,
+            first,
+            requests,
+            width,
+            top_k,
+            WIDE_REQUESTS=triton.next_power_of_2(requests),
+            TILE=_TILE,
+            num_warps=16,
+        )
+        _rank_kernel[(last - first, triton.cdiv(top_k, _RANKED))](
+            counts, found, values, chosen[first:last], top_k, RANKED=_RANKED, num_warps=4
+        )
+    return chosen

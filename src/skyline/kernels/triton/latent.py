@@ -1,0 +1,197 @@
+"""Multi-head latent attention: the write to the cache, and which way each request's attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from skyline.kernels.triton.device import overlaps
+from skyline.kernels.triton.latent_absorbed import Heads, absorbed
+from skyline.kernels.triton.latent_expanded import expanded
+from skyline.ops import AttentionBatch, LatentCache
+
+# Queries of a request that are absorbed. In operations, with DeepSeek's sizes, that is less work for up to 170.
+_ABSORBED_QUERIES = 64
+_TOKENS_AT_ONCE = 2048  # that are absorbed: each takes heads * rank numbers twice
+
+
+@triton.jit
+def _turned(at, cosine, sine, inside, HALF: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of vectors at `at` [n, 1] the two halves after the rotation, [n, WIDTH] float32."""
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = inside & (column < HALF)
+    first = tl.load(at + (2 * column if INTERLEAVED else column), mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + (2 * column + 1 if INTERLEAVED else column + HALF), mask=mask, other=0.0).to(tl.float32)
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def _cache_token(
+    place, latent, k, cosine, sine,
+    RANK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE_RANK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write a token's latent and its key, rotated, to its place."""
+    TYPE: tl.constexpr = place.dtype.element_ty
+    first, second = _turned(k + tl.zeros((1, 1), tl.int32), cosine, sine, True, HALF, WIDTH, INTERLEAVED)
+    column = tl.arange(0, WIDTH)[None, :]
+    # The key takes the type of k before that of the cache, as in the reference.
+    tl.store(place + RANK + column, first.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
+    tl.store(place + RANK + HALF + column, second.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
+    rank = tl.arange(0, WIDE_RANK)
+    tl.store(place + rank, tl.load(latent + rank, mask=rank < RANK, other=0.0).to(TYPE), mask=rank < RANK)
+
+
+@triton.jit
+def _rope_write_kernel(
+    q,  # [T, HEADS * (PLAIN + 2 * HALF)]
+    latent,  # [T, RANK]
+    k,  # [T, 2 * HALF]
+    positions,  # [T]
+    table,  # [P, 2 * HALF] float32
+    slots,  # [T] int64
+    q_out,  # like q, contiguous
+    data,  # [places, RANK + 2 * HALF]
+    q_stride,
+    latent_stride,
+    k_stride,
+    HEADS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    LANES: tl.constexpr,  # heads of a program
+    WIDE_PLAIN: tl.constexpr,
+    WIDE_RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A program takes some heads of a token, and the last one of each token what is cached."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, WIDTH)[None, :]
+    known = column < HALF
+    at = table + tl.load(positions + row).to(tl.int64) * (2 * HALF) + column
+    cosine = tl.load(at, mask=known, other=0.0).to(q.dtype.element_ty).to(tl.float32)
+    sine = tl.load(at + HALF, mask=known, other=0.0).to(q.dtype.element_ty).to(tl.float32)
+    if group < tl.num_programs(1) - 1:
+        SIZE: tl.constexpr = PLAIN + 2 * HALF
+        head = group * LANES + tl.arange(0, LANES)
+        inside = (head < HEADS)[:, None]
+        source = (q + row * q_stride + head * SIZE)[:, None]
+        target = (q_out + row * (HEADS * SIZE) + head * SIZE)[:, None]
+        first, second = _turned(source + PLAIN, cosine, sine, inside, HALF, WIDTH, INTERLEAVED)
+        mask = inside & known
+        tl.store(target + PLAIN + column, first.to(q_out.dtype.element_ty), mask=mask)
+        tl.store(target + PLAIN + HALF + column, second.to(q_out.dtype.element_ty), mask=mask)
+        plain = tl.arange(0, WIDE_PLAIN)[None, :]
+        mask = inside & (plain < PLAIN)
+        tl.store(target + plain, tl.load(source + plain, mask=mask, other=0.0), mask=mask)
+    else:
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            _cache_token(
+                data + slot * (RANK + 2 * HALF), latent + row * latent_stride, k + row * k_stride, cosine, sine,
+                RANK, HALF, INTERLEAVED, WIDE_RANK, WIDTH,
+            )  # fmt: skip
+
+
+def latent_rope_write(
+    q: Tensor,
+    latent: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    head_dim: int,
+    cache: LatentCache,
+    batch: AttentionBatch,
+    interleaved: bool = True,
+) -> Tensor:
+    (data,) = cache.tensors
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows, heads, plain = q.shape[0], q.shape[1] // head_dim, head_dim - cache.rope_dim
+    if rows:
+        lanes = min(8, triton.next_power_of_2(heads))
+        early = overlaps(q.device)
+        _rope_write_kernel[(rows, triton.cdiv(heads, lanes) + 1)](
+            q,
+            latent,
+            k,
+            positions,
+            table,
+            batch.of(cache).slot_mapping,
+            out,
+            data,
+            q.stride(0),
+            latent.stride(0),
+            k.stride(0),
+            HEADS=heads,
+            PLAIN=plain,
+            RANK=cache.rank,
+            HALF=cache.rope_dim // 2,
+            INTERLEAVED=interleaved,
+            LANES=lanes,
+            WIDE_PLAIN=triton.next_power_of_2(max(1, plain)),
+            WIDE_RANK=triton.next_power_of_2(cache.rank),
+            WIDTH=triton.next_power_of_2(cache.rope_dim // 2),
+            EARLY=early,
+            num_warps=2,
+            launch_pdl=early,
+        )
+    return out
+
+
+class _Part(NamedTuple):
+    """Neighbouring requests that are computed together, and their tokens. longest: the most queries of one."""
+
+    requests: slice
+    tokens: slice
+    longest: int
+
+
+def _parts(lengths: list[int]) -> Iterator[_Part]:
+    """Each request with many queries alone, those with few together."""
+    first = token = longest = 0  # of the part that is not finished
+    end = 0
+    for request, length in enumerate(lengths):
+        if request > first and (max(length, longest) > _ABSORBED_QUERIES or end + length - token > _TOKENS_AT_ONCE):
+            yield _Part(slice(first, request), slice(token, end), longest)
+            first, token, longest = request, end, 0
+        end += length
+        longest = max(longest, length)
+    if end > token:
+        yield _Part(slice(first, len(lengths)), slice(token, end), longest)
+
+
+def latent_attention(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: LatentCache,
+    batch: AttentionBatch,
+    heads: int,
+    value_dim: int,
+    scale: float,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    plain = q.shape[1] // heads - cache.rope_dim
+    out = torch.empty((q.shape[0], heads * value_dim), dtype=q.dtype, device=q.device)
+    shape = Heads(kv_b.view(heads, plain + value_dim, cache.rank), plain, scale, cache)
+    if chosen is not None:
+        everyone = slice(0, len(batch.host_query_lens))
+        for first in range(0, q.shape[0], _TOKENS_AT_ONCE):
+            some = slice(first, first + _TOKENS_AT_ONCE)
+            absorbed(q[some], out[some], shape, batch, everyone, first, 1, chosen[some])
+        return out
+    for requests, tokens, longest in _parts(batch.host_query_lens):
+        if longest <= _ABSORBED_QUERIES:
+            absorbed(q[tokens], out[tokens], shape, batch, requests, tokens.start, longest, None)
+        else:
+            expanded(q[tokens], out[tokens], shape, batch, requests.start)
+    return out

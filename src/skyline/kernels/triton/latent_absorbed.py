@@ -1,0 +1,308 @@
+"""Latent attention over the latents themselves: a step of one or a few queries a request, or of chosen positions.
+
+A query is multiplied by W_k, so that its keys are the latents, and the weighted sum of latents by W_v: a tile of them
+is read once for all heads of a program, as keys and as values. The context, or each query's list of positions, is cut
+into splits that a second launch merges in their order. The softmax is online (arXiv:2205.14135), in base 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from skyline.kernels.triton.device import capability, multiprocessors, overlaps, shared_memory
+from skyline.ops import AttentionBatch, LatentCache
+
+LOG2E = math.log2(math.e)
+_MOST_SPLITS = 64
+_LEAST_KEYS = 64  # of a split
+_SPLIT_KEYS = 256  # in whose time a split begins, ends and is merged
+_EXPECTED_KEYS = 8192  # of a context of which no more is known than its upper bound
+
+
+class Tactic(NamedTuple):
+    """Rows of queries and keys in a tile, warps, stages of the pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def absorbed_tactic(rows: int, width: int, item: int, shared: int, hopper: bool, chosen: bool) -> Tactic:
+    """rows: pairs of a query and a head that share keys; width: numbers of a token, padded; item: bytes of one."""
+    if item == 4:
+        return Tactic(16, 16, 8, 1)
+    if hopper and width > 128:
+        # Products of fewer rows have instructions for which Triton does not load ahead what is used twice.
+        tactic = Tactic(64, 32, 8, 3) if chosen else Tactic(64, 64, 8, 2)
+        if (tactic.rows + 2 * tactic.keys) * width * item + 8192 <= shared:
+            return tactic
+    return Tactic(16, 32, 4, 2) if rows <= 16 else Tactic(32, 32, 8, 2)
+
+
+@functools.cache
+def num_splits(programs: int, capacity: int, processors: int) -> int:
+    """Into how many parts contexts are cut of which no more is known than that they are at most `capacity` long."""
+    expected = min(capacity, _EXPECTED_KEYS)
+
+    def time(splits: int) -> float:
+        return triton.cdiv(programs * splits, processors) * (expected / splits + _SPLIT_KEYS)
+
+    return min(range(1, max(1, min(_MOST_SPLITS, capacity // _LEAST_KEYS)) + 1), key=time)
+
+
+@triton.jit
+def softmax_step(scores, top, total):
+    """Scores [rows, keys] in base 2 become weights; what was summed up before is to be multiplied by `shrink`."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # Of a row that has seen nothing yet: any number will do but minus infinity.
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(top - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    return weights, shrink, higher, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def request_of(token, query_starts, requests, WIDE: tl.constexpr):
+    """Whose token it is, counted as query_starts [requests + 1] does. WIDE: requests, or the next power of two."""
+    index = tl.arange(0, WIDE)
+    ends = tl.load(query_starts + 1 + index, mask=index < requests, other=0x7FFFFFFF)
+    return tl.sum((ends <= token).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["first_token", "tokens", "requests", "tiles"])
+def _absorbed_kernel(
+    q_latent,  # [HEADS, T, RANK]: queries times W_k
+    q,  # [T, HEADS * (PLAIN + ROPE)]
+    data,  # [places, RANK + ROPE]
+    tables,  # [R, longest]
+    query_starts,
+    context_lens,
+    chosen,  # [T, listed], or unused
+    mixed,  # [T * HEADS, RANK], out where SPLITS is 1
+    parts,  # [T * HEADS, SPLITS, RANK] float32, out
+    sums,  # [T * HEADS, SPLITS, 2] float32, out: the largest score, and the sum over it
+    first_token,  # the number in query_starts of the first of these T
+    tokens,
+    requests,
+    tiles,
+    q_stride,
+    table_stride,
+    chosen_stride,
+    listed,
+    scale,  # in base 2
+    HEADS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE_RANK: tl.constexpr,
+    WIDE_ROPE: tl.constexpr,
+    WIDE_REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A program takes a tile of a request's queries and their heads, or with CHOSEN some heads of one query."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    unit, tile, split = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    request = request_of(unit + first_token, query_starts, requests, WIDE_REQUESTS) if CHOSEN else unit
+    start = tl.load(query_starts + request) - first_token
+    count = tl.load(query_starts + request + 1) - first_token - start
+    context = tl.load(context_lens + request)
+    earliest = context - count  # position of the first query
+    if CHOSEN:
+        earliest += unit - start
+        start, count = unit, 1
+    if tile * ROWS >= count * HEADS:
+        return
+    row = tile * ROWS + tl.arange(0, ROWS)
+    index, head = row // HEADS, row % HEADS
+    real = index < count
+    token = (start + index).to(tl.int64)
+    rank, turn = tl.arange(0, WIDE_RANK), tl.arange(0, WIDE_ROPE)
+    in_rank, in_turn = rank < RANK, turn < ROPE
+    at = (head * tokens + token) * RANK
+    q_plain = tl.load(q_latent + at[:, None] + rank[None, :], mask=real[:, None] & in_rank[None, :], other=0.0)
+    at = token * q_stride + head * (PLAIN + ROPE) + PLAIN
+    q_turned = tl.load(q + at[:, None] + turn[None, :], mask=real[:, None] & in_turn[None, :], other=0.0)
+
+    # Not more keys than the tile's last query sees.
+    limit = listed if CHOSEN else tl.minimum(earliest + (tile * ROWS + ROWS - 1) // HEADS + 1, context)
+    share = tl.cdiv(tl.maximum(tl.cdiv(limit, SPLITS), LEAST), KEYS) * KEYS
+    first = split * share
+    last = tl.minimum(first + share, limit)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    summed = tl.zeros((ROWS, WIDE_RANK), tl.float32)
+    table = tables + request.to(tl.int64) * table_stride
+    for begin in tl.range(first, last, KEYS, num_stages=STAGES):
+        key = begin + tl.arange(0, KEYS)
+        there = key < last
+        if CHOSEN:
+            key = tl.load(chosen + unit.to(tl.int64) * chosen_stride + key, mask=there, other=-1)
+            there = (key >= 0) & (key <= earliest)
+            key = tl.where(there, key, 0)
+        block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
+        place = (data + (block * BLOCK + key % BLOCK) * (RANK + ROPE))[:, None]
+        latents = tl.load(place + rank[None, :], mask=there[:, None] & in_rank[None, :], other=0.0)
+        latents = latents.to(q.dtype.element_ty)
+        turned = tl.load(place + RANK + turn[None, :], mask=there[:, None] & in_turn[None, :], other=0.0)
+        scores = tl.dot(q_plain, latents.T, input_precision=PRECISION)
+        scores = tl.dot(q_turned, turned.to(q.dtype.element_ty).T, scores, input_precision=PRECISION)
+        seen = there[None, :]
+        if not CHOSEN:
+            seen = seen & (key[None, :] <= (earliest + index)[:, None])
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        weights, shrink, top, total = softmax_step(scores, top, total)
+        summed = tl.dot(weights.to(q.dtype.element_ty), latents, summed * shrink[:, None], input_precision=PRECISION)
+
+    out = token * HEADS + head
+    mask = real[:, None] & in_rank[None, :]
+    if SPLITS == 1:
+        result = summed / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(mixed + out[:, None] * RANK + rank[None, :], result.to(mixed.dtype.element_ty), mask=mask)
+    else:
+        out = out * SPLITS + split
+        tl.store(sums + out * 2, top, mask=real)
+        tl.store(sums + out * 2 + 1, total, mask=real)
+        tl.store(parts + out[:, None] * RANK + rank[None, :], summed, mask=mask & (first < last))
+
+
+@triton.jit
+def _merge_kernel(
+    mixed,  # [rows, RANK], out
+    parts,  # [rows, SPLITS, RANK] float32; not written where the sum is 0
+    sums,  # [rows, SPLITS, 2] float32
+    RANK: tl.constexpr,
+    WIDE_RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64) * SPLITS
+    rank = tl.arange(0, WIDE_RANK)
+    every = tl.arange(0, WIDE_SPLITS)
+    tops = tl.load(sums + (row + every) * 2, mask=every < SPLITS, other=float("-inf"))
+    totals = tl.load(sums + (row + every) * 2 + 1, mask=every < SPLITS, other=0.0)
+    top = tl.max(tops)
+    total = tl.sum(tl.where(totals > 0.0, totals * tl.exp2(tops - top), 0.0))
+    merged = tl.zeros((WIDE_RANK,), tl.float32)
+    for begin in range(0, SPLITS, AT_ONCE):
+        split = begin + tl.arange(0, AT_ONCE)
+        shrink = tl.exp2(tl.load(sums + (row + split) * 2, mask=split < SPLITS, other=float("-inf")) - top)
+        written = tl.load(sums + (row + split) * 2 + 1, mask=split < SPLITS, other=0.0) > 0.0
+        mask = written[:, None] & (rank < RANK)[None, :]
+        part = tl.load(parts + (row + split)[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
+        merged += tl.sum(part * tl.where(written, shrink, 0.0)[:, None], 0)
+    result = merged / tl.where(total > 0.0, total, 1.0)
+    tl.store(mixed + tl.program_id(0).to(tl.int64) * RANK + rank, result.to(mixed.dtype.element_ty), mask=rank < RANK)
+
+
+class Heads(NamedTuple):
+    """What is the same for all parts of a batch. w: kv_b as [heads, plain + value_dim, rank]."""
+
+    w: Tensor
+    plain: int
+    scale: float
+    cache: LatentCache
+
+
+def absorbed(
+    q: Tensor, out: Tensor, heads: Heads, batch: AttentionBatch, requests: slice, first_token: int, longest: int,
+    chosen: Tensor | None,
+) -> None:  # fmt: skip
+    """Attention of some requests, whose tokens are q [T, heads * head_dim], to out [T, heads * value_dim]."""
+    w, plain, scale, cache = heads
+    (data,) = cache.tensors
+    tokens, count, rank = q.shape[0], w.shape[0], cache.rank
+    turned = q.view(tokens, count, -1)
+    q_latent = torch.bmm(turned[..., :plain].transpose(0, 1), w[:, :plain])
+    tables = batch.of(cache).block_tables[requests]
+    wide_rank, wide_rope = (max(16, triton.next_power_of_2(size)) for size in (rank, cache.rope_dim))
+    rows = count if chosen is not None else count * longest
+    hopper = capability(q.device)[0] == 9
+    shared = shared_memory(q.device)
+    tactic = absorbed_tactic(rows, wide_rank + wide_rope, q.element_size(), shared, hopper, chosen is not None)
+    tiles = triton.cdiv(rows, tactic.rows)
+    programs = (tokens if chosen is not None else tables.shape[0]) * tiles
+    capacity = tables.shape[1] * data.shape[1] if chosen is None else chosen.shape[1]
+    splits = num_splits(programs, capacity, multiprocessors(q.device))
+    mixed = torch.empty((tokens, count, rank), dtype=q.dtype, device=q.device)
+    parts = mixed if splits == 1 else torch.empty((tokens * count, splits, rank), device=q.device)
+    sums = mixed if splits == 1 else torch.empty((tokens * count, splits, 2), device=q.device)
+    early = overlaps(q.device)
+    _absorbed_kernel[(programs, splits)](
+        q_latent,
+        q,
+        data,
+        tables,
+        batch.query_starts[requests.start :],
+        batch.context_lens[requests],
+        tables if chosen is None else chosen,
+        mixed,
+        parts,
+        sums,
+        first_token,
+        tokens,
+        tables.shape[0],
+        tiles,
+        q.stride(0),
+        tables.stride(0),
+        0 if chosen is None else chosen.stride(0),
+        0 if chosen is None else chosen.shape[1],
+        scale * LOG2E,
+        HEADS=count,
+        PLAIN=plain,
+        RANK=rank,
+        ROPE=cache.rope_dim,
+        WIDE_RANK=wide_rank,
+        WIDE_ROPE=wide_rope,
+        WIDE_REQUESTS=1 if chosen is None else triton.next_power_of_2(tables.shape[0]),
+        BLOCK=data.shape[1],
+        LEAST=_LEAST_KEYS,
+        ROWS=tactic.rows,
+        KEYS=tactic.keys,
+        STAGES=tactic.stages,
+        SPLITS=splits,
+        CHOSEN=chosen is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        EARLY=early,
+        num_warps=tactic.warps,
+        launch_pdl=early,
+    )
+    if splits > 1:
+        _merge_kernel[(tokens * count,)](
+            mixed,
+            parts,
+            sums,
+            RANK=rank,
+            WIDE_RANK=wide_rank,
+            SPLITS=splits,
+            WIDE_SPLITS=triton.next_power_of_2(splits),
+            AT_ONCE=min(8, triton.next_power_of_2(splits)),
+            EARLY=early,
+            num_warps=4,
+            launch_pdl=early,
+        )
+    values = out.view(tokens, count, -1).transpose(0, 1)
+    torch.bmm(mixed.transpose(0, 1), w[:, plain:].transpose(1, 2), out=values)

@@ -1,0 +1,153 @@
+"""What can be known of FlashInfer's kernels without a GPU: that calls fit its signatures, and what is served."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from skyline.kernels import Request, choose
+from skyline.kernels.flashinfer import calls
+from skyline.kernels.gpu import GPUS
+from skyline.ops import OPS
+from skyline.ops.attention import make_batch
+
+SHAPE = calls.Shape(8, 2, 64, 16, torch.bfloat16, 0.125, 128, None, 0)
+H200 = GPUS["h200"]
+
+
+def _calls() -> dict[str, dict[str, Any]]:
+    """Every call by where it is found in the library."""
+    x = torch.empty(2, 64)
+    q, cache, tables = torch.empty(2, 8, 64), torch.empty(4, 16, 2, 64), torch.zeros(2, 4, dtype=torch.int32)
+    lengths = torch.ones(2, dtype=torch.int32)
+    pages = calls.Pages(lengths, lengths, lengths, lengths)
+    wrapper = "BatchPrefillWithPagedKVCacheWrapper"
+    return {
+        "rmsnorm": calls.rmsnorm(x, x[0], 1e-6),
+        "silu_and_mul": calls.silu_and_mul(x),
+        f"{wrapper}.__init__": calls.prefill_wrapper(x, "auto"),
+        f"{wrapper}.plan": calls.prefill_plan(SHAPE, pages),
+        f"{wrapper}.run": calls.prefill_run(q, cache, cache, q),
+        "decode.trtllm_batch_decode_with_kv_cache": calls.decode(q, cache, cache, x, tables, lengths, SHAPE),
+        "mla.trtllm_batch_decode_with_kv_cache_mla": calls.latent_decode(q, cache, x, tables, lengths, 128, 32, 0.1),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_calls_fit_the_signatures(name: str) -> None:
+    pytest.importorskip("flashinfer")
+    import flashinfer.decode
+    import flashinfer.mla
+
+    found: Any = flashinfer
+    for part in name.split("."):
+        found = getattr(found, part)
+    signature = inspect.signature(found)
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    signature.bind(*([None] if "Wrapper" in name else []), **_calls()[name])
+
+
+def test_modules_import_where_the_library_is() -> None:
+    pytest.importorskip("flashinfer")
+    pytest.importorskip("triton")
+    from skyline.kernels.flashinfer import attention, dense, latent
+
+    for op, module in (
+        ("rms_norm", dense),
+        ("silu_mul", dense),
+        ("paged_attention", attention),
+        ("latent_attention", latent),
+    ):
+        assert list(inspect.signature(getattr(module, op)).parameters) == list(OPS[op].signature.parameters)
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        (Request(OPS["rms_norm"], "cuda", torch.bfloat16, gpu=H200), None),
+        (Request(OPS["rms_norm"], "cpu", torch.bfloat16), "needs a CUDA device"),
+        (Request(OPS["rms_norm"], "cuda", torch.bfloat16, gpu=H200.without("flashinfer")), "flashinfer cannot be imp"),
+        (Request(OPS["rms_norm"], "cuda", torch.float32, gpu=H200), "takes bfloat16 and float16, not float32"),
+        (Request(OPS["rms_norm"], "cuda", torch.bfloat16, True, gpu=H200), "reduction order"),
+        (Request(OPS["rms_norm"], "cuda", torch.bfloat16, gpu=replace(H200, capability=(7, 5))), "has 7.5"),
+        (Request(OPS["paged_attention"], "cuda", torch.float16, gpu=GPUS["l4"]), None),
+        (Request(OPS["paged_attention"], "cuda", torch.bfloat16, False, torch.float8_e4m3fn, gpu=H200), "scale for"),
+        (Request(OPS["latent_attention"], "cuda", torch.bfloat16, gpu=H200), "takes compute capability 10"),
+        (Request(OPS["latent_attention"], "cuda", torch.bfloat16, gpu=GPUS["b200"]), None),
+    ],
+)
+def test_what_is_served(request_: Request, expected: str | None) -> None:
+    """Preferred where it serves; where it does not, the reason is told."""
+    choice = choose(request_) if request_.device == "cpu" or not request_.batch_invariant else None
+    if choice is None:
+        from skyline.kernels.flashinfer import supports
+
+        why_not = supports(request_)
+    else:
+        assert (choice.kernel.provider == "flashinfer") == (expected is None)
+        why_not = dict(choice.rejected).get("flashinfer")
+    assert (why_not is None) if expected is None else expected in (why_not or "")
+
+
+def test_pages_of_a_step() -> None:
+    """Contexts of 1, 6 and 8 tokens in blocks of 4."""
+    pytest.importorskip("flashinfer")
+    from skyline.kernels.flashinfer import step
+
+    batch = make_batch([0, 3, 0], [1, 3, 8])
+    tables = torch.tensor([[7, 0, 0], [5, 2, 0], [9, 4, 0]], dtype=torch.int32)
+    pages = step.pages(batch, tables, 4)
+    assert [part.tolist() for part in pages] == [[0, 1, 4, 12], [0, 1, 3, 5], [7, 5, 2, 9, 4], [1, 2, 4]]
+    assert all(part.dtype == torch.int32 for part in pages)
+
+
+def test_one_plan_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers, and anew in the next step."""
+    pytest.importorskip("flashinfer")
+    from skyline.kernels.flashinfer import step
+
+    plans: list[dict[str, Any]] = []
+
+    class Wrapper:
+        def __init__(self, **arguments: Any) -> None: ...
+
+        def plan(self, **arguments: Any) -> None:
+            plans.append(arguments)
+
+    monkeypatch.setattr(step.flashinfer, "BatchPrefillWithPagedKVCacheWrapper", Wrapper)
+    monkeypatch.setattr(step, "_wrappers", {})
+    monkeypatch.setattr(step, "_WORKSPACE", 16)
+    tables = torch.zeros((1, 2), dtype=torch.int32)
+    other = SHAPE._replace(window=None)
+    for batch in (make_batch([0], [5]), make_batch([5], [3])):
+        layers = [step.of(batch).wrapper(shape, tables, "auto") for shape in (SHAPE, other, SHAPE, other)]
+        assert layers[0] is layers[2] and layers[1] is layers[3] and layers[0] is not layers[1]
+    assert [plan["window_left"] for plan in plans] == [127, -1, 127, -1]
+    assert [plan["qo_indptr"].tolist() for plan in plans] == [[0, 5], [0, 5], [0, 3], [0, 3]]
+
+
+@pytest.mark.parametrize(
+    "changes, decodes, capability, expected",
+    [
+        ({}, True, (9, 0), True),
+        ({}, True, (8, 0), False),  # XQA begins with Hopper
+        ({}, False, (8, 0), True),
+        ({"head_dim": 96}, False, (9, 0), False),
+        ({"block_size": 4}, True, (9, 0), False),
+        ({"softcap": 30.0}, False, (9, 0), True),
+        ({"softcap": 30.0}, False, (10, 0), False),
+        ({"softcap": 30.0}, True, (9, 0), False),
+        ({"heads": 64}, True, (9, 0), False),
+    ],
+)
+def test_shapes_that_go_on_to_triton(
+    changes: dict[str, Any], decodes: bool, capability: tuple[int, int], expected: bool
+) -> None:
+    pytest.importorskip("flashinfer")
+    from skyline.kernels.flashinfer.attention import serves
+
+    assert serves(SHAPE._replace(**changes), decodes, capability) == expected

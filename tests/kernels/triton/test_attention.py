@@ -1,0 +1,107 @@
+"""Paged attention in Triton: several tiles and splits, mixed batches, quantized caches, padding."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from skyline.kernels.triton import attention
+from skyline.ops import OPS, AttentionBatch, KVCache
+from tests.kernels.triton.test_ops import DEVICE, moved
+
+REFERENCE = OPS["paged_attention"].reference
+CONTEXTS = [1, 15, 17, 63, 64, 65, 130, 300]
+BLOCK = 4
+
+
+class Requests:
+    """Keys and values of all contexts in one cache, whose unused slots hold NaN (int8: numbers that are not theirs)."""
+
+    def __init__(
+        self, heads: int, group: int, size: int, dtype: torch.dtype, cached: torch.dtype | None = None
+    ) -> None:
+        self.heads, self.group, self.size, self.dtype = heads, group, size, dtype
+        generator = torch.Generator().manual_seed(0)
+        blocks = [-(-context // BLOCK) for context in CONTEXTS]
+        order = list(range(sum(blocks) + 1))
+        random.Random(0).shuffle(order)
+        self.tables = [[order.pop() for _ in range(count)] for count in blocks]
+        self.cache = KVCache(heads, size, cached or dtype)
+        if cached == torch.float8_e4m3fn:
+            self.cache.k_scale, self.cache.v_scale = torch.linspace(0.5, 2, heads), torch.linspace(2, 0.5, heads)
+        self.cache.allocate(sum(blocks) + 1, BLOCK, torch.device("cpu"))
+        for part in self.cache.tensors:
+            part.fill_(float("nan")) if cached != torch.int8 else part.fill_(77)
+        self.q = torch.randn((sum(CONTEXTS), heads * group * size), generator=generator).to(dtype)
+        k, v = (torch.randn((sum(CONTEXTS), heads * size), generator=generator).to(dtype) for _ in range(2))
+        OPS["kv_write"].reference(k, v, self.cache, self.batch(list(range(len(CONTEXTS))), CONTEXTS))
+
+    def batch(self, rows: list[int], lengths: list[int]) -> AttentionBatch:
+        """The last `lengths` tokens of these requests."""
+        starts = [CONTEXTS[row] - length for row, length in zip(rows, lengths, strict=True)]
+        return AttentionBatch.build([self.tables[row] for row in rows], starts, lengths, BLOCK, torch.device("cpu"))
+
+    def check(self, rows: list[int], lengths: list[int], **options: object) -> None:
+        batch = self.batch(rows, lengths)
+        q = self.q[: sum(lengths)]
+        wide = self.cache
+        if wide.dtype in (torch.bfloat16, torch.float16):
+            k, v = (part.float() for part in wide.tensors)
+            wide = KVCache(self.heads, self.size, torch.float32, k, v)
+        expected = REFERENCE(q.float(), wide, batch, 0.3, **options)
+        strided = torch.cat((q, q[:, :8]), dim=1)[:, : q.shape[1]]  # columns of a wider matrix
+        given = {key: moved(value) for key, value in options.items()}
+        got = attention.paged_attention(moved(strided), moved(self.cache), moved(batch), 0.3, **given)
+        tolerance = 2e-5 if self.dtype == torch.float32 else 1.6e-2
+        torch.testing.assert_close(got.float().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+SHAPES = [
+    (2, 4, 16, torch.bfloat16, None),
+    (1, 3, 20, torch.float32, None),
+    (2, 1, 64, torch.bfloat16, torch.float8_e4m3fn),
+    (2, 2, 16, torch.bfloat16, torch.int8),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 4, 16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decoding_in_splits(monkeypatch: pytest.MonkeyPatch, shape: tuple, splits: int) -> None:
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    requests = Requests(*shape)
+    rows = list(range(len(CONTEXTS)))
+    sinks = torch.linspace(-1, 2, shape[0] * shape[1])
+    for options in ({}, {"window": 40}, {"sinks": sinks, "softcap": 2.0}, {"window": 1, "sinks": sinks}):
+        requests.check(rows, [1] * len(rows), **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prompts_and_mixed_batches(shape: tuple) -> None:
+    requests = Requests(*shape)
+    sinks = torch.linspace(-1, 2, shape[0] * shape[1])
+    for options in ({}, {"window": 30, "sinks": sinks}, {"softcap": 1.5}):
+        requests.check([7, 3, 6], [300, 1, 70], **options)
+    requests.check([6, 0, 7], [1, 1, 33])
+
+
+def test_padding_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed step has rows of context 0, whose block tables may say anything."""
+    for splits in (1, 4):
+        monkeypatch.setattr(attention, "num_splits", lambda *_, splits=splits: splits)
+        requests = Requests(*SHAPES[0])
+        batch = requests.batch([6, 7], [1, 1])
+        batch.context_lens[1] = 0
+        got = attention.paged_attention(moved(requests.q[:2]), moved(requests.cache), moved(batch), 0.3)
+        expected = REFERENCE(requests.q[:1], requests.cache, requests.batch([6], [1]), 0.3)
+        torch.testing.assert_close(got[:1].cpu(), expected, rtol=1.6e-2, atol=1.6e-2)
+        assert not got[1].any()
+        again = attention.paged_attention(moved(requests.q[:2]), moved(requests.cache), moved(batch), 0.3)
+        assert torch.equal(got, again)  # what counts arrivals is back at zero
+
+
+def test_few_different_splits() -> None:
+    seen = {attention.num_splits(requests, 8, 131_072, 132) for requests in range(1, 300)}
+    assert seen == {1, 2, 4, 8, 16, 32}
+    assert attention.num_splits(1, 8, 400, 132) == 1 and attention.num_splits(1, 8, 8704, 132) == 16

@@ -46,6 +46,12 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=["llama-3.1-8b", "qwen3-0.6b"], choices=SHAPES)
     parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, int8, int4")
     parser.add_argument("--kv", nargs="*", default=["auto"], help="auto, fp8")
+    parser.add_argument("--cases", type=int, default=1000, help="of an op and dtype, at most about")
+    parser.add_argument(
+        "--tune", type=float, default=0.0, help="seconds for a format's decode steps, before timing them"
+    )
+    parser.add_argument("--osl", type=int, default=1024, help="tokens of each answer of the frontier")
+    parser.add_argument("--checkpoint", type=Path, help="of the first model, already written, for the start-up")
     parser.add_argument("--compiled-peer", action="store_true", help="also transformers' static cache, which compiles")
     arguments = parser.parse_args()
     record: dict[str, Any] = {"command": " ".join(sys.argv), "torch": torch.__version__, "host": platform.machine()}
@@ -90,19 +96,26 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         rows = []
         for model in arguments.models:
             for weights, kv in pairs:
+                quantization = None if weights == "none" else weights
                 try:
-                    rows += steps.measure(model, None if weights == "none" else weights, record["ceilings"], kv)
+                    found, tuned = steps.measure(model, quantization, record["ceilings"], kv, arguments.tune)
                 except Exception as error:
-                    rows.append(
-                        {"model": model, "weights": weights, "error": f"{type(error).__name__}: {str(error)[:600]}"}
-                    )
+                    text = f"{type(error).__name__}: {str(error)[:600]}"
+                    found, tuned = [{"model": model, "weights": weights, "error": text}], None
+                if tuned is not None:
+                    record.setdefault("tuned", []).append(tuned)
+                    for row in tuned["sizes"]:
+                        times = f"{row['default_s'] * 1e3:.3f} -> {row['seconds'] * 1e3:.3f} ms"
+                        print(f"tuned {weights} b{row['requests']}: {times} {row['knobs']}")
+                _print_part("steps", found)
+                rows += found
         return rows
 
     def frontiers() -> list[dict[str, Any]]:
         rows = []
         for weights, kv in pairs:
-            with steps.loaded(arguments.models[0], None if weights == "none" else weights, kv) as model:
-                found = serving.frontier(model, (1, 16, 64, 256))
+            with steps.loaded(arguments.models[0], None if weights == "none" else weights, kv) as (model, _):
+                found = serving.frontier(model, (1, 16, 64, 256), (1024, arguments.osl))
             rows += [{"model": arguments.models[0], "weights": weights, "kv": kv, **row} for row in found]
         return rows
 
@@ -114,12 +127,12 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         return [*rows, peer.continuous(model, 64)]
 
     part("ceilings", ceilings.measure)
-    part("ops", lambda: ops.check(min(12, os.cpu_count() or 1), seed))
+    part("ops", lambda: ops.check(max(1, (os.cpu_count() or 1) - 1), seed, arguments.cases))
     part("answers", serving.answer_problems)
     part("steps", all_steps)
     part("frontier", frontiers)
     part("peer", peers)
-    part("startup", lambda: serving.first_token(arguments.models[0]))
+    part("startup", lambda: serving.first_token(arguments.models[0], arguments.checkpoint))
 
 
 def _print_part(name: str, found: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import statistics
 import tempfile
 import time
@@ -28,8 +29,8 @@ _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
 
 
 @contextlib.contextmanager
-def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **options: Any) -> Iterator[Any]:
-    """The model with random weights, ready to take plans."""
+def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **options: Any) -> Iterator[tuple[Any, Any]]:
+    """The model with random weights, ready to take plans, and its settings."""
     from skyline.engine.config import EngineConfig
     from skyline.runner.loader import load_model
 
@@ -50,7 +51,7 @@ def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **optio
         )
         model = load_model(config)
     try:
-        yield model
+        yield model, config
     finally:
         model.runner.close()
         del model
@@ -59,18 +60,37 @@ def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **optio
 
 
 def measure(
-    shape: str, quantization: str | None, ceilings: dict[str, float], kv_dtype: str = "auto"
-) -> list[dict[str, Any]]:
-    rows = []
-    with loaded(shape, quantization, kv_dtype) as model:
+    shape: str, quantization: str | None, ceilings: dict[str, float], kv_dtype: str = "auto", budget: float = 0.0
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Rows of cells; and what `skyline tune` finds in `budget` seconds, if there are any, before they are measured."""
+    from skyline.runner.tune_gpu import tune_loaded
+
+    rows, found = [], None
+    with loaded(shape, quantization, kv_dtype) as (model, config):
         _fill_caches(model)
+        if budget:
+            found = tune_loaded(model, config, budget, (1, 16, 64, 256))
+            found = {**{key: found[key] for key in ("measured_on", "sizes")}, "model": shape, "weights": quantization}
+            _fill_caches(model)
+        memory = _memory(model)
         for name, requests, start, length in CELLS:
             row = {"model": shape, "weights": quantization or "bfloat16", "kv": kv_dtype, "cell": name}
             try:
                 rows.append({**row, **_cell(model, requests, start, length, ceilings, quantization)})
             except Exception as error:
                 rows.append({**row, "error": f"{type(error).__name__}: {str(error)[:300]}"})
-    return rows
+        if rows:
+            rows[-1]["memory"] = {**memory, "peak_bytes": torch.cuda.max_memory_allocated()}
+    return rows, found
+
+
+def _memory(model: Any) -> dict[str, int]:
+    """Bytes that are taken before the first step, and what was kept for activations: together the predicted peak."""
+    torch.cuda.reset_peak_memory_stats()
+    kept = re.search(r"([\d,]+) MiB kept for activations", model.report["memory"])
+    assert kept is not None
+    taken = torch.cuda.memory_allocated()
+    return {"taken_bytes": taken, "predicted_bytes": taken + (int(kept[1].replace(",", "")) << 20)}
 
 
 def _fill_caches(model: Any) -> None:

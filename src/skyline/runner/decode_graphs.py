@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from skyline.engine.messages import StepPlan
 from skyline.graph import Program
+from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import BlockTables, to_device
+from skyline.runner.decode_knobs import DecodeKnobs
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,11 +88,12 @@ class DecodeGraphs:
         table_shape: tuple[int, int, int],
         block_size: int,
         record: bool = True,
+        knobs: DecodeKnobs | None = None,
     ) -> None:
         """token_ids [max_num_seqs + 1, max_model_len + 1] int32 on the device; its last row is the padding's.
 
         table_shape: groups of caches, max_num_seqs, blocks that a request can have. record: False runs the same steps
-        call by call.
+        call by call. knobs: what was found to be fastest, if something was.
         """
         self._program = program
         self._token_ids = token_ids
@@ -102,6 +106,7 @@ class DecodeGraphs:
         self._sizes = graph_sizes(requests)
         self._query_starts = torch.arange(requests + 1, dtype=torch.int32, device=self._device)
         self._rows = torch.arange(requests, device=self._device)
+        self._knobs = knobs or DecodeKnobs("")
         self._known: dict[int, _Recorded] = {}
         self._pool: Any = None  # of memory, which all graphs share: no two run at once
 
@@ -109,6 +114,11 @@ class DecodeGraphs:
     def recorded(self) -> list[int]:
         """Sizes there are graphs for."""
         return sorted(size for size, known in self._known.items() if known.graph is not None)
+
+    def set_knobs(self, knobs: DecodeKnobs) -> None:
+        """From the next step on; what is recorded is recorded anew."""
+        self._knobs = knobs
+        self._known.clear()
 
     def takes(self, plan: StepPlan) -> bool:
         return bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1
@@ -142,29 +152,60 @@ class DecodeGraphs:
         known = self._known.get(size)
         if known is None:
             known = self._known[size] = _Recorded(to_device(host, self._device))
-            return self._run(known.inputs, bool(plan.state_writes))
+            return self._step(known.inputs, bool(plan.state_writes))
         staged = torch.from_numpy(host)
         known.inputs.copy_(staged.pin_memory() if self._device.type == "cuda" else staged, non_blocking=True)
         if known.graph is None and self._record:
             self._capture(size, known, bool(plan.state_writes))
         if known.graph is None:
-            return self._run(known.inputs, bool(plan.state_writes))
+            return self._step(known.inputs, bool(plan.state_writes))
         known.graph.replay()
         assert known.result is not None
         return known.result
+
+    def time_step(self, size: int, context: int, knobs: Knobs, repeats: int = 9) -> float:
+        """Median seconds of a recorded step of `size` requests with so many tokens each; overwrites KV cache and tables.
+
+        Raises what recording it raises.
+        """
+        blocks = -(-context // self._block_size)
+        own = torch.arange(size * blocks, dtype=torch.int32, device=self._device).view(size, blocks)
+        self._tables[:, :size, :blocks] = own
+        inputs = torch.zeros((_PLACES + len(self._tables), size), dtype=torch.int64, device=self._device)
+        inputs[_SLOTS] = self._rows[:size]
+        inputs[_POSITIONS], inputs[_CONTEXTS] = context - 1, context
+        inputs[_PLACES:] = own[:, -1].long() * self._block_size + (context - 1) % self._block_size
+        with using(knobs):
+            self._run(inputs, False)  # compiles
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._run(inputs, False)
+        times: list[float] = []
+        for _ in range(repeats + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        return statistics.median(times[2:])
 
     def _capture(self, size: int, known: _Recorded, states: bool) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             # Another thread may allocate or synchronise meanwhile: only this thread's calls count.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                known.result = self._run(known.inputs, states)
+                known.result = self._step(known.inputs, states)
         except RuntimeError as error:
             self._record = False
             _LOG.warning("decode steps of %d requests could not be recorded, they run call by call: %s", size, error)
             return
         self._pool = self._pool or graph.pool()
         known.graph = graph
+
+    def _step(self, inputs: Tensor, states: bool) -> Decoded:
+        with using(self._knobs.of(inputs.shape[1])):
+            return self._run(inputs, states)
 
     def _run(self, inputs: Tensor, states: bool) -> Decoded:
         size = inputs.shape[1]

@@ -18,6 +18,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops.quantized import IntegerFormat
+from skyline.runner import decode_knobs
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.decode_graphs import why_not_recorded
 from skyline.runner.grammar import GrammarCompiler
@@ -168,6 +169,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         threads=config.threads,
         table_groups=sum(not group.state for group in memory.groups),
         graphs=config.cuda_graphs if device.type == "cuda" and why_not_recorded(program) is None else None,
+        knobs=decode_knobs.kept(config)[1] if device.type == "cuda" else None,
     )
     limits = Limits(
         num_blocks=memory.groups[0].num_blocks,

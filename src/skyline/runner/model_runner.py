@@ -24,6 +24,7 @@ from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import to_device, token_positions
 from skyline.runner.decode_graphs import DecodeGraphs
+from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.sampler import Sampler, SampleResult
 
 T = TypeVar("T")
@@ -79,12 +80,13 @@ class ModelRunner:
         threads: int | None = None,
         table_groups: int = 1,
         graphs: bool | None = None,
+        knobs: DecodeKnobs | None = None,
     ) -> None:
         """token_ids [max_num_seqs + 1, max_model_len + 1] int32 on the device, shared with the sampler; the last row is
         that of padding.
 
         table_groups: of caches that go by block tables (skyline.engine.kv_memory). graphs: record decode steps as CUDA
-        graphs; False runs the same steps call by call, None has none of it.
+        graphs; False runs the same steps call by call, None has none of it. knobs: for these steps.
         threads: of the CPU kernels; None is one for each physical core that this process may use.
         """
         self._program = program
@@ -95,24 +97,25 @@ class ModelRunner:
         self._slots: dict[int, _Slot] = {}
         shape = (token_ids.shape[0] - 1, -(-token_ids.shape[1] // block_size))
         self._block_tables = [np.zeros(shape, np.int32) for _ in range(table_groups)]
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if graphs is not None:
             from skyline.kernels.triton.sampling import greedy  # Triton, which there need not be
 
-            self._graphs = DecodeGraphs(
+            self.graphs = DecodeGraphs(
                 program,
                 token_ids,
                 greedy,
                 table_shape=(table_groups, *shape),
                 block_size=block_size,
                 record=graphs,
+                knobs=knobs,
             )
         self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, _all_native(program)))
 
     @property
     def recorded_sizes(self) -> list[int]:
         """Numbers of requests whose decode steps there are CUDA graphs for."""
-        return [] if self._graphs is None else self._graphs.recorded
+        return [] if self.graphs is None else self.graphs.recorded
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
@@ -130,9 +133,9 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
-        if self._graphs is not None and self._graphs.takes(plan):
+        if self.graphs is not None and self.graphs.takes(plan):
             if not any(self._scores(slot, start) for slot, start in zip(plan.slots, plan.starts, strict=True)):
-                return self._decode(plan, self._graphs)
+                return self._decode(plan, self.graphs)
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
@@ -194,8 +197,8 @@ class ModelRunner:
             before.append(known)
             counts[group] = known + len(blocks)
             self._block_tables[group][slot, known : known + len(blocks)] = blocks
-        if self._graphs is not None and plan.new_blocks:
-            self._graphs.add_blocks(plan.new_blocks, before)
+        if self.graphs is not None and plan.new_blocks:
+            self.graphs.add_blocks(plan.new_blocks, before)
 
     def _scores(self, slot: int, start: int) -> bool:
         """Whether a chunk from `start` on predicts tokens of a prompt whose log-probabilities are wanted."""

@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from skyline.kernels.registry import Kernel, Layout, Request, register
 from skyline.kernels.triton.fp8 import fp8_layout
 from skyline.kernels.triton.layouts import INT8, int4_layout
 
 PROVIDER = "triton"
 OLDEST = (8, 0)
+
+# Ops that read or write keys and values as they are cached.
+_CACHED = frozenset({"kv_write", "paged_attention", "rope_kv_write"})
 
 LayoutOf = Layout | Callable[[tuple[Any, ...]], Layout]
 
@@ -28,6 +33,8 @@ def supports(request: Request) -> str | None:
         return "its reduction order depends on the number of rows"
     if request.gpu.capability < OLDEST:
         return f"needs compute capability 8.0, {request.gpu.name} has {'.'.join(map(str, request.gpu.capability))}"
+    if request.op.name in _CACHED and request.kv_dtype == torch.float8_e4m3fn and not request.gpu.fp8:
+        return f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
     return None if "triton" in request.gpu.libraries else "Triton is not installed: pip install triton"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
+from skyline.kernels.triton.knobs import current
 from skyline.ops import AttentionBatch, KVCache
 
 _LOG2E = math.log2(math.e)
@@ -36,8 +37,8 @@ class Tactic(NamedTuple):
 def decode_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
     """item: bytes of a cached number."""
     wide = triton.next_power_of_2(head_dim)
-    keys = max(16, min(64, 32768 // (wide * item)))
-    stages = max(1, min(3, shared // (2 * keys * wide * item) - 1))
+    keys = max(16, min(current().keys, 32768 // (wide * item)))
+    stages = max(1, min(current().stages, shared // (2 * keys * wide * item)))
     return Tactic(max(16, triton.next_power_of_2(group)), keys, 4, stages)
 
 
@@ -51,7 +52,8 @@ def prefill_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
 
 def num_splits(requests: int, kv_heads: int, capacity: int, processors: int) -> int:
     """Into how many parts a context is cut, of which no more is known than that it is at most `capacity` long."""
-    most = min(-(-2 * processors // max(1, requests * kv_heads)), capacity // _LEAST_KEYS, _MOST_SPLITS)
+    wanted = -(-current().splits * processors // max(1, requests * kv_heads))
+    most = min(wanted, capacity // _LEAST_KEYS, _MOST_SPLITS)
     return 1 << max(0, most.bit_length() - 1)  # few different numbers: each is compiled for
 
 
@@ -71,6 +73,29 @@ def _scores(qk, k_factor, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _finish(
+    out, sinks, v_scale, start, head, context, top, total, mixed,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Divide by the softmax's sum, and write the heads of one query."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    real = row < GROUP
+    if SINKS:
+        sink = tl.load(sinks + head * GROUP + row, mask=real, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(top, sink)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        mixed *= shrink[:, None]
+    result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+    if KIND == 1:
+        result *= tl.load(v_scale + head)
+    place = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row)[:, None] * SIZE + column[None, :]
+    writes = real[:, None] & (column < SIZE)[None, :]
+    tl.store(out + place, tl.where(context > 0, result, 0.0).to(out.dtype.element_ty), mask=writes)
+
+
+@triton.jit
 def _decode_kernel(
     q,  # [T, Hq * D]
     k,  # [blocks, BLOCK, Hk, D]
@@ -82,8 +107,8 @@ def _decode_kernel(
     context_lens,
     sinks,  # [Hq]
     out,  # [T, Hq * D]
-    parts,  # [R * Hk, SPLITS, ROWS, WIDE] float32
-    sums,  # [R * Hk, SPLITS, 2, ROWS] float32: the largest score, and the sum over it
+    parts,  # [R * Hk, SPLITS, REAL, WIDE] float32
+    sums,  # [R * Hk, SPLITS, 2, REAL] float32: the largest score, and the sum over it
     counters,  # [R * Hk] int32, zeros
     q_stride,
     table_stride,
@@ -94,7 +119,8 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,  # D
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # GROUP, padded for the matrix unit
+    REAL: tl.constexpr,  # GROUP, padded to a power of two
     WIDE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -156,48 +182,57 @@ def _decode_kernel(
         mixed = tl.dot(weights.to(q.dtype.element_ty), values, mixed, input_precision=PRECISION)
         top = higher
 
-    writes = real[:, None] & known[None, :]
-    if SPLITS > 1:
-        mine = pair.to(tl.int64) * SPLITS + split
-        tl.store(parts + (mine * ROWS + row[:, None]) * WIDE + column[None, :], mixed)
-        tl.store(sums + mine * 2 * ROWS + row, top)
-        tl.store(sums + (mine * 2 + 1) * ROWS + row, total)
-        tl.debug_barrier()  # all of this program's threads have written before it says so
-        if tl.atomic_add(counters + pair, 1, sem="acq_rel") != SPLITS - 1:
-            return
+    if SPLITS == 1:
+        _finish(
+            out, sinks, v_scale, start, head, context, top, total, mixed, ROWS, HEADS, GROUP, SIZE, WIDE, KIND, SINKS
+        )
+        return
+    mine = pair.to(tl.int64) * SPLITS + split
+    kept = row < REAL
+    tl.store(parts + (mine * REAL + row[:, None]) * WIDE + column[None, :], mixed, mask=kept[:, None])
+    tl.store(sums + mine * 2 * REAL + row, top, mask=kept)
+    tl.store(sums + (mine * 2 + 1) * REAL + row, total, mask=kept)
+    tl.debug_barrier()  # all of this program's threads have written before it says so
+    if tl.atomic_add(counters + pair, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(counters + pair, 0)
         every = pair.to(tl.int64) * SPLITS
         # Past the first-level cache, which does not see what other processors write.
-        part = tl.arange(0, SPLITS)
-        at = (every + part)[:, None] * 2 * ROWS + row[None, :]
-        tops = tl.load(sums + at, cache_modifier=".cg")
-        totals = tl.load(sums + at + ROWS, cache_modifier=".cg")
-        top = tl.max(tops, 0)
-        total = tl.sum(tl.where(totals > 0.0, totals * tl.exp2(tops - top[None, :]), 0.0), 0)
-        mixed = tl.zeros((ROWS, WIDE), tl.float32)
+        part, line = tl.arange(0, SPLITS), tl.arange(0, REAL)
+        each = (every + part)[:, None] * 2 * REAL + line[None, :]
+        tops = tl.load(sums + each, cache_modifier=".cg")
+        totals = tl.load(sums + each + REAL, cache_modifier=".cg")
+        highest = tl.max(tops, 0)
+        summed = tl.sum(tl.where(totals > 0.0, totals * tl.exp2(tops - highest[None, :]), 0.0), 0)
+        whole = tl.zeros((REAL, WIDE), tl.float32)
         used = tl.cdiv(context - base, tl.maximum(share, 1))
         few = tl.arange(0, TOGETHER)
         for index in range(0, used, TOGETHER):  # several at once: each load takes its time
             other = every + index + few
-            there = ((index + few) < used)[:, None] & real[None, :]
-            high = tl.load(
-                sums + other[:, None] * 2 * ROWS + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
-            )
-            place = (other[:, None, None] * ROWS + row[None, :, None]) * WIDE + column[None, None, :]
-            some = tl.load(parts + place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-            factor = tl.where(high > float("-inf"), tl.exp2(high - top[None, :]), 0.0)
-            mixed += tl.sum(factor[:, :, None] * some, 0)
-    if SINKS:
-        sink = tl.load(sinks + head * GROUP + row, mask=real, other=float("-inf")).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(top, sink)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.exp2(sink - higher)
-        mixed *= shrink[:, None]
-    result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-    if KIND == 1:
-        result *= tl.load(v_scale + head)
-    place = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row)[:, None] * SIZE + column[None, :]
-    tl.store(out + place, tl.where(context > 0, result, 0.0).to(out.dtype.element_ty), mask=writes)
+            merged = ((index + few) < used)[:, None] & (line < GROUP)[None, :]
+            entry = other[:, None] * 2 * REAL + line[None, :]
+            high = tl.load(sums + entry, mask=merged, other=float("-inf"), cache_modifier=".cg")
+            cell = (other[:, None, None] * REAL + line[None, :, None]) * WIDE + column[None, None, :]
+            some = tl.load(parts + cell, mask=merged[:, :, None], other=0.0, cache_modifier=".cg")
+            factor = tl.where(high > float("-inf"), tl.exp2(high - highest[None, :]), 0.0)
+            whole += tl.sum(factor[:, :, None] * some, 0)
+        _finish(
+            out,
+            sinks,
+            v_scale,
+            start,
+            head,
+            context,
+            highest,
+            summed,
+            whole,
+            REAL,
+            HEADS,
+            GROUP,
+            SIZE,
+            WIDE,
+            KIND,
+            SINKS,
+        )
 
 
 @triton.jit
@@ -384,10 +419,10 @@ def paged_attention(
     if min(batch.host_query_lens, default=0) == 1:
         chosen = decode_tactic(group, size, item, shared)
         splits = num_splits(requests, heads, tables.shape[1] * block, multiprocessors(q.device))
-        wide = options["WIDE"]
+        wide, real = options["WIDE"], triton.next_power_of_2(group)
         pairs = requests * heads
-        parts = out if splits == 1 else torch.empty((pairs, splits, chosen.rows, wide), device=q.device)
-        sums = out if splits == 1 else torch.empty((pairs, splits, 2, chosen.rows), device=q.device)
+        parts = out if splits == 1 else torch.empty((pairs, splits, real, wide), device=q.device)
+        sums = out if splits == 1 else torch.empty((pairs, splits, 2, real), device=q.device)
         counters = _counters(q.device, pairs)
         early = overlaps(q.device)
         _decode_kernel[(pairs, splits)](
@@ -397,10 +432,11 @@ def paged_attention(
             counters,
             *numbers,
             ROWS=chosen.rows,
+            REAL=real,
             KEYS=chosen.keys,
             STAGES=chosen.stages,
             SPLITS=splits,
-            TOGETHER=min(splits, max(1, 8192 // (chosen.rows * options["WIDE"]))),
+            TOGETHER=min(splits, max(1, 8192 // (real * wide))),
             EARLY=early,
             num_warps=chosen.warps,
             launch_pdl=early,

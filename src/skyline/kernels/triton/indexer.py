@@ -195,12 +195,13 @@ def index_topk(
     width = capacity if longest == 1 else max(batch.host_context_lens)
     at_once = min(tokens, max(1, _SCORE_BYTES // (4 * width)))
     wide_heads, wide_size = (max(16, triton.next_power_of_2(number)) for number in (heads, size))
-    queries = 1 if longest == 1 else max(1, _ROWS // wide_heads)
+    item = q.element_size()
+    queries = 1 if longest == 1 or item == 4 else max(1, _ROWS // wide_heads)
     groups = triton.cdiv(min(longest, at_once), queries)
-    tile = _KEYS if q.element_size() == 2 else 32
-    stages = (shared_memory(q.device) - queries * wide_heads * wide_size * q.element_size()) // (
-        tile * (wide_size + wide_heads * queries) * q.element_size()
-    )
+    rows, tile = queries * wide_heads, _KEYS if item == 2 else 16
+    # Beside the stages of keys there are the queries, and products that threads exchange to add them up.
+    free = shared_memory(q.device) - rows * (wide_size * item + 4 * tile)
+    stages = max(1, min(3, free // (tile * wide_size * item)))
     splits = max(1, min(triton.cdiv(width, tile), triton.cdiv(4 * multiprocessors(q.device), requests * groups)))
     scores = torch.empty((at_once, width), device=q.device)
     counts = torch.empty((at_once,), dtype=torch.int32, device=q.device)
@@ -230,10 +231,10 @@ def index_topk(
             BLOCK=keys.shape[1],
             QUERIES=queries,
             KEYS=tile,
-            STAGES=max(1, min(3, stages)),
+            STAGES=stages,
             SPLITS=splits,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=4 if queries * wide_heads <= 64 else 8,
+            num_warps=4 if item == 2 and rows <= 64 else 8,
         )
         _select_kernel[(last - first,)](
             scores,

@@ -54,7 +54,7 @@ def num_splits(programs: int, capacity: int, processors: int) -> int:
     expected = min(capacity, _EXPECTED_KEYS)
 
     def time(splits: int) -> float:
-        return triton.cdiv(programs * splits, processors) * (expected / splits + _SPLIT_KEYS)
+        return math.ceil(programs * splits / processors) * (expected / splits + _SPLIT_KEYS)
 
     return min(range(1, max(1, min(_MOST_SPLITS, capacity // _LEAST_KEYS)) + 1), key=time)
 
@@ -204,8 +204,8 @@ def _merge_kernel(
     every = tl.arange(0, WIDE_SPLITS)
     tops = tl.load(sums + (row + every) * 2, mask=every < SPLITS, other=float("-inf"))
     totals = tl.load(sums + (row + every) * 2 + 1, mask=every < SPLITS, other=0.0)
-    top = tl.max(tops)
-    total = tl.sum(tl.where(totals > 0.0, totals * tl.exp2(tops - top), 0.0))
+    top = tl.maximum(tl.max(tops), -1e38)  # a number, also of a row that has seen nothing
+    total = tl.sum(totals * tl.exp2(tops - top))
     merged = tl.zeros((WIDE_RANK,), tl.float32)
     for begin in range(0, SPLITS, AT_ONCE):
         split = begin + tl.arange(0, AT_ONCE)
@@ -213,7 +213,7 @@ def _merge_kernel(
         written = tl.load(sums + (row + split) * 2 + 1, mask=split < SPLITS, other=0.0) > 0.0
         mask = written[:, None] & (rank < RANK)[None, :]
         part = tl.load(parts + (row + split)[:, None] * RANK + rank[None, :], mask=mask, other=0.0)
-        merged += tl.sum(part * tl.where(written, shrink, 0.0)[:, None], 0)
+        merged += tl.sum(part * shrink[:, None], 0)
     result = merged / tl.where(total > 0.0, total, 1.0)
     tl.store(mixed + tl.program_id(0).to(tl.int64) * RANK + rank, result.to(mixed.dtype.element_ty), mask=rank < RANK)
 

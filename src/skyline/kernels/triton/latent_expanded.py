@@ -17,8 +17,8 @@ _EXPANDED_BYTES = 512 << 20  # keys and values that are held at once
 def expanded_tactic(head_dim: int, value_dim: int, item: int, shared: int) -> Tactic:
     """Of sizes that are padded."""
     if item == 4:
-        return Tactic(32, 16, 4, 1)
-    rows, keys = (128, 64) if shared > 128 << 10 else (64, 32)
+        return Tactic(16, 16, 4, 1)
+    rows, keys = 128 if shared > 128 << 10 else 64, 64 if shared > 192 << 10 else 32
     fits = (shared - rows * head_dim * item) // (keys * (head_dim + value_dim) * item)
     return Tactic(rows, keys, rows // 16, max(1, min(3, fits)))
 

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.activations import silu_mul as _silu_mul
 from skyline.kernels.triton.device import capability, overlaps, shared_memory
+from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.norms import rms_norm
 from skyline.ops.attention import FP8_MAX
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
@@ -39,12 +40,29 @@ def vector_tactic(k: int, gated: bool, blocks: bool) -> Tactic:
     """For one row of x, results of k products each; blocks: of weights that have a scale a block."""
     if blocks:
         return Tactic(16, BLOCK, 4)
-    return Tactic(4, min(triton.next_power_of_2(k), 1024 if gated else 512), 4)
+    rows, columns, warps = current().gated if gated else current().vector
+    return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
 
 
-def band_tactic(rows: int, gated: bool, blocks: bool) -> Tactic:
+def band_tactic(rows: int, gated: bool, blocks: bool, shared: int) -> Tactic:
     """For a few rows of x and weights of FP8."""
-    return Tactic(64, BLOCK if blocks else 256, 4, 3 if gated or rows > 32 else 4)
+    band, columns, warps, stages = current().bands
+    columns = BLOCK if blocks else columns
+    tile = ((2 if gated else 1) * band + max(16, rows)) * columns
+    return Tactic(band, columns, warps, max(2, min(stages, (shared - 8192) // tile)))
+
+
+@triton.jit
+def _ask(at, mask):
+    """Bring lines of memory into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [at.to(tl.int64, bitcast=True), mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -68,6 +86,7 @@ def _vector_kernel(
     SCALES: tl.constexpr,  # 0: none, 1: by row, 2: by block, which STEP divides
     BAND: tl.constexpr,
     STEP: tl.constexpr,
+    AHEAD: tl.constexpr,  # columns beyond the first tile to ask for, a power of two, or 0
     EARLY: tl.constexpr,
 ):
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -83,6 +102,14 @@ def _vector_kernel(
     left = (steps < k)[None, :]
     part = tl.load(gate_at, mask=left, other=0.0)
     other = tl.load(up_at, mask=left, other=0.0) if GATED else part
+    if EARLY and AHEAD:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
+        lines = STEP + tl.arange(0, AHEAD // LINE) * LINE
+        ahead = weight + safe.to(tl.int64)[:, None] * weight_stride + lines[None, :]
+        wanted = inside[:, None] & (lines < k)[None, :]
+        _ask(ahead, wanted)
+        if GATED:
+            _ask(ahead + n * weight_stride.to(tl.int64), wanted)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -147,6 +174,7 @@ def _bands_kernel(
     ROWS: tl.constexpr,  # of x, padded
     BAND: tl.constexpr,
     STEP: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # The weight's rows are those of the product: its matrix units take 64 of them at least, and x may have few.
@@ -161,6 +189,13 @@ def _bands_kernel(
     up_at = gate_at + n.to(tl.int64) * k if GATED else gate_at
     gate = tl.zeros((BAND, ROWS), tl.float32)
     up = tl.zeros((BAND, ROWS), tl.float32)
+    if EARLY and AHEAD:  # as in _vector_kernel
+        lines = tl.arange(0, AHEAD // 128) * 128
+        ahead = weight + safe.to(tl.int64)[:, None] * k + lines[None, :]
+        wanted = inside[:, None] & (lines < k)[None, :]
+        _ask(ahead, wanted)
+        if GATED:
+            _ask(ahead + n.to(tl.int64) * k, wanted)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -389,11 +424,18 @@ def _vector(
         SCALES=kind,
         BAND=chosen.rows,
         STEP=chosen.columns,
+        AHEAD=_ahead(k),
         EARLY=early,
         num_warps=chosen.warps,
         launch_pdl=early,
     )
     return y
+
+
+def _ahead(k: int) -> int:
+    """Columns to ask for ahead; at least a line."""
+    columns: int = min(current().prefetch, triton.next_power_of_2(k))
+    return columns // BLOCK * BLOCK
 
 
 def _bands(
@@ -410,7 +452,7 @@ def _bands(
     (rows, k), outputs = values.shape, weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
     y = torch.empty((rows, n), dtype=dtype, device=values.device)
-    chosen = chosen or band_tactic(rows, silu_mul, weight.blocks)
+    chosen = chosen or band_tactic(rows, silu_mul, weight.blocks, shared_memory(values.device))
     early = overlaps(values.device)
     _bands_kernel[(triton.cdiv(n, chosen.rows),)](
         values,
@@ -433,6 +475,7 @@ def _bands(
         ROWS=max(16, triton.next_power_of_2(rows)),
         BAND=chosen.rows,
         STEP=chosen.columns,
+        AHEAD=_ahead(k),
         EARLY=early,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -473,7 +516,7 @@ def fused_linear_fp8(
     residual: Tensor | None = None,
 ) -> Tensor:
     rows = x.shape[0]
-    if rows == 1:
+    if rows == 1 and (weight.blocks or not current().one_row_bands):
         return _vector(x, weight.values, weight.scales, bias, silu_mul, norm, eps, residual)
     if rows == 0:
         return x.new_empty((0, weight.shape[0] // 2 if silu_mul else weight.shape[0]))

@@ -1,0 +1,57 @@
+"""What `skyline tune` found about a model's decode steps on a GPU, by number of requests, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+import torch
+
+from skyline.checkpoint.cache import cache_folder
+from skyline.engine.config import EngineConfig
+from skyline.kernels import gpu
+from skyline.kernels.triton.knobs import Knobs
+
+
+class DecodeKnobs(msgspec.Struct):
+    """`sizes`: for each number of requests that was measured the fastest knobs; others go by the next larger one."""
+
+    measured_on: str
+    sizes: dict[int, Knobs] = {}
+
+    def of(self, requests: int) -> Knobs:
+        larger = [size for size in self.sizes if size >= requests]
+        if larger:
+            return self.sizes[min(larger)]
+        return self.sizes[max(self.sizes)] if self.sizes else Knobs()
+
+
+def kept(config: EngineConfig) -> tuple[Path, DecodeKnobs]:
+    """The file for this model and these options, and what was measured with this GPU, driver and these libraries."""
+    described = (Path(config.model) / "config.json").read_bytes()
+    options = f"{config.quantization} {config.quantization_group} {config.kv_cache_dtype} {config.dtype}"
+    name = hashlib.blake2b(described + options.encode(), digest_size=8).hexdigest()
+    device = gpu.detect(torch.device(config.device).index or 0)
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    nothing = DecodeKnobs(f"{device.name}, driver {driver}, torch {torch.__version__}")
+    file = cache_folder() / f"decode-{name}.json"
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=DecodeKnobs)
+    except (OSError, msgspec.DecodeError):  # none yet, or of another version
+        return file, nothing
+    return file, found if found.measured_on == nothing.measured_on else nothing
+
+
+def save(file: Path, knobs: DecodeKnobs) -> None:
+    """Raises OSError if the folder cannot be written."""
+    temporary = file.with_suffix(f".{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(knobs)))
+        os.replace(temporary, file)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""`skyline tune` on a GPU: settings of decode steps, compared on recorded steps of the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from skyline.engine.config import EngineConfig
+from skyline.kernels.triton.knobs import CANDIDATES, Knobs
+from skyline.runner import decode_knobs
+from skyline.runner.decode_graphs import DecodeGraphs
+from skyline.runner.loader import LoadedModel, load_model
+
+SIZES = (1, 4, 16, 64, 256)
+CONTEXT = 1024  # tokens of each request in the steps that are timed
+_MARGIN = 0.005  # what is not faster by so much is not worth another setting
+
+
+@dataclasses.dataclass
+class _Search:
+    """Coordinate descent: one knob after the other, each with the best of those before it."""
+
+    time_step: Callable[[Knobs], float]
+    until: float
+
+    def run(self, names: list[str]) -> dict[str, Any]:
+        best = Knobs()
+        default_s = best_s = self.time_step(best)
+        tried: list[dict[str, Any]] = []
+        for name in names:
+            for value in CANDIDATES[name]:
+                if value == getattr(best, name) or time.perf_counter() > self.until:
+                    continue
+                knobs = msgspec.structs.replace(best, **{name: value})
+                try:
+                    seconds = self.time_step(knobs)
+                except Exception as error:  # one that does not compile or fit here
+                    tried.append({name: value, "error": f"{type(error).__name__}: {str(error)[:200]}"})
+                    continue
+                tried.append({name: value, "seconds": seconds})
+                if seconds < best_s * (1 - _MARGIN):
+                    best, best_s = knobs, seconds
+        return {"knobs": best, "default_s": default_s, "seconds": best_s, "tried": tried}
+
+
+def tune(config: EngineConfig, budget: float, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
+    """Load the model, measure, and keep what was found for later starts; plain JSON data.
+
+    Raises CheckpointError, OutOfMemoryError or ValueError, also where decode steps cannot be recorded.
+    """
+    loaded = load_model(config)
+    try:
+        return tune_loaded(loaded, config, budget, sizes)
+    finally:
+        loaded.runner.close()
+
+
+def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """`tune` of a model that is loaded and idle; what is in its KV cache is lost."""
+    graphs = loaded.runner.graphs
+    if graphs is None:
+        raise ValueError("tune compares recorded decode steps, and this model's cannot be recorded here")
+    file, kept = decode_knobs.kept(config)
+    fits = [size for size in sizes if size <= config.max_num_seqs]
+    fits = [size for size in fits if size * (CONTEXT // config.block_size + 1) <= loaded.limits.num_blocks]
+    began = time.perf_counter()
+    results = []
+    for done, size in enumerate(fits):
+        share = (began + budget - time.perf_counter()) / (len(fits) - done)
+        found = loaded.runner.between_steps(lambda: _tune_size(graphs, config, size, share))  # noqa: B023
+        kept.sizes[size] = found["knobs"]
+        results.append({"requests": size, **found, "knobs": msgspec.structs.asdict(found["knobs"])})
+    graphs.set_knobs(kept)
+    try:
+        decode_knobs.save(file, kept)
+    except OSError as error:
+        raise ValueError(f"the measurements cannot be kept in {file}: {error.strerror}") from error
+    return {"model": config.model, "measured_on": kept.measured_on, "file": str(file), "sizes": results}
+
+
+def _tune_size(graphs: DecodeGraphs, config: EngineConfig, size: int, seconds: float) -> dict[str, Any]:
+    search = _Search(lambda knobs: graphs.time_step(size, CONTEXT, knobs), time.perf_counter() + seconds)
+    with torch.inference_mode():
+        return search.run(_names(size, config.quantization == "fp8"))
+
+
+def _names(size: int, fp8: bool) -> list[str]:
+    """The knobs that such a step has."""
+    names = ["splits", "stages", "keys"]
+    if size == 1:
+        names += ["prefetch", *(["one_row_bands"] if fp8 else []), "vector", "gated"]
+    if fp8 and size <= 64:
+        names += ["bands"] if size == 1 else ["prefetch", "bands"]
+    return names

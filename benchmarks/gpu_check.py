@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py --json benchmarks/results/gpu.json
     python benchmarks/gpu_check.py --parts ops steps --models llama-3.1-8b --weights none fp8
 
-Self-contained: needs this checkout, not installed, and torch, triton, numpy, safetensors, tokenizers, jinja2, msgspec and
-llguidance; transformers for the peer. Without a GPU it says so and exits 0. What fails is recorded, the rest goes on.
+Self-contained: needs this checkout, not installed, and torch, triton, numpy, safetensors, tokenizers, jinja2, msgspec
+and llguidance; transformers for the peer. Without a GPU it says so and exits 0. What fails is recorded, the rest goes
+on.
 
 ops       every op's kernel against its reference in float32 on the CPU
 answers   the embedded model on held-out problems through the engine, in several formats
@@ -47,6 +48,8 @@ def main() -> int:
     parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, int8, int4")
     parser.add_argument("--kv", nargs="*", default=["auto"], help="auto, fp8")
     parser.add_argument("--cases", type=int, default=1000, help="of an op and dtype, at most about")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for the ops")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that check ops")
     parser.add_argument(
         "--tune", type=float, default=0.0, help="seconds for a format's decode steps, before timing them"
     )
@@ -62,7 +65,7 @@ def main() -> int:
         _measure(arguments, record)
     if arguments.json:
         _write(arguments.json, record)
-    return 0 if all(row["ok"] for row in record.get("ops", [])) else 1
+    return 0 if all(row["ok"] is not False for row in record.get("ops", [])) else 1
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -109,6 +112,9 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
                         print(f"tuned {weights} b{row['requests']}: {times} {row['knobs']}")
                 _print_part("steps", found)
                 rows += found
+                record["steps"] = rows
+                if arguments.json:
+                    _write(arguments.json, record)
         return rows
 
     def frontiers() -> list[dict[str, Any]]:
@@ -121,13 +127,19 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
 
     def peers() -> list[dict[str, Any]]:
         model = arguments.models[0]
-        rows = peer.measure(model, (1, 16, 64), compiled=False)
+        rows: list[dict[str, Any]] = []
+        ways = [lambda: peer.measure(model, (64, 1, 16), compiled=False), lambda: [peer.continuous(model, 64)]]
         if arguments.compiled_peer:
-            rows += peer.measure(model, (1, 64), compiled=True)
-        return [*rows, peer.continuous(model, 64)]
+            ways.append(lambda: peer.measure(model, (1, 64), compiled=True))
+        for way in ways:
+            rows += way()
+            record["peer"] = rows
+            if arguments.json:
+                _write(arguments.json, record)
+        return rows
 
     part("ceilings", ceilings.measure)
-    part("ops", lambda: ops.check(max(1, (os.cpu_count() or 1) - 1), seed, arguments.cases))
+    part("ops", lambda: ops.check(arguments.processes, seed, arguments.cases, arguments.seconds))
     part("answers", serving.answer_problems)
     part("steps", all_steps)
     part("frontier", frontiers)
@@ -142,11 +154,11 @@ def _print_part(name: str, found: Any) -> None:
         print(f"copy {found['copy_bytes_per_s'] / 1e12:.2f} TB/s, {rates}")
     elif name == "ops":
         for row in found:
-            if not row["ok"]:
+            if row["ok"] is False:
                 what = row.get("error") or f"off by {row['worst']:.1e} at {row['case']}"
                 print(f"WRONG {row['op']} {row['dtype']} ({row.get('provider')}): {what}")
         providers = sorted({str(row.get("provider")) for row in found})
-        print(f"ops right: {sum(row['ok'] for row in found)} of {len(found)}, by {', '.join(providers)}")
+        print(f"ops right: {sum(row['ok'] is True for row in found)} of {len(found)}, by {', '.join(providers)}")
     elif name == "answers":
         for key, value in found.items():
             print(f"answers {key}: {value}")
@@ -162,12 +174,14 @@ _ROWS = {
     "steps": lambda row: (
         f"{row['model']:>14} {row['weights']:>8} kv {row['kv']:>4} {row['cell']:>11} {row['ms']:8.3f} ms "
         f"{row['tokens_per_s']:8.0f} tok/s {row['share_of_copy_bandwidth']:6.1%} of copy "
-        f"{row['share_of_matrix_peak']:6.1%} of peak, host {row['host_ms']:.2f} ms, idle {row.get('idle_share', -1):.1%}, "
+        f"{row['share_of_matrix_peak']:6.1%} of peak, host {row['host_ms']:.2f} ms, "
+        f"idle {row.get('idle_share', -1):.1%}, "
         f"{row.get('launches', 0):.0f} launches, {row.get('waits', 0)} waits"
     ),
     "frontier": lambda row: (
         f"{row['isl']}/{row['osl']} {row['model']} {row['weights']} kv {row['kv']} c={row['concurrency']:>3}: "
-        f"{row['output_tokens_per_s']:7.0f} tok/s, {row['interactivity']:6.1f} tok/s a user, TTFT {row['ttft_ms']:.0f} ms"
+        f"{row['output_tokens_per_s']:7.0f} tok/s, {row['interactivity']:6.1f} tok/s a user, "
+        f"TTFT {row['ttft_ms']:.0f} ms"
     ),
     "peer": lambda row: (
         f"transformers {row['transformers']} {row['cache']} b{row['requests']}: {row['ms']:.2f} ms a step, "

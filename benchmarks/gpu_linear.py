@@ -3,8 +3,8 @@
     python benchmarks/gpu_linear.py --json benchmarks/results/gpu-linear.json
 
 For each product of Llama-3.1-8B and number of rows: the share of the copy bandwidth at which each tactic reads the
-weight, over as many copies of it as no cache holds, replayed from one CUDA graph. Prints the best beside the one that is
-chosen. Quantizing rows counts where a tactic needs it.
+weight, over as many copies of it as no cache holds, replayed from one CUDA graph. Prints the best beside the one that
+is chosen. Quantizing rows counts where a tactic needs it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def main() -> None:
                 record["rows"].append(row)
                 best = " ".join(f"{share:.2f}:{'/'.join(map(str, t))}" for share, t in row["best"][:4])
                 print(
-                    f"{name:8} fp8={fp8:d} rows={rows:3} cuBLAS {row['cublas']:.2f} chosen {row['chosen']:.2f} best {best}",
+                    f"{name:8} fp8={fp8:d} rows={rows:3} cuBLAS {row['cublas']:.2f} chosen {row['chosen']:.2f}",
+                    f"best {best}",
                     flush=True,
                 )
             del copies

@@ -28,12 +28,9 @@ def median_seconds(run: Callable[[], Any], repeats: int = 10) -> float:
 
 def measure() -> dict[str, float]:
     """Bytes read plus written per second by a large copy, and FLOP/s of large products of random data."""
-    source = torch.randn(1 << 30, device=CUDA, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    copy_s = median_seconds(lambda: target.copy_(source))
-    del source, target
+    found = {"copy_bytes_per_s": 2 * 2 * (1 << 30) / _copy_seconds(1 << 30)}
     a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    found = {"copy_bytes_per_s": 2 * 2 * (1 << 30) / copy_s, "bfloat16": 2 * 8192**3 / median_seconds(lambda: a @ b)}
+    found["bfloat16"] = 2 * 8192**3 / median_seconds(lambda: a @ b)
     if torch.cuda.get_device_capability() >= (8, 9):
         x, y = (part.to(torch.float8_e4m3fn) for part in (a, b))
         ones = torch.ones((8192, 1), device=CUDA)
@@ -43,3 +40,10 @@ def measure() -> dict[str, float]:
 
         found["float8"] = 2 * 8192**3 / median_seconds(product)
     return found
+
+
+def _copy_seconds(count: int) -> float:
+    """Of so many bfloat16 numbers."""
+    source = torch.randn(count, device=CUDA, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return median_seconds(lambda: target.copy_(source))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from shapes import SHAPES
 
-CONTEXT, TOKENS = 1024, 64
+CONTEXT, TOKENS = 1024, 32
 
 
 def measure(shape: str, batches: tuple[int, ...], compiled: bool) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def answer_problems(count: int = 200) -> dict[str, Any]:
     """Exact match of the embedded model, bf16 and greedy, through scheduler, runner and sampler."""

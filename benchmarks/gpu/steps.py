@@ -50,13 +50,10 @@ def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **optio
             **options,
         )
         model = load_model(config)
-    try:
-        yield model, config
-    finally:
-        model.runner.close()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
+        try:
+            yield model, config
+        finally:
+            model.runner.close()
 
 
 def measure(

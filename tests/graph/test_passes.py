@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from skyline import ops
 from skyline.graph import PASSES, capture, lower, run_passes
 from skyline.graph import passes as passes_module
+from skyline.graph.passes import GPU_PASSES
 from skyline.models import MODELS
 from skyline.ops.attention import make_batch, make_cache
 from skyline.ops.contract import Op
@@ -107,6 +108,43 @@ def test_matches_and_launches(variant: str, layers: int, tmp_path: Path) -> None
     assert run_passes(graph) == dict.fromkeys(PASSES, 0), "a fused graph has nothing left to fuse"
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path) -> None:
+    """Linears there take in the norm before them and the sum behind them."""
+    family, settings, _, _, experts = VARIANTS[variant]
+    save_tiny(tmp_path, family, **settings, num_hidden_layers=layers)
+    graph = capture(load_ours(tmp_path))
+    dense = 0 if experts else layers
+    found = run_passes(graph, "cuda")
+    assert found == {
+        "linear_silu_mul": dense,
+        "linear_add": layers + dense,
+        # Beside the output head: of each layer that of attention, and of the MLP where nothing else reads it.
+        "norm_linear": layers + dense + 1,
+        "add_rms_norm": 0,
+        "rope_kv_write": layers,
+    }
+    around = 3  # embedding, select_rows, the output head
+    assert _count(graph).total() == layers * (9 if experts else 6) + around
+    assert run_passes(graph, "cuda") == dict.fromkeys(GPU_PASSES, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_fused_for_a_gpu(variant: str, tmp_path: Path) -> None:
+    family, settings, *_ = VARIANTS[variant]
+    save_tiny(tmp_path, family, **settings)
+    unfused, fused = (_logits(tmp_path, fuse, "cuda") for fuse in (False, True))
+    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_other_architectures_fused_for_a_gpu(family: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path, family, **FAMILIES[family])
+    unfused, fused = (_logits(tmp_path, fuse, "cuda") for fuse in (False, True))
+    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_with_and_without_experts(tmp_path: Path) -> None:
     save_tiny(tmp_path, "Qwen3Moe", **_MOE, mlp_only_layers=[1], num_hidden_layers=3)
     graph = capture(load_ours(tmp_path))
@@ -123,11 +161,11 @@ def test_fused_logits_equal_unfused(variant: str, tmp_path: Path) -> None:
     torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
 
 
-def _logits(folder: Path, fuse: bool) -> torch.Tensor:
+def _logits(folder: Path, fuse: bool, device: str = "cpu") -> torch.Tensor:
     model = load_ours(folder)
     graph = capture(model)
     if fuse:
-        run_passes(graph)
+        run_passes(graph, device)
     runner = PagedRunner(model, run=lower(graph, model, CPU, torch.float32))
     logits = runner.step(("a", [1, 2, 3, 4, 5, 6, 7]), ("b", [9, 8, 7]))
     logits += runner.step(("b", [11]), ("c", list(range(20))), ("a", [12]))
@@ -455,3 +493,25 @@ def test_without_the_cache_at_hand_nothing_is_fused() -> None:
         node.meta.clear()
     assert run_passes(graph)["rope_kv_write"] == 0
     assert graph.find_nodes(op="call_function", target=ops.kv_write)
+
+
+def test_a_linear_takes_in_only_what_is_its_own() -> None:
+    """The norm that others read stays, as does the sum whose product others read."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+            self.norm = nn.Parameter(torch.ones(8))
+
+        def forward(self, input_ids: Any, positions: Any, batch: Any, logit_rows: Any) -> Any:
+            normed = ops.rms_norm(input_ids, self.norm, 1e-6)
+            one, two = ops.linear(normed, self.first, None), ops.linear(normed, self.second, None)
+            total = ops.add(one, two)
+            return ops.add(total, one)
+
+    graph = capture(Shared())
+    counts = run_passes(graph, "cuda")
+    # `two` is read once and takes the sum in; `one` is read twice, and the norm by both.
+    assert (counts["linear_add"], counts["norm_linear"]) == (1, 0)
+    assert _count(graph) == {"rms_norm": 1, "linear": 1, "fused_linear": 1, "add": 1}

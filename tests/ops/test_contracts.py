@@ -14,6 +14,7 @@ from skyline.ops.attention import make_batch, make_cache
 
 from . import (
     oracles_fp4,  # noqa: F401  (registers its oracles)
+    oracles_fused,  # noqa: F401  (registers its oracles)
     oracles_hybrid,  # noqa: F401  (registers its oracles)
 )
 from .oracles import ORACLES, as_list, tokens_of

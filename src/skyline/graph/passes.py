@@ -1,8 +1,8 @@
 """Passes rewrite the captured graph before it is lowered: the place of fusions.
 
 A pass is a function that changes the graph in place and returns how many places it matched. The fused ops have
-references like every other, so that a device without a kernel for one loses nothing; GPUs have two more passes than CPUs,
-because there a launch costs more than what it computes. What does not match exactly is left as it is.
+references like every other, so that a device without a kernel for one loses nothing; GPUs have two more passes than
+CPUs, because there a launch costs more than what it computes. What does not match exactly is left as it is.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import torch
 from skyline.kernels.gpu import Gpu
 from skyline.ops import Op
 
-
 CPU = torch.device("cpu")
 
 

@@ -1,13 +1,13 @@
 """Decode steps on a GPU as recorded CUDA graphs: one launch for the host, whatever the model does.
 
-A graph reads its inputs where they were when it was recorded. So those of a step (slots, positions, places in the caches)
-are copied there first, and block tables stay on the device, to which only new blocks are added. There is a graph for each
-of a few numbers of requests; a step takes the next larger one, and its surplus rows are padding: a slot that nobody has,
-a context of 0, no place in any cache.
+A graph reads its inputs where they were when it was recorded. So those of a step (slots, positions, places in the
+caches) are copied there first, and block tables stay on the device, to which only new blocks are added. There is a
+graph for each of a few numbers of requests; a step takes the next larger one, and its surplus rows are padding: a slot
+that nobody has, a context of 0, no place in any cache.
 
-The rule: a step is replayed where every request computes one token and samples from it, and there are no more requests
-than the largest graph has; all others run call by call. A size is recorded when it occurs for the second time, so that no
-first token waits for it. If recording fails, that is reported once and everything runs call by call.
+The rule: a step is replayed where every request computes one token and samples from it; all others run call by call. A
+size is recorded when it occurs for the second time, so that no first token waits for it. If recording fails, that is
+reported once and everything runs call by call.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def graph_sizes(most: int) -> list[int]:
 
 @dataclass(slots=True)
 class Decoded:
-    """Results of a step, valid until the next one: logits [size, V]; greedy tokens [size] int64, their logits [size]."""
+    """Of a step, valid until the next one: logits [size, V], greedy tokens [size] int64 and their logits [size]."""
 
     logits: Tensor
     tokens: Tensor
@@ -164,9 +164,9 @@ class DecodeGraphs:
         return known.result
 
     def time_step(self, size: int, context: int, knobs: Knobs, repeats: int = 9) -> float:
-        """Median seconds of a recorded step of `size` requests with so many tokens each; overwrites KV cache and tables.
+        """Median seconds of a recorded step of `size` requests with so many tokens each.
 
-        Raises what recording it raises.
+        Overwrites KV cache and tables. Raises what recording it raises.
         """
         blocks = -(-context // self._block_size)
         own = torch.arange(size * blocks, dtype=torch.int32, device=self._device).view(size, blocks)

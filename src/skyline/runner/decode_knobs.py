@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -35,14 +36,22 @@ def kept(config: EngineConfig) -> tuple[Path, DecodeKnobs]:
     options = f"{config.quantization} {config.quantization_group} {config.kv_cache_dtype} {config.dtype}"
     name = hashlib.blake2b(described + options.encode(), digest_size=8).hexdigest()
     device = gpu.detect(torch.device(config.device).index or 0)
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    nothing = DecodeKnobs(f"{device.name}, driver {driver}, torch {torch.__version__}")
+    nothing = DecodeKnobs(f"{device.name}, driver {_driver()}, torch {torch.__version__}")
     file = cache_folder() / f"decode-{name}.json"
     try:
         found = msgspec.json.decode(file.read_bytes(), type=DecodeKnobs)
     except (OSError, msgspec.DecodeError):  # none yet, or of another version
         return file, nothing
     return file, found if found.measured_on == nothing.measured_on else nothing
+
+
+def _driver() -> str:
+    """The version that the kernel's module tells; "unknown" where it does not."""
+    try:
+        found = re.search(r"Module\s+(?:for \S+\s+)?(\d+[.\d]*)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"
 
 
 def save(file: Path, knobs: DecodeKnobs) -> None:

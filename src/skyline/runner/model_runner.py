@@ -133,9 +133,8 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
-        if self.graphs is not None and self.graphs.takes(plan):
-            if not any(self._scores(slot, start) for slot, start in zip(plan.slots, plan.starts, strict=True)):
-                return self._decode(plan, self.graphs)
+        if self.graphs is not None and self.graphs.takes(plan) and not any(map(self._scores, plan.slots, plan.starts)):
+            return self._decode(plan, self.graphs)
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None

@@ -9,7 +9,7 @@ import torch
 
 from skyline.kernels.triton import attention
 from skyline.ops import OPS, AttentionBatch, KVCache
-from tests.kernels.triton.test_ops import DEVICE, moved
+from tests.kernels.triton.test_ops import moved
 
 REFERENCE = OPS["paged_attention"].reference
 CONTEXTS = [1, 15, 17, 63, 64, 65, 130, 300]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyline.ops.fp8 import Fp8Rows
 from skyline.quantization.formats import QuantizedWeights, Stored, detect
 
 
@@ -65,8 +66,14 @@ def whole(stored: Stored) -> Tensor:
     if stored.integers is not None:
         weight = stored.levels(0, n)
         assert torch.equal(weight.dequantize(), values)
-        assert weight.group == stored.integers.group and (weight.zeros is not None) == stored.integers.zeros
-        assert weight.values.dtype == torch.int8
+        if isinstance(weight, Fp8Rows):
+            assert stored.integers.fp8 and weight.scales.shape == (
+                n,
+                -(-stored.shape[1] // (stored.integers.group or 1 << 30)),
+            )
+        else:
+            assert weight.group == stored.integers.group and (weight.zeros is not None) == stored.integers.zeros
+            assert weight.values.dtype == torch.int8
         for start, stop in cuts(n):
             assert torch.equal(stored.levels(start, stop).dequantize(), values[start:stop])
     return values

@@ -12,6 +12,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from skyline.checkpoint.errors import CheckpointError
+from skyline.ops.quantized import IntegerFormat
 from skyline.quantization.formats import detect
 from tests.quantization.formats.tensors import Tensors, found, only, randint, randn, whole
 
@@ -34,7 +35,8 @@ def test_blocks_that_divide(shape: tuple[int, ...], scale_fmt: str) -> None:
     wanted = Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[scale], torch.float32)
     assert torch.equal(whole(stored), wanted)
     assert stored.exact == (scale_fmt == "ue8m0")
-    assert stored.format.startswith("fp8, blocks of 128x128") and stored.integers is None
+    assert stored.format.startswith("fp8, blocks of 128x128")
+    assert stored.integers == (IntegerFormat(8, 128, fp8=True) if len(shape) == 2 else None)
     assert stored.parts == (name, scale)
 
 

@@ -1,8 +1,9 @@
 """Attention over paged keys and values: split over the context for single queries, in tiles for prompts.
 
-Both keep an online softmax (arXiv:2205.14135) in base 2, and treat the query heads of one KV head as rows of one product.
-Requests with one query go to the one, all others to the other; each kernel passes over the other's requests, which it
-recognises on the device. For single queries nothing depends on the host's numbers, so that a step can be recorded.
+Both keep an online softmax (arXiv:2205.14135) in base 2, and treat the query heads of one KV head as rows of one
+product. Requests with one query go to the one, all others to the other; each kernel passes over the other's requests,
+which it recognises on the device. For single queries nothing depends on the host's numbers, so that a step can be
+recorded.
 """
 
 from __future__ import annotations

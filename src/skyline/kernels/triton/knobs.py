@@ -16,16 +16,17 @@ class Knobs(msgspec.Struct, frozen=True):
     """The defaults are what was fastest for Llama-3.1-8B on an H200.
 
     vector, gated: rows of a weight and columns a tile, and warps, of products of one row of x; gated: with silu_mul.
-    bands: rows, columns, warps and stages of FP8 products of few rows. one_row_bands: also of one row. prefetch: columns of
-    its weight's rows that such a program asks for, into the second-level cache, while it waits for the launch before it.
-    splits: programs a multiprocessor that attention is cut into. keys: of a tile of it. stages: of its pipeline.
+    bands: rows, columns, warps and stages of FP8 products of few rows. one_row_bands: also of one row. prefetch:
+    columns of its weight's rows that such a program asks for, into the second-level cache, while it waits for the
+    launch before it. splits: programs a multiprocessor that attention is cut into. keys: of a tile of it. stages: of
+    its pipeline.
     """
 
     vector: tuple[int, int, int] = (4, 512, 4)
     gated: tuple[int, int, int] = (4, 1024, 4)
-    bands: tuple[int, int, int, int] = (64, 256, 4, 4)
+    bands: tuple[int, int, int, int] = (64, 256, 4, 5)
     one_row_bands: bool = True
-    prefetch: int = 4096
+    prefetch: int = 0
     splits: int = 2
     keys: int = 64
     stages: int = 3
@@ -33,14 +34,14 @@ class Knobs(msgspec.Struct, frozen=True):
 
 # In the order in which they are tried, each with the best of those before it.
 CANDIDATES: dict[str, tuple[object, ...]] = {
-    "prefetch": (4096, 0),
+    "prefetch": (0, 4096),
     "one_row_bands": (True, False),
     "splits": (2, 4, 8),
     "stages": (3, 5),
     "keys": (64, 32, 128),
     "vector": ((4, 512, 4), (2, 1024, 4), (2, 2048, 4), (8, 512, 8), (2, 4096, 4)),
     "gated": ((4, 1024, 4), (4, 512, 4), (2, 1024, 4), (2, 2048, 4)),
-    "bands": ((64, 256, 4, 4), (64, 256, 4, 5), (64, 512, 4, 3), (128, 256, 8, 3), (64, 128, 4, 5)),
+    "bands": ((64, 256, 4, 5), (64, 256, 4, 4), (64, 512, 4, 3), (128, 256, 8, 3), (64, 128, 4, 5)),
 }
 
 _current = Knobs()

@@ -148,7 +148,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         block = triton.next_power_of_2(size)
-        early = overlaps(x.device)
         warps = max(1, min(16, block // 512))
         _layer_norm_kernel[(rows.shape[0],)](
             rows, weight, bias, y, rows.stride(0), size, eps, BLOCK=block, num_warps=warps

@@ -79,7 +79,7 @@ class ScaledWeight:
     @property
     def integers(self) -> IntegerFormat | None:
         if self.source.dtype(self.elements) == FP8 and len(self.matrix) == 2 and not self.transposed:
-            plain = self.whole is None and self.zeros is None and self.source.dtype(self.scales) not in E8M0_SCALES
+            plain = self.whole is None and self.zeros is None
             if plain and (self.grid.rows, self.grid.columns) == (BLOCK, BLOCK):
                 return IntegerFormat(bits=8, group=BLOCK, fp8=True)
             return IntegerFormat(bits=8, fp8=True) if plain and self.grid.columns >= self.matrix[-1] else None

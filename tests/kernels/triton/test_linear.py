@@ -1,0 +1,78 @@
+"""Linears in Triton on shapes of several tiles, and how FP8 weights come into memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skyline.kernels.triton import linear
+from skyline.kernels.triton.fp8 import FP8_BLOCKS, FP8_ROWS
+from skyline.kernels.triton.knobs import Knobs, using
+from skyline.ops import OPS, Fp8Weight
+from skyline.ops.fp8 import FP8, Fp8Rows, fp8_case_weight, quantize_fp8
+from tests.kernels.triton.test_ops import DEVICE, moved
+
+
+def weight(n: int, k: int, kind: str) -> torch.Tensor | Fp8Weight:
+    generator = torch.Generator().manual_seed(n)
+    if kind == "bf16":
+        return (torch.randn((n, k), generator=generator) * k**-0.5).bfloat16()
+    return fp8_case_weight(n, k, kind == "blocks", generator)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "rows", "blocks"])
+@pytest.mark.parametrize("rows", [1, 5, 40, 130])
+def test_several_tiles(kind: str, rows: int) -> None:
+    n, k = 300, 1100
+    generator = torch.Generator().manual_seed(0)
+    name = "fused_linear" if kind == "bf16" else "fused_linear_fp8"
+    w, norm = weight(n, k, kind), (1 + 0.1 * torch.randn(k, generator=generator)).bfloat16()
+    x = torch.randn((rows, k + 8), generator=generator).bfloat16()[:, :k]  # columns of a wider matrix
+    residual, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((rows, n), (n,)))
+    for options in ((None, True, norm, 1e-5, None), (bias, False, norm, 0.1, residual), (bias, True, None, 0.0, None)):
+        wide = [option.float() if isinstance(option, torch.Tensor) else option for option in options]
+        expected = OPS[name].reference(x.float(), w.float() if isinstance(w, torch.Tensor) else w, *wide)
+        for knobs in (Knobs(), Knobs(one_row_bands=False, vector=(2, 256, 4), gated=(8, 256, 4))):
+            with using(knobs):
+                got = getattr(linear, name)(moved(x), moved(w), *(moved(option) for option in options))
+            error = (got.float().cpu() - expected).norm() / expected.norm()
+            assert error < (1e-2 if kind == "bf16" else 6e-2), (options, knobs, error)
+
+
+def test_rows_are_quantized_as_the_formula_says() -> None:
+    x = torch.randn((3, 300), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[1] = 0
+    values, scales = linear.quantize_rows(moved(x))
+    wanted = quantize_fp8(x)
+    assert torch.equal(values.cpu().view(torch.uint8), wanted.values.view(torch.uint8))
+    assert torch.equal(scales.cpu()[:, 0], wanted.scales)
+    values, scales = linear.quantize_rows(moved(x), blocks=True)
+    for first in range(0, 300, 128):
+        part = quantize_fp8(x[:, first : first + 128])
+        assert torch.equal(scales.cpu()[:, first // 128], part.scales)
+        mine = values.cpu()[:, first : first + 128]
+        assert torch.equal(mine.contiguous().view(torch.uint8), part.values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (2, 140, 200)], ids=str)
+def test_rows_come_into_memory_in_pieces(shape: tuple[int, ...]) -> None:
+    *_, n, k = shape
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    target = FP8_ROWS.allocate(shape, torch.bfloat16, DEVICE)
+    rows = plain.view(-1, k)
+    for first, last in ((100, len(rows)), (0, 37), (37, 100)):
+        FP8_ROWS.write(target, first, rows[first:last])
+    assert target.shape == shape
+    torch.testing.assert_close(target.dequantize().cpu(), quantize_fp8(plain).dequantize())
+    with pytest.raises(ValueError, match="NaN"):
+        FP8_ROWS.write(target, 0, torch.full((2, k), float("nan")))
+
+    blocks = FP8_BLOCKS.allocate(shape, torch.bfloat16, DEVICE)
+    values = rows.to(FP8)
+    each = torch.rand((len(rows) // n, -(-n // 128), -(-k // 128))) + 0.5
+    spread = torch.cat([scales.repeat_interleave(128, 0)[:n] for scales in each])
+    for first, last in ((130, len(rows)), (0, 7), (7, 130)):
+        FP8_BLOCKS.write(blocks, first, Fp8Rows(values[first:last], spread[first:last]))
+    assert torch.equal(blocks.dequantize().cpu().view(-1, k), Fp8Rows(values, spread).dequantize())
+    with pytest.raises(ValueError, match="stored"):
+        FP8_BLOCKS.write(blocks, 0, rows[:3])

@@ -1,0 +1,48 @@
+"""Oracles of the ops that only GPUs use: products of FP8 weights, and linears with what stands around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyline.ops import Fp8Weight
+
+from .oracles import ORACLES, oracle
+
+
+@oracle
+def linear_fp8(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, activated: bool = False) -> list[Tensor]:
+    n, k = weight.shape
+    plain = torch.empty((n, k), dtype=torch.float64)
+    for row in range(n):
+        for column in range(k):
+            scale = weight.scales[row // 128, column // 128] if weight.scales.dim() == 2 else weight.scales[row]
+            plain[row, column] = float(weight.values[row, column]) * float(scale)
+    return ORACLES["linear"](x, plain, bias, activated)
+
+
+@oracle
+def fused_linear(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
+    return _fused("linear", x, weight, *rest)
+
+
+@oracle
+def fused_linear_fp8(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
+    return _fused("linear_fp8", x, weight, *rest)
+
+
+def _fused(
+    linear: str,
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    activated: bool,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> list[Tensor]:
+    rows = x.double() if norm is None else ORACLES["rms_norm"](x, norm, eps)[0].double()
+    (result,) = ORACLES[linear](rows, weight, bias, activated)
+    return [result if residual is None else result + residual.double()]

@@ -81,7 +81,9 @@ def test_modules_import_where_the_library_is() -> None:
     ],
 )
 def test_what_is_served(request_: Request, expected: str | None) -> None:
-    """Preferred where it serves; where it does not, the reason is told."""
+    """Where it is preferred; where it does not serve, the reason is told. By itself it goes behind Triton."""
+    assert choose(replace(request_, batch_invariant=False)).kernel.provider != "flashinfer"
+    request_ = replace(request_, prefer="flashinfer")
     choice = choose(request_) if request_.device == "cpu" or not request_.batch_invariant else None
     if choice is None:
         from skyline.kernels.flashinfer import supports

@@ -58,6 +58,7 @@ def explain(
     ] = None,
     quantization: options.Quantize = None,
     quantization_group: options.QuantizationGroup = 64,
+    prefer_kernels: options.PreferKernels = None,
     batch_invariant: options.BatchInvariant = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -73,6 +74,7 @@ def explain(
         device=device if hardware is None else "cuda",
         quantization=quantization,
         quantization_group=quantization_group,
+        prefer_kernels=prefer_kernels,
         batch_invariant=batch_invariant,
     )
     with console.clear_errors():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from skyline.engine.config import DType, KVCacheDType, LoadFormat, Quantization
+from skyline.engine.config import DType, KVCacheDType, LoadFormat, Provider, Quantization
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("k", "m", "g", "t"), start=1)}
@@ -66,6 +66,15 @@ WeightCache = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Compute threads.", show_default="all usable cores", rich_help_panel=MODEL)
+]
+PreferKernels = Annotated[
+    Provider | None,
+    typer.Option(
+        "--prefer-kernels",
+        help="Whose kernels go first wherever they support the case.",
+        show_default="the usual order",
+        rich_help_panel=MODEL,
+    ),
 ]
 BatchInvariant = Annotated[
     bool,

@@ -19,9 +19,15 @@ def tune(
     quantization: options.Quantize = None,
     quantization_group: options.QuantizationGroup = 64,
     threads: options.Threads = None,
+    device: options.Device = "cpu",
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    max_model_len: options.MaxModelLen = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time what the CPU kernels can choose from, on a model's weights; later starts use the fastest."""
+    """Time what kernels can choose from, on a model's weights; later starts use the fastest.
+
+    On a CPU that are the tactics of each product; on a GPU settings of decode steps, for numbers of requests up to 256.
+    """
     import msgspec
 
     from skyline.checkpoint import resolve
@@ -34,18 +40,24 @@ def tune(
         quantization=quantization,
         quantization_group=quantization_group,
         threads=threads,
+        device=device,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
     )
     # By name, so that the import checker sees that nothing else of the CLI can reach torch.
-    tuner = importlib.import_module("skyline.runner.tune")
+    on_gpu = device.startswith("cuda")
+    tuner = importlib.import_module("skyline.runner.tune_gpu" if on_gpu else "skyline.runner.tune")
     memory = importlib.import_module("skyline.runner.memory")
     with console.clear_errors():
         try:
             config = msgspec.structs.replace(config, model=str(resolve(config.model, revision)))
-            facts = tuner.tune(config, budget, rows)
+            facts = tuner.tune(config, budget) if on_gpu else tuner.tune(config, budget, rows)
         except (ValueError, memory.OutOfMemoryError) as error:
             console.fail(str(error))
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
+    elif on_gpu:
+        _show_steps(facts)
     else:
         _show(facts)
 
@@ -66,3 +78,18 @@ def _show(facts: dict[str, Any]) -> None:
     out.print(table)
     left = f"; {facts['left']} left for want of time" if facts["left"] else ""
     out.print(f"{len(facts['places'])} measured{left}; kept in {facts['file']}", highlight=False, soft_wrap=True)
+
+
+def _show_steps(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out, table = Console(), Table(title="Decode steps with contexts of 1,024 tokens", title_justify="left")
+    for column in ("requests", "default, ms", "ms"):
+        table.add_column(column, justify="right")
+    table.add_column("settings")
+    for row in facts["sizes"]:
+        settings = ", ".join(f"{name} {value}" for name, value in row["knobs"].items())
+        table.add_row(str(row["requests"]), f"{row['default_s'] * 1e3:.3f}", f"{row['seconds'] * 1e3:.3f}", settings)
+    out.print(table)
+    out.print(f"kept in {facts['file']}", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
 Quantization = Literal["none", "fp8", "int8", "int8-weight-only", "int4"]
+Provider = Literal["cpu", "triton", "flashinfer", "torch"]
 QUANTIZATION_GROUPS = (32, 64, 128)
 
 
@@ -35,6 +36,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     cuda_graphs: bool = True  # on a GPU, record decode steps and replay them
+    prefer_kernels: Provider | None = None  # go before others wherever they support the case
     batch_invariant: bool = False  # bitwise the same results whatever else is in the batch
     threads: int | None = None  # compute threads
     seed: int = 0  # of dummy weights, and of requests that bring no seed of their own

@@ -21,7 +21,9 @@ from skyline.ops import KVCache, Op
 Pass = Callable[[fx.Graph], int]
 
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
-GATED_LINEARS = frozenset({"linear", "linear_fp8", "linear_int8", "linear_int8_weight_only", "linear_int4"})
+GATED_LINEARS = frozenset(
+    {"linear", "linear_fp4", "linear_fp8", "linear_int4", "linear_int8", "linear_int8_weight_only"}
+)
 
 # Linears whose kernels can norm what they read and add to the residual stream what they give.
 WHOLE_LINEARS: dict[Op, Op] = {ops.linear: ops.fused_linear, ops.linear_fp8: ops.fused_linear_fp8}

@@ -29,6 +29,7 @@ class Request:
     kv_dtype: torch.dtype | None = None  # of cached keys and values; None: that of the activations
     isa: str = "none"  # of the CPU, as in skyline.kernels.cpu.isa; "none" as well where no kernels could be built
     gpu: Gpu | None = None  # of device "cuda"
+    prefer: str | None = None  # the provider that goes before all others
 
 
 class Layout(Protocol):
@@ -96,15 +97,18 @@ def register(kernel: Kernel) -> None:
     _KERNELS.setdefault(kernel.op, []).append(kernel)
 
 
-def candidates(op: str) -> list[Kernel]:
-    return list(_KERNELS.get(op, ()))
+def candidates(op: str, prefer: str | None = None) -> list[Kernel]:
+    """In order of preference."""
+    return sorted(_KERNELS.get(op, ()), key=lambda kernel: kernel.provider != prefer)
 
 
 def choose(request: Request) -> Choice:
     """The first kernel in order of preference that supports the request."""
     rejected: list[tuple[str, str]] = []
-    for kernel in candidates(request.op.name):
+    for kernel in candidates(request.op.name, request.prefer):
         why_not = kernel.supports(request)
+        if why_not is None and kernel.provider == request.prefer:
+            return Choice(kernel, "asked for", tuple(rejected))
         if why_not is None:
             reason = "first in order of preference that supports the case" if rejected else "preferred provider"
             return Choice(kernel, reason, tuple(rejected))

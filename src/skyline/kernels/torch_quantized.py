@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import CPU, Kernel, Layout, Request, register
 from skyline.kernels.torch_invariant import ROW_TILE
 from skyline.ops import (
     Op,
     QuantizedWeight,
+    fused_linear_fp8,
+    linear_fp8,
     linear_int4,
     linear_int8,
     linear_int8_weight_only,
@@ -99,6 +102,10 @@ def _batch_invariant(request: Request) -> str | None:
     return _on_cpu(request)
 
 
+def _any_device(request: Request) -> str | None:
+    return "its reduction order depends on the number of rows" if request.batch_invariant else None
+
+
 def _tiled(op: Op) -> Callable[..., Tensor]:
     """The reference on tiles of one fixed number of rows, for which BLAS reduces in one fixed order."""
 
@@ -133,3 +140,6 @@ register(Kernel(linear_int8.name, "torch", linear_int8.reference, _on_cpu, layou
 register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _on_cpu, layouts={1: INT8, 2: INT8}))
 _provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT8})
 _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})
+
+for _op in (linear_fp8, fused_linear_fp8):
+    register(Kernel(_op.name, "torch", _op.reference, _any_device, layouts={1: fp8_layout}))

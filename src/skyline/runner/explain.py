@@ -81,7 +81,7 @@ def explain(
 
     def request(name: str) -> Request:
         kv_dtype = KV_DTYPES.get(config.kv_cache_dtype)
-        return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa, gpu)
+        return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa, gpu, config.prefer_kernels)
 
     steps = {
         "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),
@@ -194,7 +194,7 @@ def _rejected(request: Request, choice: Choice) -> list[dict[str, str]]:
     """Every other candidate: those that could not serve, then those that were not needed."""
     before = [{"provider": provider, "reason": reason} for provider, reason in choice.rejected]
     after = []
-    for kernel in candidates(request.op.name)[len(before) + 1 :]:
+    for kernel in candidates(request.op.name, request.prefer)[len(before) + 1 :]:
         why_not = kernel.supports(request)
         after.append(
             {"provider": kernel.provider, "reason": why_not or f"supported, but {choice.kernel.provider} goes first"}

@@ -95,6 +95,7 @@ def build_program(
         batch_invariant=config.batch_invariant,
         isa=isa,
         gpu=gpu,
+        prefer=config.prefer_kernels,
         kv_dtype=KV_DTYPES.get(config.kv_cache_dtype),
     )
     program.fusions = fusions

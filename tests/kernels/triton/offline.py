@@ -1,6 +1,7 @@
 """Compile Triton kernels for a GPU that is not there, as they are really called.
 
     TRITON_INTERPRET=0 python -m tests.kernels.triton.offline 90 rms_norm paged_attention
+    TRITON_INTERPRET=0 python -m tests.kernels.triton.offline 120 --most 2
 
 A driver that knows a target, and launches nothing, takes the place of CUDA's: calling a kernel on tensors of the CPU
 then goes through Triton's own specialisation and NVIDIA's assembler. Prints a line for each compiled kernel: its name,
@@ -9,6 +10,7 @@ registers a thread, bytes spilled, and shared memory. Ends with 1 if something d
 
 from __future__ import annotations
 
+import argparse
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +69,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK")}  # type: ignore[index]
 
 
+def by_capability(capability: int) -> Any:
+    from skyline.kernels.gpu import GPUS
+
+    return next(gpu for gpu in GPUS.values() if gpu.capability == divmod(capability, 10))
+
+
 def install(capability: int) -> OfflineDriver:
     """Before kernels' modules are imported, which ask `skyline.kernels.triton.device` for what they run on."""
     import triton
@@ -84,20 +92,28 @@ def install(capability: int) -> OfflineDriver:
 def main() -> int:
     import torch
 
-    from skyline.kernels import candidates
+    from skyline.kernels import Request, candidates
     from skyline.kernels.triton import PROVIDER
     from skyline.ops import OPS
 
-    capability, names = int(sys.argv[1]), sys.argv[2:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int, choices=SHARED_MEMORY)
+    parser.add_argument("names", nargs="*", metavar="op", help="all of them by default")
+    parser.add_argument("--most", type=int, default=1000, help="cases of an op and dtype, thinned out evenly")
+    arguments = parser.parse_args()
+    capability, names = arguments.capability, arguments.names
     driver = install(capability)
     failed = 0
     for op in OPS.values():
         kernel = next((k for k in candidates(op.name) if k.provider == PROVIDER), None)
         if kernel is None or (names and op.name not in names):
             continue
+        if kernel.supports(Request(op, "cuda", torch.bfloat16, gpu=by_capability(capability))) is not None:
+            continue  # FP8, where there is none
         before = len(driver.compiled)
         for dtype in (torch.bfloat16, torch.float32):
-            for case in op.cases(dtype, torch.Generator().manual_seed(0)):
+            cases = list(op.cases(dtype, torch.Generator().manual_seed(0)))
+            for case in cases[:: -(-len(cases) // arguments.most)]:
                 try:
                     kernel.run(*case.args)
                 except Exception as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.triton import linear
-from skyline.kernels.triton.fp8 import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops import OPS, Fp8Weight
 from skyline.ops.fp8 import FP8, Fp8Rows, fp8_case_weight, quantize_fp8

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Layout, Request, register
-from skyline.kernels.triton.fp8 import fp8_layout
 from skyline.kernels.triton.layouts import INT8, int4_layout
 
 PROVIDER = "triton"
+BY_EXPERT = "triton, by expert"  # looks at values on the host, so that it cannot be recorded
 OLDEST = (8, 0)
 
 # Ops that read or write keys and values as they are cached.
@@ -50,6 +51,7 @@ def provide(
     module: str,
     layouts: Mapping[int, LayoutOf] | None = None,
     check: Callable[[Request], str | None] = supports,
+    provider: str = PROVIDER,
 ) -> None:
     """Register the function of the op's name in a module of this package, which is imported at the first call."""
     found: Callable[..., Any] | None = None
@@ -60,7 +62,7 @@ def provide(
             found = getattr(import_module(f"{__name__}.{module}"), op)
         return found(*arguments)
 
-    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}))
+    register(Kernel(op, provider, run, check, layouts=layouts or {}))
 
 
 _MODULES = {
@@ -103,3 +105,6 @@ provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})
 provide("linear_int4", "quantized", {1: int4_layout(1)})
 provide("linear_fp4", "quantized")
+provide("moe_experts_int8", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
+provide("moe_experts_int8_weight_only", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
+provide("moe_experts_int4", "experts", {1: int4_layout(1), 2: int4_layout(2)}, provider=BY_EXPERT)

@@ -1,4 +1,4 @@
-"""How FP8 weights lie in a GPU's memory. Rows that are no FP8 yet are quantized there, after they were copied."""
+"""How FP8 weights lie in memory. Rows that are no FP8 yet are quantized on the device, after they were copied."""
 
 from __future__ import annotations
 

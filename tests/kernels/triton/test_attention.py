@@ -101,6 +101,27 @@ def test_padding_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(got, again)  # what counts arrivals is back at zero
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_a_window_has_left_behind_is_not_read(monkeypatch: pytest.MonkeyPatch, shape: tuple) -> None:
+    """Such blocks are let go: others write to them, and a table that starts from a cached prefix names none there."""
+    rows, window = [5, 6, 7], 40
+    for lengths, splits in (([1, 1, 1], 1), ([1, 1, 1], 4), ([20, 1, 70], 1)):
+        monkeypatch.setattr(attention, "num_splits", lambda *_, splits=splits: splits)
+        requests = Requests(*shape)
+        batch, q = requests.batch(rows, lengths), requests.q[: sum(lengths)]
+        arguments = moved((q, requests.cache, batch, 0.3, window))
+        expected = attention.paged_attention(*arguments)
+        used = {block for table in requests.tables for block in table}
+        (spare,) = set(range(len(used) + 1)) - used
+        for row, (request, length) in enumerate(zip(rows, lengths, strict=True)):
+            batch.tables[0].block_tables[row, : max(0, CONTEXTS[request] - length - window + 1) // BLOCK] = spare
+        for part in (*requests.cache.tensors, *((requests.cache.scales or ()) if shape[4] == torch.int8 else ())):
+            if part.is_floating_point():
+                part[spare] = float("nan")
+        got = attention.paged_attention(*moved((q, requests.cache, batch, 0.3, window)))
+        assert torch.equal(got, expected)
+
+
 def test_few_different_splits() -> None:
     seen = {attention.num_splits(requests, 8, 131_072, 132) for requests in range(1, 300)}
     assert seen == {1, 2, 4, 8, 16, 32}

@@ -35,10 +35,11 @@ def check(processes: int, seed: int, most: int, seconds: float) -> list[dict[str
 
 
 def _check(job: tuple[str, str, int, int]) -> dict[str, Any]:
-    from skyline.kernels import Request, choose
+    from skyline.kernels import Request, choose, triton
     from skyline.kernels.gpu import detect
     from skyline.ops import OPS
 
+    triton.FALLS_BACK = False
     name, dtype_name, seed, most = job
     op, dtype = OPS[name], getattr(torch, dtype_name)
     row: dict[str, Any] = {"op": name, "dtype": dtype_name}

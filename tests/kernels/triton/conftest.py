@@ -14,6 +14,10 @@ import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
 
+from skyline.kernels import triton as provider
+
+provider.FALLS_BACK = False
+
 _TORCH = {
     "bf16": torch.bfloat16,
     "fp8e4nv": torch.float8_e4m3fn,

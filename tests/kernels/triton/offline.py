@@ -93,6 +93,7 @@ def main() -> int:
     import torch
 
     from skyline.kernels import Request, candidates
+    from skyline.kernels import triton as provider
     from skyline.kernels.triton import PROVIDER
     from skyline.ops import OPS
 
@@ -102,6 +103,7 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=1000, help="cases of an op and dtype, thinned out evenly")
     arguments = parser.parse_args()
     capability, names = arguments.capability, arguments.names
+    provider.FALLS_BACK = False
     driver = install(capability)
     failed = 0
     for op in OPS.values():

@@ -6,6 +6,7 @@ tested on the CPU in Triton's interpreter, and compiled there for every generati
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -15,10 +16,15 @@ import torch
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Layout, Request, register
 from skyline.kernels.triton.layouts import INT8, int4_layout
+from skyline.ops import OPS
 
 PROVIDER = "triton"
 BY_EXPERT = "triton, by expert"  # looks at values on the host, so that it cannot be recorded
 OLDEST = (8, 0)
+FALLS_BACK = True  # False where an error of the compiler is to be seen: in tests
+
+_LOG = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 # Ops that read or write keys and values as they are cached.
 _CACHED = frozenset({"kv_write", "paged_attention", "rope_kv_write"})
@@ -46,6 +52,25 @@ def supports_fp8(request: Request) -> str | None:
     return None if request.gpu.fp8 else f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
 
 
+def _is_of_the_compiler(error: Exception) -> bool:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return isinstance(error, (CompilationError, OutOfResources, PTXASError))
+
+
+def _by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
+    """Raises the compiler's error if the reference does not know a layout that the weight was given for the kernel."""
+    try:
+        result = OPS[op].reference(*arguments)
+    except (AttributeError, TypeError):
+        raise error from None
+    if op not in _warned:
+        _warned.add(op)
+        _LOG.warning("%s does not compile for this GPU in one of its cases, torch computes those: %s", op, error)
+    return result
+
+
 def provide(
     op: str,
     module: str,
@@ -53,14 +78,22 @@ def provide(
     check: Callable[[Request], str | None] = supports,
     provider: str = PROVIDER,
 ) -> None:
-    """Register the function of the op's name in a module of this package, which is imported at the first call."""
+    """Register the function of the op's name in a module of this package, which is imported at the first call.
+
+    A case that Triton cannot compile, or that does not fit the GPU, goes to the op's reference, with one warning.
+    """
     found: Callable[..., Any] | None = None
 
     def run(*arguments: Any) -> Any:
         nonlocal found
         if found is None:
             found = getattr(import_module(f"{__name__}.{module}"), op)
-        return found(*arguments)
+        try:
+            return found(*arguments)
+        except Exception as error:
+            if not (FALLS_BACK and _is_of_the_compiler(error)):
+                raise
+            return _by_reference(op, arguments, error)
 
     register(Kernel(op, provider, run, check, layouts=layouts or {}))
 

@@ -101,6 +101,7 @@ def test_sizes_leave_little_padding() -> None:
         for count in range(1, most + 1):
             size = next(size for size in sizes if size >= count)
             assert size - count <= max(2, count // 2, 0) or size - count < 8
+            assert size - count < size * (0.3 if count >= 17 else 0.5)
 
 
 def test_ops_that_look_at_values_are_not_recorded(tmp_path: Path) -> None:

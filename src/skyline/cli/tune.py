@@ -12,7 +12,9 @@ from skyline.cli import console, options
 def tune(
     model: options.Model = None,
     budget: Annotated[float, typer.Option(min=0, help="Seconds; what is left then keeps its default.")] = 120.0,
-    rows: Annotated[int, typer.Option(min=1, help="The most tokens of a step to measure for.")] = 2048,
+    rows: Annotated[
+        int, typer.Option(min=1, help="The most tokens of a step to measure for; on a GPU, requests.")
+    ] = 2048,
     revision: options.Revision = None,
     dtype: options.Dtype = "auto",
     load_format: options.Format = "auto",
@@ -21,7 +23,6 @@ def tune(
     threads: options.Threads = None,
     device: options.Device = "cpu",
     kv_cache_dtype: options.KVCacheDtype = "auto",
-    max_model_len: options.MaxModelLen = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time what kernels can choose from, on a model's weights; later starts use the fastest.
@@ -32,6 +33,9 @@ def tune(
 
     from skyline.checkpoint import resolve
 
+    on_gpu = device.startswith("cuda")
+    if kv_cache_dtype != "auto" and not on_gpu:
+        console.fail("--kv-cache-dtype plays no part in what is measured on a CPU; leave it out")
     config = console.engine_config(
         model,
         starts=False,
@@ -42,16 +46,14 @@ def tune(
         threads=threads,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
-        max_model_len=max_model_len,
     )
     # By name, so that the import checker sees that nothing else of the CLI can reach torch.
-    on_gpu = device.startswith("cuda")
     tuner = importlib.import_module("skyline.runner.tune_gpu" if on_gpu else "skyline.runner.tune")
     memory = importlib.import_module("skyline.runner.memory")
     with console.clear_errors():
         try:
             config = msgspec.structs.replace(config, model=str(resolve(config.model, revision)))
-            facts = tuner.tune(config, budget) if on_gpu else tuner.tune(config, budget, rows)
+            facts = tuner.tune(config, budget, rows)
         except (ValueError, memory.OutOfMemoryError) as error:
             console.fail(str(error))
     if as_json:
@@ -84,7 +86,8 @@ def _show_steps(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    out, table = Console(), Table(title="Decode steps with contexts of 1,024 tokens", title_justify="left")
+    title = f"Decode steps with contexts of {facts['context']:,} tokens"
+    out, table = Console(), Table(title=title, title_justify="left")
     for column in ("requests", "default, ms", "ms"):
         table.add_column(column, justify="right")
     table.add_column("settings")

@@ -63,8 +63,8 @@ def kept(threads: int | None) -> tuple[Path, Tunings]:
     return file, found if found.measured_on == nothing.measured_on else nothing
 
 
-def save(file: Path, tunings: Tunings) -> None:
-    """Raises OSError if the folder cannot be written."""
+def save(file: Path, tunings: msgspec.Struct) -> None:
+    """As JSON, at once or not at all. Raises OSError if the folder cannot be written."""
     temporary = file.with_suffix(f".{os.getpid()}")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

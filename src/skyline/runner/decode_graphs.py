@@ -54,7 +54,7 @@ def why_not_recorded(program: Program) -> str | None:
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Numbers of requests to record graphs for: at most a third of a step's rows is padding, from 24 on a seventh."""
+    """Numbers of requests to record graphs for: under half of a step's rows is padding, from 17 on under a third."""
     sizes = [1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 64, 64)]
     kept = [size for size in sizes if size < most]
     return [*kept, most]
@@ -174,12 +174,13 @@ class DecodeGraphs:
         inputs = torch.zeros((_PLACES + len(self._tables), size), dtype=torch.int64, device=self._device)
         inputs[_SLOTS] = self._rows[:size]
         inputs[_POSITIONS], inputs[_CONTEXTS] = context - 1, context
+        inputs[_STATE_READS], inputs[_STATE_WRITES] = -1, -1  # recurrent states begin, and none is kept
         inputs[_PLACES:] = own[:, -1].long() * self._block_size + (context - 1) % self._block_size
         with using(knobs):
-            self._run(inputs, False)  # compiles
+            self._run(inputs, True)  # compiles
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._run(inputs, False)
+                self._run(inputs, True)
         times: list[float] = []
         for _ in range(repeats + 2):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import msgspec
 import torch
 
 from skyline.checkpoint.cache import cache_folder
+from skyline.checkpoint.config import ModelConfig
 from skyline.engine.config import EngineConfig
 from skyline.kernels import gpu
 from skyline.kernels.triton.knobs import Knobs
@@ -30,11 +29,10 @@ class DecodeKnobs(msgspec.Struct):
         return self.sizes[max(self.sizes)] if self.sizes else Knobs()
 
 
-def kept(config: EngineConfig) -> tuple[Path, DecodeKnobs]:
+def kept(config: EngineConfig, model: ModelConfig) -> tuple[Path, DecodeKnobs]:
     """The file for this model and these options, and what was measured with this GPU, driver and these libraries."""
-    described = (Path(config.model) / "config.json").read_bytes()
     options = f"{config.quantization} {config.quantization_group} {config.kv_cache_dtype} {config.dtype}"
-    name = hashlib.blake2b(described + options.encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(f"{model} {options}".encode(), digest_size=8).hexdigest()
     device = gpu.detect(torch.device(config.device).index or 0)
     nothing = DecodeKnobs(f"{device.name}, driver {_driver()}, torch {torch.__version__}")
     file = cache_folder() / f"decode-{name}.json"
@@ -52,15 +50,3 @@ def _driver() -> str:
     except OSError:
         return "unknown"
     return found[1] if found else "unknown"
-
-
-def save(file: Path, knobs: DecodeKnobs) -> None:
-    """Raises OSError if the folder cannot be written."""
-    temporary = file.with_suffix(f".{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(knobs)))
-        os.replace(temporary, file)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -170,7 +170,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         threads=config.threads,
         table_groups=sum(not group.state for group in memory.groups),
         graphs=config.cuda_graphs if device.type == "cuda" and why_not_recorded(program) is None else None,
-        knobs=decode_knobs.kept(config)[1] if device.type == "cuda" else None,
+        knobs=decode_knobs.kept(config, model_config)[1] if device.type == "cuda" else None,
     )
     limits = Limits(
         num_blocks=memory.groups[0].num_blocks,

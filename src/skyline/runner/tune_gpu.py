@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from skyline.checkpoint.config import load_config
 from skyline.engine.config import EngineConfig
+from skyline.kernels import tuning
 from skyline.kernels.triton.knobs import CANDIDATES, Knobs
 from skyline.runner import decode_knobs
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.loader import LoadedModel, load_model
 
 SIZES = (1, 4, 16, 64, 256)
-CONTEXT = 1024  # tokens of each request in the steps that are timed
+CONTEXT = 1024  # tokens of each request in the steps that are timed, at most
 _MARGIN = 0.005  # what is not faster by so much is not worth another setting
 
 
@@ -48,14 +51,15 @@ class _Search:
         return {"knobs": best, "default_s": default_s, "seconds": best_s, "tried": tried}
 
 
-def tune(config: EngineConfig, budget: float, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
-    """Load the model, measure, and keep what was found for later starts; plain JSON data.
+def tune(config: EngineConfig, budget: float, most: int) -> dict[str, Any]:
+    """Load the model, measure steps of up to `most` requests, and keep what was found for later starts.
 
-    Raises CheckpointError, OutOfMemoryError or ValueError, also where decode steps cannot be recorded.
+    Plain JSON data. budget: seconds. Raises CheckpointError, OutOfMemoryError or ValueError, also where decode steps
+    cannot be recorded.
     """
     loaded = load_model(config)
     try:
-        return tune_loaded(loaded, config, budget, sizes)
+        return tune_loaded(loaded, config, budget, tuple(size for size in SIZES if size <= most))
     finally:
         loaded.runner.close()
 
@@ -65,28 +69,36 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
     graphs = loaded.runner.graphs
     if graphs is None:
         raise ValueError("tune compares recorded decode steps, and this model's cannot be recorded here")
-    file, kept = decode_knobs.kept(config)
+    file, kept = decode_knobs.kept(config, load_config(Path(config.model)))
+    context = min(CONTEXT, loaded.limits.max_model_len)
     fits = [size for size in sizes if size <= config.max_num_seqs]
-    fits = [size for size in fits if size * (CONTEXT // config.block_size + 1) <= loaded.limits.num_blocks]
+    fits = [size for size in fits if size * (context // config.block_size + 1) <= loaded.limits.num_blocks]
+    fp8 = any(call.op.name.endswith("_fp8") for call in loaded.program.calls)
     began = time.perf_counter()
     results = []
     for done, size in enumerate(fits):
         share = (began + budget - time.perf_counter()) / (len(fits) - done)
-        found = loaded.runner.between_steps(lambda: _tune_size(graphs, config, size, share))  # noqa: B023
+        found = loaded.runner.between_steps(lambda: _tune_size(graphs, context, size, fp8, share))  # noqa: B023
         kept.sizes[size] = found["knobs"]
         results.append({"requests": size, **found, "knobs": msgspec.structs.asdict(found["knobs"])})
     graphs.set_knobs(kept)
     try:
-        decode_knobs.save(file, kept)
+        tuning.save(file, kept)
     except OSError as error:
         raise ValueError(f"the measurements cannot be kept in {file}: {error.strerror}") from error
-    return {"model": config.model, "measured_on": kept.measured_on, "file": str(file), "sizes": results}
+    return {
+        "model": config.model,
+        "measured_on": kept.measured_on,
+        "file": str(file),
+        "context": context,
+        "sizes": results,
+    }
 
 
-def _tune_size(graphs: DecodeGraphs, config: EngineConfig, size: int, seconds: float) -> dict[str, Any]:
-    search = _Search(lambda knobs: graphs.time_step(size, CONTEXT, knobs), time.perf_counter() + seconds)
+def _tune_size(graphs: DecodeGraphs, context: int, size: int, fp8: bool, seconds: float) -> dict[str, Any]:
+    search = _Search(lambda knobs: graphs.time_step(size, context, knobs), time.perf_counter() + seconds)
     with torch.inference_mode():
-        return search.run(_names(size, config.quantization == "fp8"))
+        return search.run(_names(size, fp8))
 
 
 def _names(size: int, fp8: bool) -> list[str]:

@@ -8,7 +8,6 @@ recorded.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memo
 from skyline.kernels.triton.knobs import current
 from skyline.ops import AttentionBatch, KVCache
 
-_LOG2E = math.log2(math.e)
 _LEAST_KEYS = 512  # of a context's upper bound that a split is worth
 _MOST_SPLITS = 64
 

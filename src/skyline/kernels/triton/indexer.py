@@ -187,7 +187,7 @@ def index_topk(
         return chosen
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     places = batch.of(cache)
-    rope._launch(q, k, None, size, (turned, keys, None), positions=positions, table=table, slots=places.slot_mapping)
+    rope.launch(q, k, None, size, (turned, keys, None), positions=positions, table=table, slots=places.slot_mapping)
 
     tables, longest = places.block_tables, max(batch.host_query_lens)
     requests, capacity = tables.shape[0], tables.shape[1] * keys.shape[1]

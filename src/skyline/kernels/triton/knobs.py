@@ -13,7 +13,7 @@ import msgspec
 
 
 class Knobs(msgspec.Struct, frozen=True):
-    """The defaults are what was fastest for Llama-3.1-8B on an H200.
+    """The defaults go by what was timed of Llama-3.1-8B on an H200, which was not every one (docs/gpu.md).
 
     vector, gated: rows of a weight and columns a tile, and warps, of products of one row of x; gated: with silu_mul.
     bands: rows, columns, warps and stages of FP8 products of few rows. one_row_bands: also of one row. prefetch:
@@ -32,7 +32,7 @@ class Knobs(msgspec.Struct, frozen=True):
     stages: int = 3
 
 
-# In the order in which they are tried, each with the best of those before it.
+# What each is tried with, the default first.
 CANDIDATES: dict[str, tuple[object, ...]] = {
     "prefetch": (0, 4096),
     "one_row_bands": (True, False),

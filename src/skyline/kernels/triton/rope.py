@@ -214,7 +214,7 @@ def _heads_kernel(
         _store(v_out, v_scale, slots, row, head, kv_heads, first, second, rest, inside, PAGED, SCALED, D, HALF, WIDTH)
 
 
-def _launch(
+def launch(
     q: Tensor | None,
     k: Tensor,
     v: Tensor | None,
@@ -296,7 +296,7 @@ def rope_kv_write(
     norms = (None, None) if q_norm is None or k_norm is None else (q_norm, k_norm)
     slots = batch.of(cache).slot_mapping
     outputs = (rotated, *cache.tensors)
-    _launch(q, k, v, cache.head_dim, outputs, norms, eps, positions, table, slots, cache.scales)
+    launch(q, k, v, cache.head_dim, outputs, norms, eps, positions, table, slots, cache.scales)
     return rotated
 
 
@@ -305,10 +305,10 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int) 
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
         torch.empty(k.shape, dtype=k.dtype, device=k.device),
     )
-    _launch(q, k, None, head_dim, (*outputs, None), positions=positions, table=table)
+    launch(q, k, None, head_dim, (*outputs, None), positions=positions, table=table)
     return outputs
 
 
 def kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> None:
     slots = batch.of(cache).slot_mapping
-    _launch(None, k, v, cache.head_dim, (None, *cache.tensors), slots=slots, scales=cache.scales)
+    launch(None, k, v, cache.head_dim, (None, *cache.tensors), slots=slots, scales=cache.scales)

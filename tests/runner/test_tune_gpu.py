@@ -1,0 +1,72 @@
+"""The search among settings of decode steps, and what is kept of it. Steps are timed on GPUs only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skyline.checkpoint.config import load_config
+from skyline.engine.config import EngineConfig
+from skyline.kernels import gpu, tuning
+from skyline.kernels.triton.knobs import CANDIDATES, Knobs, current, using
+from skyline.runner import decode_knobs
+from skyline.runner.decode_knobs import DecodeKnobs
+from skyline.runner.tune_gpu import _names, _Search
+
+
+def test_candidates_begin_with_the_default() -> None:
+    assert all(values[0] == getattr(Knobs(), name) for name, values in CANDIDATES.items())
+    for size in (1, 16, 256):
+        for fp8 in (False, True):
+            names = _names(size, fp8)
+            assert len(set(names)) == len(names) and set(names) <= CANDIDATES.keys()
+
+
+def test_the_search_keeps_what_is_faster_and_goes_on_from_there() -> None:
+    seen: list[Knobs] = []
+
+    def seconds(knobs: Knobs) -> float:
+        seen.append(knobs)
+        if knobs.stages == 5:
+            raise RuntimeError("does not fit")
+        # Eight splits are the fastest; keys of 32 help by less than is worth it, of 128 by more.
+        return 1.0 - 0.1 * (knobs.splits == 8) - {32: 0.001, 64: 0.0, 128: 0.05}[knobs.keys]
+
+    found = _Search(seconds, float("inf")).run(["splits", "stages", "keys"])
+    assert found["knobs"] == Knobs(splits=8, keys=128)
+    assert found["default_s"] == 1.0 and found["seconds"] == pytest.approx(0.85)
+    assert all(knobs.splits == 8 for knobs in seen[-2:]), "later knobs are tried with the best of those before"
+    assert [entry for entry in found["tried"] if "error" in entry] == [
+        {"stages": 5, "error": "RuntimeError: does not fit"}
+    ]
+    assert len(_Search(seconds, 0.0).run(["splits"])["tried"]) == 0, "no time, no trials"
+
+
+def test_kept_for_this_gpu_model_and_options(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKYLINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(gpu, "detect", lambda index=0: gpu.GPUS["h200"])
+    config, model = EngineConfig(model=str(tiny_checkpoint), device="cuda"), load_config(tiny_checkpoint)
+    file, nothing = decode_knobs.kept(config, model)
+    assert nothing.sizes == {} and nothing.of(7) == Knobs()
+    mine = Knobs(splits=8)
+    nothing.sizes = {4: mine, 64: Knobs(keys=32)}
+    tuning.save(file, nothing)
+    known = decode_knobs.kept(config, model)[1]
+    assert [known.of(count).keys for count in (1, 4, 5, 64, 200)] == [64, 64, 32, 32, 32] and known.of(3) == mine
+    assert decode_knobs.kept(msgspec.structs.replace(config, quantization="fp8"), model)[0] != file
+    monkeypatch.setattr(gpu, "detect", lambda index=0: gpu.GPUS["b200"])
+    assert decode_knobs.kept(config, model) == (file, DecodeKnobs(decode_knobs.kept(config, model)[1].measured_on))
+    file.write_text("{")
+    assert decode_knobs.kept(config, model)[1].sizes == {}
+
+
+def test_knobs_hold_for_a_block() -> None:
+    before = current()
+    with pytest.raises(ZeroDivisionError), using(Knobs(splits=8)):
+        assert current().splits == 8
+        raise ZeroDivisionError
+    assert current() is before

@@ -82,6 +82,27 @@ def test_a_growing_queue_is_no_steady_state() -> None:
     assert not ramp.window.steady and "not meant" in (ramp.window.reason or "")
 
 
+@pytest.mark.parametrize("stall_at", np.arange(0.0, 18.0, 1.5).tolist())
+def test_a_stall_of_an_open_load_is_never_cut_off(stall_at: float) -> None:
+    """Two seconds of 20, at a hundred requests per second."""
+    starts = np.arange(0.0, 20.0, 0.01)
+    ttft = np.where((starts >= stall_at) & (starts < stall_at + 2), stall_at + 2 - starts, 0.004)
+    seen = observed(starts.tolist(), ttft=ttft, gap=0.001, tokens=2, stop_s=20.0)
+    found = analyse(seen, seen.usage, Level(kind="constant", rate=100.0), 1, None)
+    inside = (seen.end > 1.0) & (seen.end <= 20.0)
+    truth = np.quantile(ttft[inside], 0.99)
+    assert truth > 1.5
+    assert found.metrics["ttft_intended_p99"].value == pytest.approx(truth, rel=0.05)
+    assert found.window.steady == (stall_at > 1.0), found.window.reason  # else residence times do not fit the window
+
+
+def test_a_stall_that_outlasts_the_load_is_no_steady_state() -> None:
+    starts = np.arange(0.0, 20.0, 0.01)
+    seen = observed(starts.tolist(), ttft=np.where(starts < 19, 0.004, 21 - starts), gap=0.001, tokens=2, stop_s=20.0)
+    found = analyse(seen, seen.usage, Level(kind="constant", rate=100.0), 1, None)
+    assert not found.window.steady and "Little" in (found.window.reason or "")
+
+
 def test_a_slow_start_is_cut_off() -> None:
     # Until 4 s everything takes three times as long.
     starts, at = [], 0.0

@@ -93,11 +93,15 @@ def _ramps(times: Array, at: Array) -> Array:
 
 
 def _window(seen: Observed, timeline: Timeline, level: Level) -> Window:
-    """From the end of the warm-up, later where MSER finds that the start still shows, to the end of the load."""
+    """From the end of the warm-up to the end of the load. In a closed loop, later where MSER finds that the start still
+    shows.
+
+    Open loads are not cut: what is left out with the least error of the mean may be a stall, the very thing that
+    intended starts are there to show. Where their start still shows, it is seen as drift."""
     first_bin = int(np.ceil(seen.warm_s / timeline.bin_s))
     last_bin = int(seen.stop_s / timeline.bin_s)
     begin = seen.warm_s
-    if level.kind not in ("ramp", "trace") and last_bin - first_bin >= 20:
+    if level.kind == "closed" and last_bin - first_bin >= 20:
         begin = (first_bin + truncation(np.array(timeline.tokens[first_bin:last_bin]))) * timeline.bin_s
     end = seen.stop_s
     ended = (seen.end > begin) & (seen.end <= end)

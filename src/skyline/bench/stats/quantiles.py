@@ -21,8 +21,6 @@ from skyline.bench.stats.dependence import (
 
 # Serial correlation is measured at a level with at least so many samples beyond it.
 SEEN_BEYOND = 20
-# With fewer independent samples expected beyond it, a quantile is refused; see `quantile`.
-LEAST_BEYOND = 2.0
 # An interval needs samples that are worth this share of the independent ones that are needed. The rest of them is for
 # the noise in what samples are worth: independent ones must pass.
 LEAST_OF_REQUIRED = 0.8
@@ -63,9 +61,9 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     and worth few (`dependence.far_tail`).
 
     Refused below `required_samples(q)`. Where the samples are so correlated that they are worth less than that, only
-    the interval is; the value too where fewer than 2 of the independent samples they are worth would be expected beyond
-    it. What they are worth is judged by ranks (`dependence.memory`). Judged by the tail, runs whose tail happens to be
-    empty would pass and those that show it be refused.
+    the interval is; the value, which is a fact about the run, is not: a server that stalls once correlates its requests
+    by that, and its p99 must be seen. What samples are worth is judged by ranks (`dependence.memory`). Judged by the
+    tail, runs whose tail happens to be empty would pass and those that show it be refused.
     """
     x = series(samples)
     n = x.size
@@ -81,7 +79,7 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
     least = max(LEAST_WORTH, LEAST_OF_REQUIRED * needed)
     if not is_worth(n, kept, least):
         return Estimate(
-            value=value if kept.worth >= LEAST_BEYOND / beyond else None,
+            value=value,
             n=n,
             refused=f"{name} needs about {longer(n, kept.worth, least)} requests as correlated as "
             f"these {n}, which are worth {kept.worth:.0f} independent ones",

@@ -305,7 +305,7 @@ def test_preemption_gives_the_same_tokens() -> None:
 
 
 def state_of(sampler: Sampler, slot: int) -> list[object]:
-    lists = (sampler._num_prompt, sampler._logprobs, sampler._rules, sampler._matchers, sampler._failed)
+    lists = (sampler._num_prompt, sampler._logprobs, sampler._rules, sampler._matchers, sampler._failed, sampler._plain)
     arrays = (sampler._mode, sampler._seeds, sampler._special, *sampler._numbers)
     return [entry[slot] for entry in lists] + [entry[slot].item() for entry in arrays]
 
@@ -321,6 +321,7 @@ def test_release_clears_everything(params: SamplingParams) -> None:
     per_slot = {name for name, value in vars(sampler).items() if isinstance(value, (list, np.ndarray))}
     assert per_slot == {
         "_eos", "_mode", "_numbers", "_seeds", "_num_prompt", "_logprobs", "_rules", "_matchers", "_failed", "_special",
+        "_plain",
     }  # fmt: skip
 
 

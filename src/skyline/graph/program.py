@@ -92,12 +92,13 @@ class Program:
         self._output = output
         self._plan: BufferPlan | None = None
         self._bindings: OrderedDict[tuple[int, int], _Binding] = OrderedDict()
+        self.version = 0  # of what bound calls hold: memory, weights, tactics
         self._around: Callable[[Call, Callable[..., Any]], Callable[..., Any]] | None = None
 
     def set_weight(self, use: WeightUse, value: Any) -> None:
         """Give a weight its contents, in the layout that was asked for."""
         self._constants[use.slot] = value
-        self._bindings.clear()
+        self._forget_bindings()
 
     @property
     def plan(self) -> BufferPlan:
@@ -108,12 +109,12 @@ class Program:
     def reserve(self, num_tokens: int, num_rows: int) -> None:
         """Make room for steps of so many tokens and rows of logits at once; larger steps would allocate anew."""
         self.plan.reserve(num_tokens, num_rows)
-        self._bindings.clear()
+        self._forget_bindings()
 
     def tune(self, tunings: Tunings) -> None:
         """Use these tactics from the next step on."""
         self._tunings = tunings
-        self._bindings.clear()
+        self._forget_bindings()
 
     def constant(self, slot: int) -> Any:
         """What is in this slot in every step: a weight, a cache, a number. None if it is not the same in every step."""
@@ -125,7 +126,11 @@ class Program:
         `run` takes the call's results, where its kernel writes to them (Kernel.into), and then its arguments.
         """
         self._around = around
-        self._bindings.clear()
+        self._forget_bindings()
+
+    @property
+    def observed(self) -> bool:
+        return self._around is not None
 
     def __call__(self, input_ids: Any, positions: Any, batch: Any, logit_rows: Any) -> torch.Tensor:
         """input_ids, positions [T] int64; batch an AttentionBatch; logit_rows [R] int64 -> logits [R, vocab].
@@ -157,13 +162,33 @@ class Program:
         if (found := self._bindings.get(key)) is not None:
             self._bindings.move_to_end(key)
             return found
+        binding = self._bindings[key] = self._bound(num_tokens, num_rows, None)
+        if len(self._bindings) > _KEPT_BINDINGS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def bound_steps(
+        self, input_ids: Any, positions: Any, batch: Any, logit_rows: Any
+    ) -> tuple[list[tuple[Callable[..., Any], tuple[Any, ...]]], torch.Tensor]:
+        """A step on inputs that stay where they are: its calls with their arguments, and where they put the logits.
+
+        Valid while `version` stays the same. Raises ValueError if some kernel returns memory of its own.
+        """
+        binding = self._bound(input_ids.shape[0], logit_rows.shape[0], (input_ids, positions, batch, logit_rows))
+        if any(step.fetch is not None for step in binding.steps):
+            raise ValueError("a kernel returns memory of its own, so not all of a step is known before it begins")
+        return [(step.run, step.arguments) for step in binding.steps], binding.values[self._output]
+
+    def _bound(self, num_tokens: int, num_rows: int, inputs: tuple[Any, ...] | None) -> _Binding:
         plan = self.plan
         if plan.grow(num_tokens, num_rows):
-            self._bindings.clear()  # they hold views of the buffers that were too small
+            self._forget_bindings()  # they hold views of the buffers that were too small
         values = self._constants.copy()
         known = [True] * len(values)
         for slot in (*range(len(INPUTS)), *(slot for call in self.calls for slot in call.results)):
             known[slot] = False
+        if inputs is not None:
+            values[: len(INPUTS)], known[: len(INPUTS)] = inputs, [True] * len(INPUTS)
         for slot, view in plan.views(num_tokens, num_rows):
             values[slot], known[slot] = view, True
         binding = _Binding(values)
@@ -172,10 +197,11 @@ class Program:
                 if self._around is not None:
                     step.run = self._around(call, step.run)
                 binding.steps.append(step)
-        self._bindings[key] = binding
-        if len(self._bindings) > _KEPT_BINDINGS:
-            self._bindings.popitem(last=False)
         return binding
+
+    def _forget_bindings(self) -> None:
+        self._bindings.clear()
+        self.version += 1
 
     def _bind_call(self, call: Call, values: list[Any], known: list[bool]) -> Iterator[_Step]:
         if call.is_view and known[call.arguments[0]]:

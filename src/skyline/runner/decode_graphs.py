@@ -30,6 +30,7 @@ from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import BlockTables, to_device
 from skyline.runner.decode_knobs import DecodeKnobs
+from skyline.runner.decode_replay import Decoded
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,15 +59,6 @@ def graph_sizes(most: int) -> list[int]:
     sizes = [1, 2, 3, 4, 6, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 64, 64)]
     kept = [size for size in sizes if size < most]
     return [*kept, most]
-
-
-@dataclass(slots=True)
-class Decoded:
-    """Of a step, valid until the next one: logits [size, V], greedy tokens [size] int64 and their logits [size]."""
-
-    logits: Tensor
-    tokens: Tensor
-    tops: Tensor
 
 
 @dataclass(slots=True)

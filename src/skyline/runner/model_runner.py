@@ -25,6 +25,7 @@ from skyline.ops import AttentionBatch
 from skyline.ops.batch import to_device, token_positions
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.decode_knobs import DecodeKnobs
+from skyline.runner.decode_replay import DecodeReplay
 from skyline.runner.sampler import Sampler, SampleResult
 
 T = TypeVar("T")
@@ -110,12 +111,17 @@ class ModelRunner:
                 record=graphs,
                 knobs=knobs,
             )
-        self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, _all_native(program)))
+        self._replay: DecodeReplay | None = None
+        native_only = _all_native(program)
+        if native_only:
+            self._replay = DecodeReplay(program, token_ids, self._block_tables, block_size)
+        self._worker = ThreadPoolExecutor(1, "runner", _prepare_worker, (device, threads, native_only))
 
     @property
     def recorded_sizes(self) -> list[int]:
-        """Numbers of requests whose decode steps there are CUDA graphs for."""
-        return [] if self.graphs is None else self.graphs.recorded
+        """Numbers of requests whose decode steps are recorded."""
+        recordings = self.graphs or self._replay
+        return [] if recordings is None else recordings.recorded
 
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
@@ -133,8 +139,9 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
-        if self.graphs is not None and self.graphs.takes(plan) and not any(map(self._scores, plan.slots, plan.starts)):
-            return self._decode(plan, self.graphs)
+        recorded = self.graphs or self._replay
+        if recorded is not None and recorded.takes(plan) and not any(map(self._scores, plan.slots, plan.starts)):
+            return self._decode(plan)
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
@@ -163,10 +170,14 @@ class ModelRunner:
         ends_at = [plan.starts[row] + plan.lengths[row] for row in sampling]
         return _Computed(plan, self._sample(logits[: len(sampling)], slots, ends_at), prompt_logprobs)
 
-    def _decode(self, plan: StepPlan, graphs: DecodeGraphs) -> _Computed:
-        done = graphs.step(plan, self._block_tables)
-        count = len(plan.slots)
-        if self._sampler.greedy_only(plan.slots):
+    def _decode(self, plan: StepPlan) -> _Computed:
+        greedy, count = self._sampler.greedy_only(plan.slots), len(plan.slots)
+        if self.graphs is not None:
+            done = self.graphs.step(plan, self._block_tables)
+        else:
+            assert self._replay is not None
+            done = self._replay.step(plan, greedy)
+        if greedy:
             return _Computed(plan, self._sampler.sample_greedy(done.tokens[:count], done.tops[:count], plan.slots), {})
         return _Computed(plan, self._sample(done.logits[:count], plan.slots, [start + 1 for start in plan.starts]), {})
 

@@ -70,6 +70,7 @@ class Sampler:
         self._matchers: list[Matcher | None] = [None] * max_slots
         self._failed: list[str | None] = [None] * max_slots
         self._special = np.zeros(max_slots, dtype=np.bool_)  # slots with any of the four above
+        self._plain = [True] * max_slots  # greedy and none of these four: a list, which is faster to read than arrays
         self._float32: Tensor | None = None  # memory for logits that have to be converted
         self._counts: Tensor | None = None  # zeros between steps; where Triton's kernels apply penalties
         for slot in range(max_slots):
@@ -106,6 +107,7 @@ class Sampler:
                 self._failed[slot] = str(error)
         state = (self._logprobs[slot], self._rules[slot], self._matchers[slot], self._failed[slot])
         self._special[slot] = any(part is not None for part in state)
+        self._plain[slot] = mode == _GREEDY and not self._special[slot]
 
     def release(self, slot: int) -> None:
         """Forget everything about a slot. Releasing a free slot does nothing."""
@@ -118,6 +120,7 @@ class Sampler:
         self._matchers[slot] = None
         self._failed[slot] = None
         self._special[slot] = False
+        self._plain[slot] = True
 
     def sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> SampleResult:
         """Choose one token for each row.
@@ -154,15 +157,15 @@ class Sampler:
 
     def greedy_only(self, slots: list[int]) -> bool:
         """Whether the tokens of these slots are the largest of their logits as they are, and nothing else is wanted."""
-        index = np.asarray(slots, np.int64)
-        return not (self._mode[index].any() or self._special[index].any())
+        return all(map(self._plain.__getitem__, slots))
 
     def sample_greedy(self, tokens: Tensor, tops: Tensor, slots: list[int]) -> SampleResult:
         """`sample` for slots that are `greedy_only`, from what was already found of their logits.
 
-        tokens [R] int64 and tops [R] float32 on the device, each row's largest logit; queued copies read them.
+        tokens [R] int64 and tops [R] float32 on the device, each row's largest logit; what is there now is copied.
         """
-        return SampleResult(tokens, list(slots), HostCopy([tokens, tops]))
+        host = [tokens, tops] if tokens.is_cuda else [tokens.clone(), tops.clone()]
+        return SampleResult(tokens, list(slots), HostCopy(host))
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt's own tokens, each with the k most likely ones; waits for the device.

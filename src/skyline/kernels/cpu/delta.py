@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from skyline.kernels.cpu.native import library, provide
@@ -10,7 +9,7 @@ from skyline.ops import AttentionBatch, StateCache
 
 
 def _states(batch: AttentionBatch) -> tuple[Tensor, Tensor, Tensor]:
-    reads, writes = (torch.tensor(blocks, dtype=torch.int64) for blocks in (batch.state_reads, batch.state_writes))
+    reads, writes = batch.device_states()
     return batch.query_starts, reads, writes
 
 

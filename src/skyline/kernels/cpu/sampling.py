@@ -18,8 +18,13 @@ def choose_tokens(logits: Tensor, numbers: Tensor | None) -> tuple[Tensor, Tenso
     rows = logits.shape[0]
     tokens = torch.empty(rows, dtype=torch.int64)
     tops = torch.empty(rows, dtype=torch.float32)
-    library().choose_tokens(tokens, tops, logits, numbers)
+    choose_into(tokens, tops, logits, numbers)
     return tokens, tops
+
+
+def choose_into(tokens: Tensor, tops: Tensor, logits: Tensor, numbers: Tensor | None) -> None:
+    """`choose_tokens` into memory that is given."""
+    library().choose_tokens(tokens, tops, logits, numbers)
 
 
 def widen(out: Tensor, x: Tensor) -> None:

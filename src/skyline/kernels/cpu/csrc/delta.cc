@@ -30,8 +30,8 @@ struct Requests {
   Requests(const TensorView& query_starts, const TensorView& read, const TensorView& write, int64_t tokens, int64_t blocks)
       : count(read.shape()[0]),
         starts(list_of<int32_t>(query_starts, count + 1, is_int32(query_starts))),
-        reads(list_of<int64_t>(read, count, is_int64(read))),
-        writes(list_of<int64_t>(write, count, is_int64(write))) {
+        reads(list_of<int32_t>(read, count, is_int32(read))),
+        writes(list_of<int32_t>(write, count, is_int32(write))) {
     SKYLINE_CHECK(starts[0] == 0 && starts[count] == tokens, "requests do not cover the tokens");
     for (int64_t r = 0; r < count; r++) {
       SKYLINE_CHECK(starts[r] <= starts[r + 1], "requests do not cover the tokens");
@@ -40,7 +40,7 @@ struct Requests {
   }
   int64_t count;
   const int32_t* starts;
-  const int64_t *reads, *writes;
+  const int32_t *reads, *writes;
 };
 
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
@@ -112,7 +112,7 @@ void causal_conv(TensorView out, TensorView x, TensorView weight, TensorView con
       for (int64_t j = 0; j <= taps; j++)
         for (int64_t c = 0; c < width; c++) by[j * width + c] = to_float(factors[first + c][j]);
       if (requests.reads[r] >= 0) {
-        const T* old = states + requests.reads[r] * taps * channels + first;
+        const T* old = states + int64_t{requests.reads[r]} * taps * channels + first;
         for (int64_t j = 0; j < taps; j++)
           for (int64_t c = 0; c < width; c++) past[j * width + c] = to_float(old[j * channels + c]);
       }
@@ -134,7 +134,7 @@ void causal_conv(TensorView out, TensorView x, TensorView weight, TensorView con
           oldest = (oldest + 1) % taps;
         }
       }
-      T* kept = states + requests.writes[r] * taps * channels + first;
+      T* kept = states + int64_t{requests.writes[r]} * taps * channels + first;
       for (int64_t j = 0; j < taps; j++) {
         const float* row = past.data() + (oldest + j) % taps * width;
         for (int64_t c = 0; c < width; c++) kept[j * channels + c] = from_float<T>(row[c]);
@@ -160,11 +160,11 @@ void gated_delta_rule(TensorView out, TensorView qkv, TensorView b, TensorView a
     float* all = data<float>(states);
     ThreadPool::get().run(requests.count * heads, [&](int64_t task) {
       const int64_t r = task / heads, head = task % heads, source = head / (heads / key_heads);
-      float* memory = all + (requests.writes[r] * heads + head) * dk * dv;
+      float* memory = all + (int64_t{requests.writes[r]} * heads + head) * dk * dv;
       if (requests.reads[r] < 0) {
         std::fill_n(memory, dk * dv, 0.0f);
       } else if (requests.reads[r] != requests.writes[r]) {
-        std::copy_n(all + (requests.reads[r] * heads + head) * dk * dv, dk * dv, memory);
+        std::copy_n(all + (int64_t{requests.reads[r]} * heads + head) * dk * dv, dk * dv, memory);
       }
       const float slope = -std::exp(to_float(rate[head])), offset = to_float(bias[head]);
       std::vector<float> q(static_cast<size_t>(kTokens * dk)), k(static_cast<size_t>(kTokens * dk));

@@ -7,13 +7,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace skyline {
 namespace {
@@ -27,11 +26,8 @@ uint64_t tasks_of(uint64_t job) { return (job >> kBits) & kMask; }
 uint64_t next_of(uint64_t job) { return job & kMask; }
 bool open(uint64_t job) { return next_of(job) < tasks_of(job); }
 
-void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
+// What each thread fetches ahead at most: the least that second-level caches hold, less what the job at hand needs.
+constexpr int64_t kAheadBytes = 128 << 10;
 
 void pin(int cpu) {
   if (cpu < 0) return;
@@ -43,15 +39,45 @@ void pin(int cpu) {
 
 }  // namespace
 
+// A thread's way through the memory that is fetched ahead: tasks go to threads in turn, so from one of its tasks to the next.
+class Fetcher {
+ public:
+  Fetcher(int thread, int threads) : thread_(thread), threads_(threads) {}
+
+  // Asks for a few lines more of `memory`; false if there are none.
+  bool fetch(const uint8_t* memory, int64_t bytes) {
+    if (memory != memory_) {
+      memory_ = memory;
+      done_ = 0;
+      task_bytes_ = std::max<int64_t>(bytes / (ThreadPool::kTasks * threads_), 64);
+      most_ = memory ? std::min(kAheadBytes, bytes / threads_) : 0;
+    }
+    if (done_ >= most_) return false;
+    const uint8_t* at = memory_ + (done_ / task_bytes_ * threads_ + thread_) * task_bytes_ + done_ % task_bytes_;
+    for (int i = 0; i < kLines; i++) prefetch_l2(at + 64 * i);
+    done_ += 64 * kLines;
+    return true;
+  }
+
+ private:
+  static constexpr int kLines = 4;
+  int thread_, threads_;
+  const uint8_t* memory_ = nullptr;
+  int64_t done_ = 0, task_bytes_ = 64, most_ = 0;
+};
+
 struct ThreadPool::State {
   alignas(64) std::atomic<uint64_t> job{0};
   alignas(64) std::atomic<uint64_t> done{0};
   alignas(64) std::atomic<uint32_t> awake{0};  // futex word: 0 while workers may sleep; odd while a step runs
   std::atomic<bool> stopping{false};
+  alignas(64) std::atomic<const uint8_t*> ahead{nullptr};
+  std::atomic<int64_t> ahead_bytes{0};
   Erased call = nullptr;
   const void* context = nullptr;
   uint64_t epoch = 0;
   bool in_step = false;
+  Fetcher caller{0, 1};
   std::vector<std::thread> workers;
   std::mutex in_use;
 
@@ -65,8 +91,15 @@ struct ThreadPool::State {
     }
   }
 
-  void worker(int cpu) {
+  // Waits a moment, and uses it.
+  void wait(Fetcher& fetcher) {
+    const uint8_t* memory = ahead.load(std::memory_order_acquire);
+    if (!fetcher.fetch(memory, ahead_bytes.load(std::memory_order_relaxed))) _mm_pause();
+  }
+
+  void worker(int cpu, int index, int threads) {
     pin(cpu);
+    Fetcher fetcher(index, threads);
     int spins = 0;
     while (!stopping.load(std::memory_order_relaxed)) {
       uint64_t current = job.load(std::memory_order_acquire);
@@ -76,7 +109,7 @@ struct ThreadPool::State {
       } else if (uint32_t word = awake.load(std::memory_order_acquire); word & 1) {
         // Another process may need this core to give us the next step: offer it now and then.
         if (++spins % 4096 == 0) sched_yield();
-        pause();
+        wait(fetcher);
       } else {
         syscall(SYS_futex, &awake, FUTEX_WAIT_PRIVATE, word, nullptr, nullptr, 0);
       }
@@ -101,8 +134,9 @@ void ThreadPool::start(const std::vector<int>& cpus) {
   stop();
   std::lock_guard lock(state_->in_use);
   size_ = cpus.empty() ? 1 : static_cast<int>(cpus.size());
+  state_->caller = Fetcher(0, size_);
   if (!cpus.empty()) pin(cpus[0]);
-  for (int i = 1; i < size_; i++) state_->workers.emplace_back(&State::worker, state_.get(), cpus[i]);
+  for (int i = 1; i < size_; i++) state_->workers.emplace_back(&State::worker, state_.get(), cpus[i], i, size_);
 }
 
 void ThreadPool::stop() {
@@ -128,6 +162,11 @@ void ThreadPool::end_step() {
   state_->awake.fetch_add(1, std::memory_order_release);
 }
 
+void ThreadPool::fetch_ahead(const uint8_t* memory, int64_t bytes) {
+  state_->ahead_bytes.store(bytes, std::memory_order_relaxed);
+  state_->ahead.store(memory, std::memory_order_release);
+}
+
 void ThreadPool::run_erased(int64_t count, Erased call, const void* context) {
   State& state = *state_;
   std::unique_lock lock(state.in_use, std::try_to_lock);
@@ -148,7 +187,7 @@ void ThreadPool::run_erased(int64_t count, Erased call, const void* context) {
   state.work_on(job);
   // The last tasks are in other hands; where cores are scarce, those may need this one.
   for (int spins = 1; state.done.load(std::memory_order_acquire) != static_cast<uint64_t>(count); spins++) {
-    pause();
+    state.wait(state.caller);
     if (spins % 16384 == 0) sched_yield();
   }
 }

@@ -24,6 +24,11 @@ class ThreadPool {
   void begin_step();
   void end_step();
 
+  // While threads wait for each other or for the next job of a step, they fetch the beginning of `memory` into their caches,
+  // supposing that kTasks tasks a thread share it out; nullptr: nothing. The memory is not read: it may be gone by then.
+  void fetch_ahead(const uint8_t* memory, int64_t bytes);
+  static constexpr int64_t kTasks = 16;
+
   // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. `count` must be below
   // 2^20. A task may not throw, nor call `run`. If another thread is using the pool, this one computes alone.
   template <class Task>

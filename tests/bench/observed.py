@@ -23,9 +23,11 @@ def observed(
     warm_s: float = 1.0,
     stop_s: float = 11.0,
     tokens_per_event: int = 1,
+    without_text: int = 0,
 ) -> Observed:
-    """Requests that start then, have their first token after `ttft`, and one event each `gap` seconds. Those that
-    would end after `stop_s` are under way at the end."""
+    """Requests that start then, have their first token after `ttft`, and one event each `gap` seconds; the last
+    `without_text` events have no text, and are no events to the load generator. Those that would end after `stop_s` are
+    under way at the end."""
     begin = np.array(start, dtype=float)
     count = len(begin)
     first = begin + np.broadcast_to(np.array(ttft, dtype=float), (count,))
@@ -38,6 +40,7 @@ def observed(
             events, end[i] = events[:0], first[i]
         elif events[-1] <= stop_s:
             end[i] = events[-1]
+        events = events[: len(events) - without_text]
         times.append(events[events <= stop_s])
     done = ~np.isnan(end) & np.array([e is None for e in errors])
     return Observed(
@@ -45,6 +48,7 @@ def observed(
         intended=begin - late,
         start=begin,
         end=end,
+        finished=np.where(done, end, np.nan),
         input=np.full(count, input_tokens),
         target=np.full(count, tokens),
         usage=np.where(done & usage, float(tokens), np.nan),
@@ -53,7 +57,7 @@ def observed(
         event_times=np.concatenate(times) if times else np.empty(0),
         offsets=np.concatenate([[0], np.cumsum([len(events) for events in times])]).astype(np.int64),
         texts={},
-        planned_input=np.full(count, input_tokens),
+        planned_input=np.full(count, float(input_tokens)),
         lags=np.full(100, 0.0005),
         lag_times=np.linspace(0, stop_s, 100),
         cpu=[[(t, 0.1 * t) for t in np.arange(0, stop_s, 0.25).tolist()]],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,26 @@ def test_bundled_tokens_count_in_full() -> None:
     assert found.metrics["itl_mean"].value == pytest.approx(0.2)
     # 0.8 s between the first token and the last, for nine tokens
     assert found.metrics["tpot_mean"].value == pytest.approx(0.8 / 9)
+
+
+def test_the_last_token_may_have_no_text() -> None:
+    """After an end token that is ignored, the model goes on without text; it takes time all the same."""
+    seen = observed(STARTS, ttft=0.1, gap=0.1, without_text=4)
+    found = analyse(seen, seen.usage, CLOSED, 1, None)
+    assert found.metrics["tpot_p50"].value == pytest.approx(0.1)
+    assert found.metrics["interactivity"].value == pytest.approx(10.0)
+    assert found.metrics["e2e_mean"].value == pytest.approx(1.0)
+    assert found.metrics["output_throughput"].value == pytest.approx(20.0, rel=0.02)
+    # When a server does not say that it was done, the last text is the last that is known.
+    silent = dataclasses.replace(seen, finished=np.full(len(STARTS), np.nan))
+    assert analyse(silent, seen.usage, CLOSED, 1, None).metrics["e2e_mean"].value == pytest.approx(0.6)
+
+
+def test_answers_without_any_text_count_when_they_end() -> None:
+    seen = observed(STARTS, ttft=0.1, gap=0.1, without_text=10)
+    found = analyse(seen, seen.usage, CLOSED, 1, None)
+    assert found.metrics["output_throughput"].value == pytest.approx(20.0, rel=0.06)
+    assert "ttft_mean" not in found.metrics
 
 
 def test_failures_count_as_failures_and_nothing_else() -> None:

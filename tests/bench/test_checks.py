@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
 from skyline.bench.analysis import analyse
 from skyline.bench.checks import cache_verdict, client_health, objections, token_check
@@ -66,17 +67,56 @@ def test_tokens_are_counted_twice() -> None:
     bundled = observed(STARTS, ttft=0.1, gap=0.2, tokens_per_event=2)
     check = token_check(bundled, analyse(bundled, bundled.usage, CLOSED, 1, None), {})
     assert check.bundled and check.tokens_per_event == 2.0
+    assert (check.usage, check.text, check.without_text) == (bundled.usage[bundled.end > 1].sum(), None, None)
+
+
+def test_without_usage_texts_are_counted() -> None:
+    seen = regular(usage=False)
+    counted = dict.fromkeys(range(len(STARTS)), 10)
+    check = token_check(seen, analyse(seen, np.where(seen.end > 0, 10.0, np.nan), CLOSED, 1, None), counted)
+    assert check.usage is None and check.text == 10 * int((seen.end > 1).sum())
+    assert not check.bundled and check.mismatch is None and check.input_error is None
+
+
+def test_tokens_without_text_are_neither_bundled_nor_a_mismatch() -> None:
+    """Six of ten tokens have text."""
+    seen = regular(without_text=4)
+    check = token_check(seen, analyse(seen, seen.usage, CLOSED, 1, None), dict.fromkeys(range(4, 16), 6))
+    assert (check.usage, check.text, check.tokens_per_event) == (120, 72, 1.0)
+    assert not check.bundled and check.mismatch is None and check.without_text == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("factor", "says"), [(2, "240 output tokens where 120"), (0.5, "60 output tokens where 120")])
+def test_usage_that_the_text_contradicts(factor: float, says: str) -> None:
+    """Tokens without text would have taken as long as those with it."""
+    seen = dataclasses.replace(regular(), usage=regular().usage * factor)
+    analysis = analyse(seen, seen.usage, CLOSED, 1, None)
+    check = token_check(seen, analysis, dict.fromkeys(range(4, 16), 10))
+    assert check.mismatch is not None and says in check.mismatch
+    plan = load_plan()
+    assert check.mismatch in objections(plan, seen, analysis, cache_verdict(plan, seen, 15, None, None), check)
+
+
+def test_inputs_are_compared_where_they_are_known() -> None:
+    """The later turns of sessions repeat the ones before."""
+    seen = regular()
+    later = np.arange(len(STARTS)) % 3 > 0
+    seen = dataclasses.replace(
+        seen, input=np.where(later, 500, 102), planned_input=np.where(later, np.nan, seen.planned_input)
+    )
+    assert token_check(seen, analyse(seen, seen.usage, CLOSED, 1, None), {}).input_error == 2.0
 
 
 def test_objections() -> None:
     plan, seen = load_plan(), regular()
     analysis = analyse(seen, seen.usage, CLOSED, 1, None)
     cache = cache_verdict(plan, seen, 15, None, None)
-    assert objections(plan, seen, analysis, cache) == []
+    tokens = token_check(seen, analysis, {})
+    assert objections(plan, seen, analysis, cache, tokens) == []
     short = dataclasses.replace(seen, target=np.full(len(STARTS), 20))
-    assert "50% as long" in objections(plan, short, analysis, cache)[0]
+    assert "50% as long" in objections(plan, short, analysis, cache, tokens)[0]
     hit = cache_verdict(plan, seen, 15, (0, 0), (100, 90))
-    assert "prefix cache was hit" in objections(plan, seen, analysis, hit)[0]
+    assert "prefix cache was hit" in objections(plan, seen, analysis, hit, tokens)[0]
     failing = regular(error=dict.fromkeys(range(4, 22, 4), "HTTP 500: oops"))
-    found = objections(plan, failing, analyse(failing, failing.usage, CLOSED, 1, None), cache)
+    found = objections(plan, failing, analyse(failing, failing.usage, CLOSED, 1, None), cache, tokens)
     assert any("HTTP 500: oops" in text for text in found)

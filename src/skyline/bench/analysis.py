@@ -27,7 +27,8 @@ LITTLE_TOLERANCE = 0.1
 
 @dataclass
 class Analysis:
-    """`ended` marks the requests that ended well within the window; `output` is everyone's number of output tokens."""
+    """`ended` marks the requests that ended well within the window; `output` is everyone's number of output tokens,
+    `first` and `last` when the first and the last of them arrived."""
 
     metrics: dict[str, Estimate]
     window: Window
@@ -35,30 +36,42 @@ class Analysis:
     timeline: Timeline
     ended: Mask
     output: Array
+    first: Array
+    last: Array
 
 
 def analyse(seen: Observed, output: Array, level: Level, devices: int, slo: Slo | None) -> Analysis:
     """`output`: output tokens of each request, NaN where it is not known because the request did not end."""
     weights = _tokens_per_event(seen, output)
-    timeline = _timeline(seen, weights)
+    timeline = _timeline(seen, weights, output)
     window = _window(seen, timeline, level)
     ok = np.array([error is None for error in seen.error]) & ~np.isnan(seen.end)
     inside = (seen.end > window.begin_s) & (seen.end <= window.end_s)
     failed = inside & ~ok
     ended = inside & ok
+    first, last = _first_and_last(seen, output)
+    metrics = _latencies(seen, first, last, output, ended)
+    metrics |= _rates(seen, timeline, window, output, ended, failed)
+    if slo is not None:
+        metrics |= _goodput(seen, first, last, output, ended, failed, window, timeline.bin_s, slo)
+    metrics |= _derived(metrics, devices)
+    return Analysis(metrics, window, _table(seen, first, last, output), timeline, ended, output, first, last)
+
+
+def _first_and_last(seen: Observed, output: Array) -> tuple[Array, Array]:
+    """When the first and the last token of each request arrived.
+
+    Where there are more tokens than events with text, the last one may have had none, as those after an end token that
+    is ignored have none; the server then says when it was done."""
     events = seen.events
     first = np.full(len(seen.start), np.nan)
     last = np.full(len(seen.start), np.nan)
     some = events > 0
     first[some] = seen.event_times[seen.offsets[:-1][some]]
     last[some] = seen.event_times[seen.offsets[1:][some] - 1]
-
-    metrics = _latencies(seen, first, last, output, ended)
-    metrics |= _rates(seen, timeline, window, output, ended, failed)
-    if slo is not None:
-        metrics |= _goodput(seen, first, last, output, ended, failed, window, timeline.bin_s, slo)
-    metrics |= _derived(metrics, devices)
-    return Analysis(metrics, window, _table(seen, first, last, output), timeline, ended, output)
+    more = some & (output > events)
+    last[more] = np.fmax(last[more], seen.finished[more])
+    return first, last
 
 
 def _tokens_per_event(seen: Observed, output: Array) -> Array:
@@ -71,13 +84,16 @@ def _tokens_per_event(seen: Observed, output: Array) -> Array:
     return result
 
 
-def _timeline(seen: Observed, weights: Array) -> Timeline:
+def _timeline(seen: Observed, weights: Array, output: Array) -> Timeline:
     bin_s = _BIN_S
     while seen.stop_s / bin_s > _MAX_BINS:
         bin_s *= 2
     bins = max(1, int(np.ceil(seen.stop_s / bin_s)))
     edges = bin_s * np.arange(bins + 1, dtype=np.float64)
-    tokens, _ = np.histogram(seen.event_times, edges, weights=np.repeat(weights, seen.events))
+    textless = (seen.events == 0) & (output > 0)
+    times = np.concatenate([seen.event_times, seen.end[textless]])
+    counts = np.concatenate([np.repeat(weights, seen.events), output[textless]])
+    tokens, _ = np.histogram(times, edges, weights=counts)
     # The integral of the number under way up to t is the sum of (t − start)⁺ − (t − end)⁺.
     ends = np.where(np.isnan(seen.end), np.inf, seen.end)
     integral = _ramps(np.sort(seen.start), edges) - _ramps(np.sort(ends[np.isfinite(ends)]), edges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -109,13 +110,14 @@ async def _measure(
     with EnergyMeter() as meter:
         seen = await generate(plan, counter, watch=watch, alive=endpoint.alive, all_texts=not has_usage)
     after = endpoint.cache_counters()
-    text_tokens = {i: counter.text(text) for i, text in seen.texts.items()}
+    text_tokens = {i: counter.text(text) for i, text in seen.texts.items() if _countable(text, seen.usage[i])}
     analysis = analyse(seen, _output_tokens(seen, text_tokens), spec.level, spec.engine.devices, spec.slo)
     energy = meter.energy(seen.began + analysis.window.begin_s, seen.began + analysis.window.end_s)
     cache = cache_verdict(plan, seen, overhead, before, after)
     null = await _null(bench, plan, counter, analysis)
     client = client_health(seen, analysis, *(null or (None, None)))
-    reasons = objections(plan, seen, analysis, cache)
+    tokens = token_check(seen, analysis, text_tokens)
+    reasons = objections(plan, seen, analysis, cache, tokens)
     notes = [seen.stopped] if seen.stopped else []
     return PointResult(
         run=run,
@@ -131,11 +133,17 @@ async def _measure(
         server=endpoint.facts(),
         client=client,
         cache=cache,
-        tokens=token_check(seen, analysis, text_tokens),
+        tokens=tokens,
         energy=energy,
         requests=analysis.table,
         timeline=analysis.timeline,
     )
+
+
+def _countable(text: str, usage: float) -> bool:
+    """Cut characters became U+FFFD, of other tokens than they came of: such a text only counts where nothing else
+    does."""
+    return math.isnan(usage) or "\ufffd" not in text
 
 
 def _output_tokens(seen: Observed, text_tokens: dict[int, int]) -> np.ndarray[Any, np.dtype[np.float64]]:

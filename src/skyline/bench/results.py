@@ -148,16 +148,22 @@ class ClientHealth(Record):
 
 
 class TokenCheck(Record):
-    """Counted twice: `usage` as the server reports it, `text` by the tokenizer from the text that arrived.
+    """Output counted twice over a sample of the requests that ended: `usage` as the server reports it, `text` by the
+    tokenizer from the text that arrived. Either is None where there is none; without `text`, `usage` is of all.
 
-    `events` is how many stream events held text. `tokens_per_event` above 1 means that tokens came bundled, so ITL is
-    of bundles. `input_error` is the mean of (usage's prompt tokens − tokens meant to be sent)."""
+    `events` is how many stream events of all requests held text. `tokens_per_event`, by text where it was counted,
+    above 1 means that tokens came bundled, so ITL is of bundles. `without_text` is the share of tokens that came
+    without text, as those after an ignored end token do. `mismatch` says why the two counts cannot both be right.
+    `input_error` is the mean of (usage's prompt tokens − tokens meant to be sent), of first turns where there are
+    sessions."""
 
     usage: int | None
     text: int | None
     events: int
     tokens_per_event: float | None
     bundled: bool
+    without_text: float | None = None
+    mismatch: str | None = None
     input_error: float | None = None
     # Requests that generated another number of tokens than asked for.
     wrong_length: int = 0

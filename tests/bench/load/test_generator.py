@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from skyline.bench.analysis import analyse
-from skyline.bench.checks import objections
+from skyline.bench.checks import objections, token_check
 from skyline.bench.load.generator import LoadError, LoadPlan, Observed, generate
 from skyline.bench.load.null import null_server
 from skyline.bench.load.prompts import TokenCounter
@@ -103,7 +103,7 @@ async def test_a_stall_is_seen_from_intended_starts(counter: TokenCounter, stall
     assert found.window.begin_s == pytest.approx(seen.warm_s) and found.window.truncated_s == 0
     assert found.metrics["ttft_intended_p99"].value == pytest.approx(truth, rel=0.05)
     if begin > seen.warm_s:  # else what was under way in the window need not fit the residence times
-        assert objections(load, seen, found, Verdict(status="valid", reason="")) == []
+        assert objections(load, seen, found, Verdict(status="valid", reason=""), token_check(seen, found, {})) == []
 
 
 async def test_sessions_repeat_their_turns(counter: TokenCounter) -> None:
@@ -125,7 +125,24 @@ async def test_sessions_repeat_their_turns(counter: TokenCounter) -> None:
         if turn:
             assert messages[:-2] == conversations[number - 1]  # type: ignore[index]
     assert len({messages[0]["content"] for messages in conversations}) == 1  # type: ignore[index]
+    # First turns have as many tokens as the template makes of them; of later ones that is not known beforehand.
+    first, later = seen.index % 3 == 0, seen.index % 3 > 0
+    assert np.isnan(seen.planned_input[later]).all()
+    for index, planned in zip(seen.index[first].tolist(), seen.planned_input[first].tolist(), strict=True):
+        messages = conversations[index]
+        assert planned == counter.opening(messages[:1]) + counter.prompts([messages[1]["content"]], chat=True)[0]  # type: ignore[index, list-item]
     assert counter.text(conversations[0][0]["content"]) >= 20  # type: ignore[index]
+
+
+async def test_kept_texts_are_spread_over_the_load(counter: TokenCounter) -> None:
+    async with null_server() as url:
+        seen = await generate(plan(url, closed(4)), counter)
+    kept = np.sort(seen.index[list(seen.texts)])
+    assert len(seen.index) > 500 and 30 <= len(kept) <= 66
+    strides = np.diff(kept)
+    assert strides.min() == np.median(strides) > 4  # every k-th, but for those under way at the end
+    assert kept[-1] > 0.9 * seen.index.max()
+    assert all(counter.text(text) == seen.usage[i] == seen.events[i] for i, text in seen.texts.items())
 
 
 async def test_without_usage_texts_are_kept(counter: TokenCounter) -> None:

@@ -108,6 +108,31 @@ def test_text_completions_and_reasoning() -> None:
     assert (reply.error, reply.texts, reply.output) == (None, ["a", "hm"], None)
 
 
+FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"length"}]}\n\n'
+FINISH_WITH_USAGE = b'data: {"choices":[{"text":"","finish_reason":"stop"}],"usage":{"completion_tokens":3}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("after_the_text", "place"),
+    [
+        ([ROLE, FINISH, event(usage=USAGE)], 2),
+        ([event(usage=USAGE)], 1),
+        ([event("", usage=USAGE), event("", usage=USAGE), FINISH_WITH_USAGE], 3),
+        ([ROLE], None),
+    ],
+    ids=["finish reason", "usage alone", "usage with every event", "neither"],
+)
+def test_when_the_server_was_done(
+    after_the_text: list[bytes], place: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock ticks once when the request is sent and at each piece that arrives."""
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("skyline.bench.load.http.perf_counter", lambda: next(clock))
+    reply, _ = received([HEAD, *(b"%x\r\n%b\r\n" % (len(e), e) for e in [event("a"), *after_the_text]), b"0\r\n\r\n"])
+    assert reply.times == [102.0] and reply.error is None
+    assert reply.finished == (0.0 if place is None else 102.0 + place)
+
+
 def test_an_answer_until_the_connection_closes() -> None:
     head = b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     reply, connection = received([head + b"".join(EVENTS)], closes=True)

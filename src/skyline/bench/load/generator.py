@@ -79,13 +79,15 @@ class Live:
 @dataclass
 class Observed:
     """What the workers saw, merged in order of sending; `index` is the request's number in the load. Times are
-    seconds since the load's begin; `end` is NaN where a request was under way when the load ended.
+    seconds since the load's begin; `end` is NaN where a request was under way when the load ended, `finished` (when the
+    server said that it had generated the last token) where it did not say so. `texts` are those of every k-th request.
     `event_times[offsets[i]:offsets[i + 1]]` are request i's events."""
 
     index: npt.NDArray[np.int64]
     intended: Array
     start: Array
     end: Array
+    finished: Array
     input: npt.NDArray[np.int64]
     target: npt.NDArray[np.int64]
     usage: Array  # output tokens as usage reports them, NaN where it does not
@@ -94,7 +96,7 @@ class Observed:
     event_times: Array
     offsets: npt.NDArray[np.int64]
     texts: dict[int, str]
-    planned_input: npt.NDArray[np.int64]
+    planned_input: Array  # tokens meant to be sent, NaN for what follows a session's first turn
     lags: Array
     lag_times: Array
     cpu: list[list[tuple[float, float]]]  # (time, CPU seconds) of each worker
@@ -130,7 +132,7 @@ async def generate(
     workers = plan.measure.workers or default_workers(plan.level)
     if plan.level.concurrency is not None:
         workers = min(workers, plan.level.concurrency)
-    setups, planned = _setups(plan, counter, workers, all_texts)
+    setups = _setups(plan, counter, workers, all_texts)
     async with _started(setups) as processes:
         begin = perf_counter() + _START_S
         for process in processes:
@@ -140,12 +142,10 @@ async def generate(
         for process in processes:
             process.write(0.0)
         reports = [await process.report() for process in processes]
-    return _merge(reports, planned, begin, warm_s, stop_s, stopped)
+    return _merge(reports, begin, warm_s, stop_s, stopped)
 
 
-def _setups(
-    plan: LoadPlan, counter: TokenCounter, workers: int, all_texts: bool
-) -> tuple[list[messages.Setup], list[int]]:
+def _setups(plan: LoadPlan, counter: TokenCounter, workers: int, all_texts: bool) -> list[messages.Setup]:
     workload, level, measure = plan.workload, plan.level, plan.measure
     source = PromptSource.calibrate(counter, workload.chat, plan.salt)
     inputs = lengths(workload.input, workload.ratio, _LENGTHS, plan.seed, stream=0)
@@ -161,14 +161,15 @@ def _setups(
 
     fields = {"model": plan.model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     fields |= plan.extra
-    opening = []
+    opening, opening_tokens = [], 0
     turns = 1
     if workload.sessions is not None:
         turns = workload.sessions.turns
         if workload.sessions.shared_prefix:
             text = source.content(_SHARED_PREFIX, workload.sessions.shared_prefix + source.overhead)
             opening = [{"role": "system", "content": text}]
-    setups = [
+            opening_tokens = counter.opening(opening)
+    return [
         messages.Setup(
             worker=number,
             workers=workers,
@@ -188,11 +189,11 @@ def _setups(
             starts=None if starts is None else starts[number::workers].tolist(),
             turns=turns,
             opening=opening,
+            opening_tokens=opening_tokens,
             request=fields,
         )
         for number in range(workers)
     ]
-    return setups, inputs
 
 
 def _share(clients: int, number: int, workers: int) -> int:
@@ -344,7 +345,6 @@ async def _wait_until_enough(
 
 def _merge(
     reports: list[messages.Report],
-    planned: list[int],
     begin: float,
     warm_s: float,
     stop_s: float,
@@ -366,14 +366,14 @@ def _merge(
         texts |= {base + position: text for position, text in report.texts.items()}
         base += len(report.start)
     place = np.argsort(order)
-    end = column("end")[order]
+    end, finished = column("end")[order], column("finished")[order]
     errors = [error for report in reports for error in report.error]
-    index = column("index", np.int64)[order]
     return Observed(
-        index=index,
+        index=column("index", np.int64)[order],
         intended=column("intended")[order] - begin,
         start=start[order] - begin,
         end=np.where(end > 0, end - begin, np.nan),
+        finished=np.where(finished > 0, finished - begin, np.nan),
         input=column("input", np.int64)[order],
         target=column("target", np.int64)[order],
         usage=column("output")[order],
@@ -382,7 +382,7 @@ def _merge(
         event_times=(np.concatenate(pieces) if pieces else np.empty(0)) - begin,
         offsets=np.concatenate([[0], np.cumsum(counts[order])]),
         texts={int(place[position]): text for position, text in texts.items()},
-        planned_input=np.array(planned, dtype=np.int64)[index % len(planned)],
+        planned_input=column("planned")[order],
         lags=np.frombuffer(b"".join(report.lags for report in reports)),
         lag_times=np.frombuffer(b"".join(report.lag_times for report in reports)) - begin,
         cpu=[[(at - begin, used) for at, used in report.cpu_times] for report in reports],

@@ -22,15 +22,22 @@ import msgspec
 class Reply:
     """What became of one request. Times are perf_counter's seconds; `times` has one entry for each event with text."""
 
-    __slots__ = ("cached", "end", "error", "index", "input", "intended", "output", "start", "target", "texts", "times")
+    __slots__ = (
+        *("index", "intended", "planned", "target"),
+        *("start", "end", "finished", "times", "texts"),
+        *("input", "output", "cached", "error"),
+    )
 
     def __init__(self, index: int, intended: float, input_tokens: int, target: int) -> None:
         self.index = index
         self.intended = intended
-        self.input = input_tokens  # meant to be sent; what usage reports is put there when it arrives
+        self.planned: int | None = input_tokens  # meant to be sent, None where that is not known exactly
+        self.input = input_tokens  # the same until usage reports it
         self.target = target  # output tokens asked for
         self.start = 0.0
         self.end = 0.0
+        # When the server said that all tokens were generated, of which the last may have no text; 0 if it did not.
+        self.finished = 0.0
         self.times: list[float] = []
         self.texts: list[str] = []
         self.output: int | None = None  # as usage reports it
@@ -48,6 +55,7 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     message: _Delta | None = None
     text: str | None = None
+    finish_reason: Any = None
 
 
 class _Details(msgspec.Struct):
@@ -291,8 +299,12 @@ class Connection(asyncio.Protocol):
                 reply.times.append(now)
                 if self._keep:
                     reply.texts.append(text)
+            if choice.finish_reason is not None:
+                reply.finished = now
         usage = event.usage
         if usage is not None and usage.completion_tokens is not None:
+            if not event.choices:
+                reply.finished = reply.finished or now
             reply.output = usage.completion_tokens
             if usage.prompt_tokens is not None:
                 reply.input = usage.prompt_tokens

@@ -32,7 +32,7 @@ class Setup(msgspec.Struct):
     inputs: list[int]
     outputs: list[int]
     timeout_s: float
-    # Replies whose text is kept, of this worker's first; None keeps all.
+    # At least so many replies' texts are kept, of every k-th request, if there are as many; None keeps all.
     keep_texts: int | None
     # Closed loop: so many clients, each waiting so long between an answer and its next request.
     clients: int = 0
@@ -42,6 +42,7 @@ class Setup(msgspec.Struct):
     # Sessions: turns of each, and the messages that all of them begin with.
     turns: int = 1
     opening: list[dict[str, str]] = []
+    opening_tokens: int = 0
     request: dict[str, Any] = {}
 
 
@@ -62,13 +63,17 @@ class Progress(msgspec.Struct, tag="progress"):
 class Report(msgspec.Struct, tag="report"):
     """Columns in order of sending; times in perf_counter's seconds, which are the same clock in all processes.
 
-    `end` is 0 where the request was still under way. `events` counts events with text; `event_times` holds all of
-    them as float64, request by request. `lags` are the event loop's latenesses, float64."""
+    `end` is 0 where the request was still under way, `finished` where the server did not say that it was done.
+    `planned` is how many tokens the input was meant to have, None for what follows a session's first turn. `events`
+    counts events with text; `event_times` holds all of them as float64, request by request. `lags` are the event loop's
+    latenesses, float64."""
 
     index: list[int]
     intended: list[float]
     start: list[float]
     end: list[float]
+    finished: list[float]
+    planned: list[int | None]
     input: list[int]
     target: list[int]
     output: list[int | None]

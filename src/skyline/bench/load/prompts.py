@@ -57,6 +57,13 @@ class TokenCounter:
             contents = [self._render([{"role": "user", "content": content}]) for content in contents]
         return [len(ids) for ids in self._tokenizer.encode_batch(contents, add_special_tokens=not chat)]
 
+    def opening(self, messages: list[dict[str, str]]) -> int:
+        """How many input tokens these messages add in front of a user's."""
+        user = [{"role": "user", "content": LEAD}]
+        texts = [self._render(messages + user), self._render(user)]
+        whole, alone = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return len(whole) - len(alone)
+
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._template is None:
             raise SuiteError("the tokenizer has no chat template: say `chat: false` in the scenario")

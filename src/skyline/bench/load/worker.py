@@ -47,6 +47,9 @@ class Worker:
         self._under_way: dict[Reply, Connection | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        # The texts of every so manieth request are kept, and more seldom as they become many.
+        self._stride = 1
+        self._kept: list[Reply] = []
         self._lags = array("d")
         self._lag_times = array("d")
         self._cpu: list[tuple[float, float]] = []
@@ -134,9 +137,12 @@ class Worker:
         index = self._index(self._count)
         self._count += 1
         tokens, target = self._lengths(index)
+        reply = Reply(index, intended, tokens, target)
+        # What the template makes of earlier turns is not counted here.
+        reply.planned = None if history else tokens + self._setup.opening_tokens
         history.append({"role": "user", "content": self._prompts.content(index, tokens)})
         body = _json({**self._setup.request, "messages": self._setup.opening + history, "max_tokens": target})
-        return Reply(index, intended, tokens, target), body
+        return reply, body
 
     def send(
         self,
@@ -158,7 +164,7 @@ class Worker:
     async def _connect_and_send(
         self, reply: Reply, body: bytes, done: Callable[[Connection | None, Reply], None]
     ) -> None:
-        connection = Connection(self._address, self._keeps_text)
+        connection = Connection(self._address, self._keep_text)
         try:
             await asyncio.wait_for(connection.connect(), self._setup.timeout_s)
         except (OSError, TimeoutError) as error:
@@ -188,8 +194,24 @@ class Worker:
         self._under_way[reply] = connection
         connection.send(reply, body, finished)
 
-    def _keeps_text(self, reply: Reply) -> bool:
-        return self._setup.keep_texts is None or reply.index // self._setup.workers < self._setup.keep_texts
+    def _keep_text(self, reply: Reply) -> bool:
+        """Whether the text of this reply, which is about to be sent, is kept; one that is too many is let go for it."""
+        most = self._setup.keep_texts
+        if most is None:
+            return True
+        if not self._in_sample(reply):
+            return False
+        self._kept.append(reply)
+        if len(self._kept) > 2 * most:
+            self._stride *= 2
+            for other in self._kept:
+                if not self._in_sample(other):
+                    other.texts = []
+            self._kept = [other for other in self._kept if self._in_sample(other)]
+        return self._in_sample(reply)
+
+    def _in_sample(self, reply: Reply) -> bool:
+        return reply.index // self._setup.workers % self._stride == 0
 
     def _ended_one(self, reply: Reply) -> None:
         self._under_way.pop(reply, None)
@@ -240,6 +262,8 @@ class Worker:
             intended=[reply.intended for reply in replies],
             start=[reply.start for reply in replies],
             end=[reply.end for reply in replies],
+            finished=[reply.finished for reply in replies],
+            planned=[reply.planned for reply in replies],
             input=[reply.input for reply in replies],
             target=[reply.target for reply in replies],
             output=[reply.output for reply in replies],
@@ -250,7 +274,7 @@ class Worker:
             texts={
                 position: "".join(reply.texts)
                 for position, reply in enumerate(replies)
-                if self._keeps_text(reply) and reply.end > 0 and reply.error is None
+                if self._in_sample(reply) and reply.end > 0 and reply.error is None
             },
             lags=self._lags.tobytes(),
             lag_times=self._lag_times.tobytes(),

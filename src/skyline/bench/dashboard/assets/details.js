@@ -174,7 +174,7 @@ function checks(point) {
   }
   if (client) found.push([client.limited ? "bad" : "good", "Load generator", clientText(client)]);
   if (cache) found.push([of[cache.status], "Prefix cache", cache.reason]);
-  if (tokens) found.push([tokens.bundled || tokens.wrong_length ? "bad" : "good", "Token count", tokenText(tokens)]);
+  if (tokens) found.push([tokens.bundled || tokens.wrong_length || tokens.mismatch ? "bad" : "good", "Token count", tokenText(tokens)]);
   if (energy)
     found.push([of[energy.status], "Energy", energy.source ? `${energy.reason} (${energy.source})` : energy.reason]);
   return found;
@@ -191,12 +191,14 @@ function clientText({ reason, headroom, cpu_share: cpu, loop_lag_p99_s: lag }) {
   return `${reason}${room}; CPU ${percent(cpu)}; event loop late by ${number(lag * 1000)} ms at p99`;
 }
 
-function tokenText({ usage, text, bundled, tokens_per_event: each, wrong_length: wrong }) {
+function tokenText({ usage, text, bundled, tokens_per_event: each, wrong_length: wrong, without_text: textless, mismatch }) {
   const parts = [
     usage === null ? "no usage" : `${number(usage)} by usage`,
     text === null ? "not counted from text" : `${number(text)} from text`,
   ];
   if (bundled) parts.push(`tokens came bundled, ${number(each)} an event`);
+  if (textless > 0.01) parts.push(`${percent(textless)} of tokens came without text`);
+  if (mismatch) parts.push(mismatch);
   if (wrong) parts.push(`${number(wrong)} requests of another length than asked for`);
   return parts.join("; ");
 }

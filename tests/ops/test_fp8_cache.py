@@ -83,3 +83,15 @@ def test_latents_have_no_such_form(dtype: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, "DeepseekV3", **FAMILIES["DeepseekV3"])
     with pytest.raises(ValueError, match=f"kv_cache_dtype {dtype} is for keys and values"):
         explain(EngineConfig(model=str(tmp_path), kv_cache_dtype=dtype), context=9, prefill=9)  # type: ignore[arg-type]
+
+
+def test_scales_of_the_checkpoint_go_where_the_cache_is() -> None:
+    """They are read on the CPU. Those that the checkpoint has only of keys leave values at 1."""
+    cache = KVCache(2, 16, torch.float8_e4m3fn)
+    cache.k_scale = torch.tensor([0.5, 2.0])
+    cache.allocate(2, 16, torch.device("meta"))
+    assert cache.k_scale is not None and cache.v_scale is not None
+    assert {part.device.type for part in (*cache.tensors, cache.k_scale, cache.v_scale)} == {"meta"}
+    cache.k_scale, cache.v_scale = torch.tensor([0.5, 2.0]), None
+    cache.allocate(2, 16, torch.device("cpu"))
+    assert cache.scales is not None and [part.tolist() for part in cache.scales] == [[0.5, 2.0], [1.0, 1.0]]

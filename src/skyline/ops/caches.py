@@ -83,8 +83,9 @@ class KVCache(LayerCache):
             self.k_scale = reserve(shape[:3], torch.float32, device)
             self.v_scale = reserve(shape[:3], torch.float32, device)
         elif self.dtype == torch.float8_e4m3fn:
-            self.k_scale = torch.ones(self.num_kv_heads, device=device) if self.k_scale is None else self.k_scale
-            self.v_scale = torch.ones(self.num_kv_heads, device=device) if self.v_scale is None else self.v_scale
+            ones = torch.ones(self.num_kv_heads, device=device)
+            self.k_scale = ones if self.k_scale is None else self.k_scale.to(device)
+            self.v_scale = ones if self.v_scale is None else self.v_scale.to(device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:

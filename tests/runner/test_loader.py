@@ -5,7 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from skyline.demo import DEMO_PATH
+from skyline.engine.config import EngineConfig
+from skyline.runner.loader import load_model
 
 
 def test_does_not_import_the_compiler_of_torch() -> None:
@@ -16,3 +21,9 @@ def test_does_not_import_the_compiler_of_torch() -> None:
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_driver_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no usable CUDA device here; use --device cpu or check the driver"):
+        load_model(EngineConfig(model=str(DEMO_PATH), device="cuda"))

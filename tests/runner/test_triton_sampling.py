@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from skyline.engine.messages import AdmittedRequest
 from skyline.engine.sampling_params import SamplingParams
+from skyline.kernels import triton as provider
 from skyline.runner.sampler import Sampler
 from skyline.runner.sampling import choose
 from tests.kernels.triton.test_ops import DEVICE
@@ -58,6 +61,35 @@ def test_a_mixed_batch_gives_what_torch_gives(dtype: torch.dtype, monkeypatch: p
                 assert one.ids == other.ids and one.rank == other.rank
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     assert penalized.sum() == 3 and sampler._counts is not None and not sampler._counts.any()
+
+
+def test_kernels_that_do_not_compile_leave_it_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_large(*_: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    def counted(logits: Tensor, counts: Tensor, *_: object) -> None:
+        counts.fill_(3)
+        too_large()
+
+    vocab, rows = 301, list(range(len(KINDS)))
+    logits = torch.randn(len(KINDS), vocab, generator=torch.Generator().manual_seed(0)).mul_(3)
+    monkeypatch.setattr(choose, "is_native", lambda logits: False)
+    expected = make_sampler(vocab, KINDS, CPU).sample(logits.clone(), rows, [9] * len(rows))
+    greedy = choose.greedy(logits)
+    monkeypatch.setattr(choose, "is_triton", lambda logits: True)
+    for name in ("sampling.choose_tokens", "sampling.greedy", "logits.token_statistics"):
+        monkeypatch.setattr(f"skyline.kernels.triton.{name}", too_large)
+    monkeypatch.setattr("skyline.kernels.triton.logits.penalize", counted)
+    monkeypatch.setattr(provider, "FALLS_BACK", True)
+    monkeypatch.setattr(provider, "_warned", set())
+    sampler = make_sampler(vocab, KINDS, CPU)
+    found = sampler.sample(logits.clone(), rows, [9] * len(rows))
+    assert found.host_token_ids() == expected.host_token_ids() and found.logprobs == expected.logprobs
+    assert all(map(torch.equal, choose.greedy(logits), greedy))
+    assert sampler._counts is not None and not sampler._counts.any()
+    assert len(caplog.records) == 4
 
 
 def test_greedy_rows_from_what_was_computed_before() -> None:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from dataclasses import dataclass, field, replace
 
 import torch
 
 LIBRARIES = frozenset({"triton", "flashinfer"})
+OLDEST = (8, 0)  # compute capability that Triton's and FlashInfer's kernels here are for
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Gpu:
     """A GPU as far as kernels and their choice have to know it.
 
     capability: NVIDIA's compute capability (9, 0) and so on. flops: dense peak FLOP/s by format, where the hardware has
-    that format. libraries: which of LIBRARIES can be imported where the kernels run.
+    that format. libraries: which of LIBRARIES can be used where the kernels run.
     """
 
     name: str
@@ -74,12 +78,15 @@ GPUS: dict[str, Gpu] = {
 
 @functools.cache
 def detect(index: int = 0) -> Gpu:
-    """The CUDA device of that index. Its rates are those of the nearest known one, for it does not tell them."""
+    """The CUDA device of that index. Its rates are those of the nearest known one, for it does not tell them.
+
+    One line is logged if Skyline's kernels cannot run there.
+    """
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     named = [gpu for key, gpu in GPUS.items() if key.upper() in properties.name.upper()]
     alike = named or [gpu for gpu in GPUS.values() if gpu.capability <= capability] or [GPUS["a100"]]
-    return replace(
+    found = replace(
         alike[-1],
         name=properties.name,
         capability=capability,
@@ -88,3 +95,24 @@ def detect(index: int = 0) -> Gpu:
         shared_memory=getattr(properties, "shared_memory_per_block_optin", alike[-1].shared_memory),
         libraries=frozenset(name for name in LIBRARIES if importlib.util.find_spec(name) is not None),
     )
+    if capability < OLDEST:
+        _LOG.warning(
+            "%s is too old for Skyline's kernels: its compute capability is %d.%d, they need %d.%d. torch computes "
+            "every op, which is far slower",
+            *(found.name, *capability, *OLDEST),
+        )
+    elif "triton" in found.libraries and (why_not := _triton_fails(index)) is not None:
+        _LOG.warning("Triton cannot compile here, so torch computes what its kernels would, far slower: %s", why_not)
+        return found.without("triton")
+    return found
+
+
+def _triton_fails(index: int) -> str | None:
+    """Compile and run the smallest of kernels: there may be no compiler of C, or no right one."""
+    from skyline.kernels.triton import probe
+
+    try:
+        probe.run(torch.device("cuda", index))
+    except Exception as error:  # whatever it is, every other kernel would meet it as well
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -55,6 +55,8 @@ class AttentionBatch:
     state_writes: list[int]
     # The two on the device, [2, R] int32; a write to -1 is none. Made of the lists when first asked for, unless given.
     state_blocks: torch.Tensor | None = None
+    # The numbers on the host are those of no step: what is computed may be recorded, and goes by the device's only.
+    device_only: bool = False
 
     def device_states(self) -> torch.Tensor:
         """`state_blocks`, for kernels that do not go by the host's lists."""

@@ -38,7 +38,8 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> Tensor:
 
     Token t is bit t % 32 of word t // 32: on little-endian machines, where torch runs, bit t % 8 of byte t // 8.
     """
-    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8).to(logits.device, non_blocking=True)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)  # made there: a copy from the host would wait
+    bits = torch.ones_like(shifts).bitwise_left_shift_(shifts)
     forbidden = (bitmask.view(torch.uint8).unsqueeze(-1) & bits) == 0
     return logits.masked_fill(forbidden.flatten(1)[:, : logits.shape[1]], float("-inf"))
 

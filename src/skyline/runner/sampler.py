@@ -20,6 +20,7 @@ from torch import Tensor
 from skyline.engine.grammar_check import GrammarError
 from skyline.engine.messages import AdmittedRequest, TokenLogprobs
 from skyline.kernels.cpu import sampling
+from skyline.kernels.triton import or_in_torch
 from skyline.ops.batch import to_device
 from skyline.runner.grammar import GrammarCompiler, Matcher, apply_bitmask, bitmask_width
 from skyline.runner.sampling import choose
@@ -202,7 +203,9 @@ class Sampler:
         if constrained:
             self._constrain(logits, slots, constrained, errors)
         if choose.is_triton(logits):
-            self._penalize(logits, slots, positions, [(row, rules) for row, rules in ruled if rules.penalizes])
+            penalized = [(row, rules) for row, rules in ruled if rules.penalizes]
+            for start in range(0, len(penalized), _PENALIZED_AT_ONCE):
+                self._penalize(logits, slots, positions, penalized[start : start + _PENALIZED_AT_ONCE])
             for row, rules in ruled:
                 rules.add_bias(logits[row])
         else:
@@ -210,27 +213,33 @@ class Sampler:
                 rules.adjust(logits[row], self._token_ids[slots[row], : positions[row]], self._num_prompt[slots[row]])
 
     def _penalize(self, logits: Tensor, slots: list[int], positions: list[int], ruled: list[tuple[int, Rules]]) -> None:
-        """Penalties of all rows that have some, a few rows at once: each needs a count of every token."""
+        """Penalties of a few rows: each needs a count of every token."""
         from skyline.kernels.triton.logits import penalize
 
-        for start in range(0, len(ruled), _PENALIZED_AT_ONCE):
-            part = ruled[start : start + _PENALIZED_AT_ONCE]
-            lengths = [positions[row] for row, _ in part]
-            numbers = np.array(
-                [
-                    [row for row, _ in part],
-                    [slots[row] for row, _ in part],
-                    lengths,
-                    [self._num_prompt[slots[row]] for row, _ in part],
-                    [rules.repetition for _, rules in part],
-                    [rules.frequency for _, rules in part],
-                    [rules.presence for _, rules in part],
-                ],
-                np.float64,
-            )
-            if self._counts is None or len(self._counts) < len(part):
-                self._counts = torch.zeros((len(part), self._vocab_size), dtype=torch.int32, device=self._device)
-            penalize(logits, self._counts, self._token_ids, to_device(numbers, self._device), max(lengths))
+        lengths = [positions[row] for row, _ in ruled]
+        numbers = np.array(
+            [
+                [row for row, _ in ruled],
+                [slots[row] for row, _ in ruled],
+                lengths,
+                [self._num_prompt[slots[row]] for row, _ in ruled],
+                [rules.repetition for _, rules in ruled],
+                [rules.frequency for _, rules in ruled],
+                [rules.presence for _, rules in ruled],
+            ],
+            np.float64,
+        )
+        if self._counts is None or len(self._counts) < len(ruled):
+            self._counts = torch.zeros((len(ruled), self._vocab_size), dtype=torch.int32, device=self._device)
+        counts, there = self._counts, to_device(numbers, self._device)
+
+        def in_torch() -> None:
+            counts.zero_()  # some tokens may have been counted
+            for row, rules in ruled:
+                tokens = self._token_ids[slots[row], : positions[row]]
+                rules.penalize(logits[row], tokens, self._num_prompt[slots[row]])
+
+        or_in_torch("penalties", lambda: penalize(logits, counts, self._token_ids, there, max(lengths)), in_torch)
 
     def _constrain(self, logits: Tensor, slots: list[int], rows: list[int], errors: dict[int, str]) -> None:
         bitmask = torch.zeros(

@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from skyline.kernels import candidates
+from skyline.kernels import triton as provider
 from skyline.kernels.triton import causal_conv, delta
 from skyline.ops import OPS, AttentionBatch, StateCache
 from tests.kernels.triton.test_ops import DEVICE, moved
@@ -132,6 +135,29 @@ def test_padding_of_a_replayed_graph() -> None:
     assert torch.equal(few, many[:2]) and many.isfinite().all()
     assert all(map(torch.equal, states, padded))
     assert torch.equal(padded[1][[0, 2, 4, 5]].cpu(), cache.tensors[1][[0, 2, 4, 5]])
+
+
+class _TooLarge:
+    def __getitem__(self, grid: object) -> object:
+        def launch(*_: object, **__: object) -> None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+        return launch
+
+
+@pytest.mark.parametrize("kernel", ["_chunk_kernel", "_scan_kernel", "_recurrent_kernel"])
+def test_states_advance_once_if_a_kernel_does_not_compile(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """The reference takes over a step in which other kernels might have run: one request decodes, one begins."""
+    cache, batch = _cache(torch.bfloat16, 16, 16), _batch([4, 0], [1, 40])
+    inputs, expected, mine = _inputs(41, cache, torch.bfloat16), copy.deepcopy(cache), moved(cache)
+    wanted = OPS["gated_delta_rule"].reference(*inputs, KEY_HEADS, expected, batch)
+    run = next(k.run for k in candidates("gated_delta_rule") if k.provider == provider.PROVIDER)
+    monkeypatch.setattr(provider, "FALLS_BACK", True)
+    monkeypatch.setattr(delta, "_compiled", set())
+    monkeypatch.setattr(delta, kernel, _TooLarge())
+    got = run(*_moved(inputs), KEY_HEADS, mine, moved(batch))
+    torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0 if DEVICE.type == "cpu" else 1e-2)
+    torch.testing.assert_close(mine.tensors[1].cpu(), expected.tensors[1])
 
 
 def test_no_rows() -> None:

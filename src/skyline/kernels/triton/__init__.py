@@ -7,20 +7,21 @@ tested on the CPU in Triton's interpreter, and compiled there for every generati
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from skyline.kernels.fp8_layout import fp8_layout
+from skyline.kernels.gpu import OLDEST
 from skyline.kernels.registry import Kernel, Layout, Request, register
-from skyline.kernels.triton.layouts import INT8, int4_layout
-from skyline.ops import OPS
+from skyline.kernels.triton.layouts import INT8, Int4Weight, int4_layout, unpack_int4
+from skyline.ops import OPS, AttentionBatch
 
 PROVIDER = "triton"
 BY_EXPERT = "triton, by expert"  # looks at values on the host, so that it cannot be recorded
-OLDEST = (8, 0)
 FALLS_BACK = True  # False where an error of the compiler is to be seen: in tests
 
 _LOG = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _warned: set[str] = set()
 # Ops that read or write keys and values as they are cached.
 _CACHED = frozenset({"kv_write", "paged_attention", "rope_kv_write"})
 
+T = TypeVar("T")
 LayoutOf = Layout | Callable[[tuple[Any, ...]], Layout]
 
 
@@ -42,7 +44,7 @@ def supports(request: Request) -> str | None:
         return f"needs compute capability 8.0, {request.gpu.name} has {'.'.join(map(str, request.gpu.capability))}"
     if request.op.name in _CACHED and request.kv_dtype == torch.float8_e4m3fn and not request.gpu.fp8:
         return f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
-    return None if "triton" in request.gpu.libraries else "Triton is not installed: pip install triton"
+    return None if "triton" in request.gpu.libraries else "Triton is not installed, or cannot compile here"
 
 
 def supports_fp8(request: Request) -> str | None:
@@ -52,23 +54,40 @@ def supports_fp8(request: Request) -> str | None:
     return None if request.gpu.fp8 else f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
 
 
-def _is_of_the_compiler(error: Exception) -> bool:
+class DeviceOnlyError(RuntimeError):
+    """A kernel does not compile in a step of which only the device knows the numbers: no reference can replace it."""
+
+
+def does_not_compile(what: str, error: Exception) -> bool:
+    """Whether torch should do what a kernel was to do, as it does not compile, or does not fit. Warns once of each."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    return isinstance(error, (CompilationError, OutOfResources, PTXASError))
+    # Launchers are compiled by a compiler of C, which may be missing.
+    of_c = isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in str(error)
+    if not FALLS_BACK or not (of_c or isinstance(error, (CompilationError, OutOfResources, PTXASError))):
+        return False
+    if what not in _warned:
+        _warned.add(what)
+        _LOG.warning("%s does not compile for this GPU in one of its cases, torch computes those: %s", what, error)
+    return True
+
+
+def or_in_torch(what: str, kernel: Callable[[], T], in_torch: Callable[[], T]) -> T:
+    """What `kernel` gives, or, if it does not compile, what `in_torch` does: for what is no op of a Program."""
+    try:
+        return kernel()
+    except Exception as error:
+        if not does_not_compile(what, error):
+            raise
+    return in_torch()
 
 
 def _by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
-    """Raises the compiler's error if the reference does not know a layout that the weight was given for the kernel."""
-    try:
-        result = OPS[op].reference(*arguments)
-    except (AttributeError, TypeError):
-        raise error from None
-    if op not in _warned:
-        _warned.add(op)
-        _LOG.warning("%s does not compile for this GPU in one of its cases, torch computes those: %s", op, error)
-    return result
+    """Raises DeviceOnlyError where the reference would go by numbers of the host that are not those of the step."""
+    if any(isinstance(argument, AttentionBatch) and argument.device_only for argument in arguments):
+        raise DeviceOnlyError(f"{op} does not compile for this GPU: {error}") from error
+    return OPS[op].reference(*(unpack_int4(a) if isinstance(a, Int4Weight) else a for a in arguments))
 
 
 def provide(
@@ -91,7 +110,7 @@ def provide(
         try:
             return found(*arguments)
         except Exception as error:
-            if not (FALLS_BACK and _is_of_the_compiler(error)):
+            if not does_not_compile(op, error):
                 raise
             return _by_reference(op, arguments, error)
 
@@ -113,9 +132,10 @@ _MODULES = {
     "causal_conv": ("causal_conv",),
     "delta": ("gated_delta_rule",),
     "linear": ("linear", "fused_linear"),
-    "router": ("router", "topk_router"),
+    "router": ("router", "norm_router", "topk_router"),
     "moe": (
         "moe_experts",
+        "fused_experts",
         "moe_experts_clamped",
         "moe_sort",
         "moe_combine",

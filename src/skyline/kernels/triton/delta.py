@@ -28,6 +28,8 @@ _LARGEST_KEY = 128  # for which a chunk's keys and queries fit into the memory o
 _VALUES = 32  # columns of the state a program
 _ROOMY = 200_000  # bytes of shared memory with which the next chunk is loaded ahead
 
+_compiled: set[tuple[object, ...]] = set()  # cases whose `_recurrent_kernel` has been launched
+
 
 @triton.jit
 def _log_decay(a, decay, dt_bias):
@@ -278,7 +280,8 @@ def gated_delta_rule(
     shape = {"KEY": key_dim, "KEYS": keys}
     columns = {"VALUE": value_dim, "VALUES": values}
     grid = (requests, heads, triton.cdiv(value_dim, values))
-    if fewest <= longest:
+
+    def recurrent(longest: int) -> None:
         _recurrent_kernel[grid](
             qkv,
             b,
@@ -300,7 +303,14 @@ def gated_delta_rule(
             **columns,
             num_warps=4,
         )
+
     if most > longest:
+        # If a kernel does not compile, the reference computes all anew, from states that nothing may have changed yet:
+        # so each kernel is compiled before the first that writes some.
+        case = (qkv.device, qkv.dtype, cache.shape, key_heads, qkv.stride(0), b.stride(0), a.stride(0))
+        if fewest <= longest and case not in _compiled:
+            recurrent(-1)  # nobody's tokens are so few
+            _compiled.add(case)
         solutions, mixes = (
             torch.empty((rows, heads, _CHUNK.value), dtype=qkv.dtype, device=qkv.device) for _ in range(2)
         )
@@ -345,4 +355,6 @@ def gated_delta_rule(
             STAGES=2 if roomy else 1,
             num_warps=8,
         )
+    if fewest <= longest:
+        recurrent(longest)
     return y

@@ -106,6 +106,16 @@ def pack_int4(weight: QuantizedWeight) -> Int4Weight:
     return Int4Weight(values, turned[0], turned[1], weight.group, weight.shape[-1])
 
 
+def unpack_int4(weight: Int4Weight) -> QuantizedWeight:
+    """The same integers as the ops' references take them."""
+    octets = weight.values.unsqueeze(-1)
+    values = torch.cat((octets & 15, octets >> 4), -1).flatten(-2)[..., : weight.k].to(torch.int8)
+    if weight.zeros is None:
+        values -= SYMMETRIC_ZERO
+    zeros = None if weight.zeros is None else weight.zeros.mT
+    return QuantizedWeight(values, weight.scales.mT, zeros, weight.group)
+
+
 INT8 = Int8Layout()
 INT4 = {(group, zeros): Int4Layout(group, zeros) for group in GROUPS for zeros in (False, True)}
 

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skyline.kernels import triton
 from skyline.kernels.cpu import native, sampling
-from skyline.kernels.gpu import detect
+from skyline.kernels.gpu import OLDEST, detect
+from skyline.kernels.triton import or_in_torch
 from skyline.ops.batch import to_device
 
 MAX_TOP_K = 1024  # the largest top_k found by selection; larger ones sort the row
@@ -50,7 +50,7 @@ def is_triton(logits: Tensor) -> bool:
     if not logits.is_cuda:
         return False
     gpu = detect(logits.device.index or 0)
-    return gpu.capability >= triton.OLDEST and "triton" in gpu.libraries
+    return gpu.capability >= OLDEST and "triton" in gpu.libraries
 
 
 def takes_mixed(logits: Tensor) -> bool:
@@ -64,7 +64,8 @@ def choose_mixed(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, 
         return choose_native(logits, numbers)
     from skyline.kernels.triton.sampling import choose_tokens
 
-    return choose_tokens(logits, to_device(np.ascontiguousarray(numbers), logits.device))
+    there = to_device(np.ascontiguousarray(numbers), logits.device)
+    return or_in_torch("choosing tokens", lambda: choose_tokens(logits, there), lambda: _choose_slowly(logits, there))
 
 
 def choose_native(logits: Tensor, numbers: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
@@ -83,9 +84,23 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     if is_triton(logits):
         from skyline.kernels.triton import sampling as on_gpu
 
-        return on_gpu.greedy(logits)
+        return or_in_torch("greedy choice", lambda: on_gpu.greedy(logits), lambda: _largest(logits))
+    return _largest(logits)
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     values, tokens = logits.max(dim=-1)
     return tokens, values.float()
+
+
+def _choose_slowly(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose_native` in torch, on any device without waiting for it; numbers as there, on the device."""
+    temperature, top_k, top_p, min_p, u = numbers.unsqueeze(-1)
+    temperature, top_k, min_p = temperature.float(), top_k.long(), min_p.float()
+    unsorted, tops = draw_unsorted(logits.to(torch.float32, copy=True), temperature, min_p, u)
+    tokens, _ = draw_sorted(logits.to(torch.float32, copy=True), temperature, top_k, top_p, min_p, u)
+    everything = (top_k >= logits.shape[1]) & (top_p >= 1)
+    return torch.where(everything.squeeze(1), unsorted, tokens), tops
 
 
 def draw_unsorted(logits: Tensor, temperature: Tensor, min_p: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:

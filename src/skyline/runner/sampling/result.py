@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from skyline.engine.messages import TokenLogprobs
+from skyline.kernels.triton import or_in_torch
 from skyline.runner.sampling import choose
 
 _ROWS_AT_ONCE = 32  # bounds the temporaries of logprobs to a few rows of the vocabulary
@@ -68,16 +70,23 @@ def _logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, T
     if choose.is_triton(logits):
         from skyline.kernels.triton.logits import token_statistics
 
-        own, sums, ranks = token_statistics(logits, tokens.squeeze(1))
-        own, sums = own.unsqueeze(1), sums.unsqueeze(1)
-        values, ids = logits.topk(k, dim=-1)
+        own, sums, ranks = or_in_torch(
+            "log-probabilities",
+            lambda: token_statistics(logits, tokens.squeeze(1)),
+            lambda: _statistics(logits, tokens),
+        )
     else:
-        logits = logits.float()
-        own, sums = logits.gather(1, tokens), logits.logsumexp(-1, keepdim=True)
-        values, ids = logits.topk(k, dim=-1)
-        ranks = (logits > own).sum(-1) + 1
-    logprobs = torch.cat((own, values.float()), dim=1) - sums
+        own, sums, ranks = _statistics(logits, tokens)
+    values, ids = logits.topk(k, dim=-1)
+    logprobs = torch.cat((own.unsqueeze(1), values.float()), dim=1) - sums.unsqueeze(1)
     return torch.cat((tokens, ids), dim=1), logprobs.clamp_(min=_LEAST_LOGPROB), ranks
+
+
+def _statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As skyline.kernels.triton.logits.token_statistics, in torch; tokens [M, 1] int64."""
+    logits = logits.float()
+    own = logits.gather(1, tokens)
+    return own.squeeze(1), logits.logsumexp(-1), (logits > own).sum(-1) + 1
 
 
 @dataclass(slots=True)
@@ -103,9 +112,9 @@ class SampleResult:
     def errors(self) -> dict[int, str]:
         """By slot, why its request fails; rows that are not in it are fine."""
         errors = dict(self.host_errors)
-        tops = self.host.wait()[1]
-        if not bool(tops.isfinite().all()):
-            for slot, top in zip(self.slots, tops.tolist(), strict=True):
+        tops = self.host.wait()[1].tolist()
+        if not all(map(math.isfinite, tops)):
+            for slot, top in zip(self.slots, tops, strict=True):
                 if top == float("-inf"):
                     errors[slot] = (
                         "no token is left to choose from: allowed_token_ids, bad_words and min_tokens together "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skyline.engine.sampling_params import SamplingParams
+from skyline.ops.batch import to_device
 
 _NEVER = float("-inf")
 
@@ -29,11 +31,8 @@ class BadSequences:
     def of(words: Sequence[Sequence[int]], device: torch.device) -> BadSequences:
         width = max(len(word) for word in words) - 1
         padded = [[-1] * (width - len(word) + 1) + list(word[:-1]) for word in words]
-        return BadSequences(
-            torch.tensor(padded, dtype=torch.int64, device=device),
-            torch.tensor([len(word) - 1 for word in words], dtype=torch.int64, device=device),
-            torch.tensor([word[-1] for word in words], dtype=torch.int64, device=device),
-        )
+        lengths, lasts = [len(word) - 1 for word in words], [word[-1] for word in words]
+        return BadSequences(*(to_device(np.array(part, np.int64), device) for part in (padded, lengths, lasts)))
 
     def apply(self, logits: Tensor, generated: Tensor) -> None:
         width = min(self.prefixes.shape[1], generated.shape[0])
@@ -71,7 +70,7 @@ class Rules:
 
         def ids(values: Sequence[int]) -> Tensor | None:
             valid = sorted({value for value in values if 0 <= value < vocab_size})
-            return torch.tensor(valid, dtype=torch.int64, device=device) if valid else None
+            return to_device(np.array(valid, np.int64), device) if valid else None
 
         words = [word for word in params.bad_words_token_ids if word and all(0 <= token < vocab_size for token in word)]
         longer = [word for word in words if len(word) > 1]
@@ -90,8 +89,8 @@ class Rules:
             repetition=params.repetition_penalty,
             frequency=params.frequency_penalty,
             presence=params.presence_penalty,
-            bias_ids=torch.tensor(list(bias), dtype=torch.int64, device=device) if bias else None,
-            bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=device) if bias else None,
+            bias_ids=to_device(np.array(list(bias), np.int64), device) if bias else None,
+            bias=to_device(np.array(list(bias.values()), np.float32), device) if bias else None,
         )
         return rules if rules._masks() or rules._adjusts() else None
 
@@ -121,10 +120,10 @@ class Rules:
 
     def adjust(self, logits: Tensor, tokens: Tensor, num_prompt: int) -> None:
         """Penalties and biases. logits [V] float32; tokens [T] integer, prompt and generated."""
-        self._penalize(logits, tokens, num_prompt)
+        self.penalize(logits, tokens, num_prompt)
         self.add_bias(logits)
 
-    def _penalize(self, logits: Tensor, tokens: Tensor, num_prompt: int) -> None:
+    def penalize(self, logits: Tensor, tokens: Tensor, num_prompt: int) -> None:
         """As skyline.kernels.triton.logits.penalize, in torch.
 
         Repetition (Keskar et al. 2019, CTRL) counts prompt and output, frequency and presence (OpenAI) output only.

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from skyline.bench.plan import estimate
-from skyline.bench.suite import SHIPPED, Suite, SuiteError, load_suite, parse_suite, single
+from skyline.bench.suite import SHIPPED, Accuracy, Suite, SuiteError, load_suite, parse_suite, single
 
 SUITE = """
 name: small
@@ -49,6 +49,15 @@ def test_a_point_is_a_suite_of_its_own() -> None:
         assert again[0].model_copy(update={"replicate": point.replicate, "measure": point.measure}) == point
 
 
+def test_a_point_measured_again_passes_the_same_gate() -> None:
+    point = next(parse_suite(SUITE).points())
+    gate = Accuracy(at_least=0.9, limit=20)
+    assert single(point, gate).accuracy == gate
+    of_others, of_it = (gate.model_copy(update={"models": models}) for models in (["x"], ["x", point.model.name]))
+    assert single(point, of_others).accuracy is None
+    assert single(point, of_it).accuracy == gate
+
+
 def test_round_trip() -> None:
     suite = parse_suite(SUITE)
     assert Suite.model_validate_json(suite.model_dump_json()) == suite
@@ -59,6 +68,10 @@ def test_the_plan_adds_up() -> None:
     plan = estimate(parse_suite(SUITE))
     assert (plan.points, plan.starts) == (36, 4)
     assert plan.least_s == 36 * 11 and plan.most_s == 36 * 21
+    for load, least in (("kind: ramp, start: 1, end: 9", 21), ("kind: trace, file: trace.jsonl", 1)):
+        other = estimate(parse_suite(SUITE.replace("kind: gamma, rate: [2, 5], cv: 2", load)))
+        row = next(row for row in other.rows if row.scenario == "burst")
+        assert (row.points, row.least_s, row.most_s) == (2, 2 * least, 2 * 21)
     assert {row.levels for row in plan.rows} == {"closed 1, 4, 16", "gamma 2/s, 5/s"}
 
 

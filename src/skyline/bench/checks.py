@@ -177,6 +177,8 @@ def objections(plan: LoadPlan, seen: Observed, analysis: Analysis, cache: Verdic
         found.append(f"answers were {generated / asked:.0%} as long as asked for: the engine stops at its end token")
     if tokens.mismatch is not None:
         found.append(tokens.mismatch)
+    if plan.level.kind == "trace" and seen.stopped is not None:
+        found.append(seen.stopped)
     little = analysis.window.little
     if not analysis.window.steady and plan.level.kind not in ("ramp", "trace"):
         found.append(analysis.window.reason or f"no steady state ({little}, tolerance {LITTLE_TOLERANCE})")

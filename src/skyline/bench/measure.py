@@ -118,7 +118,7 @@ async def _measure(
     client = client_health(seen, analysis, *(null or (None, None)))
     tokens = token_check(seen, analysis, text_tokens)
     reasons = objections(plan, seen, analysis, cache, tokens)
-    notes = [seen.stopped] if seen.stopped else []
+    notes = [seen.stopped] if seen.stopped and seen.stopped not in reasons else []
     return PointResult(
         run=run,
         key=spec.key,

@@ -133,7 +133,8 @@ class Open(Spec):
 
 
 class Ramp(Spec):
-    """Poisson arrivals whose rate grows linearly from `start` to `end` over the measured time."""
+    """Poisson arrivals whose rate grows linearly from `start`, when the load begins, to `end`, `max_s` after the
+    warm-up."""
 
     kind: Literal["ramp"]
     start: Rate
@@ -226,7 +227,8 @@ class Workload(Spec):
 
 class Measure(Spec):
     """How long a point is measured. It ends when it has lasted `min_s` and as many requests have ended as asked for,
-    and after `max_s` in any case. The warm-up before is at least `warmup_s` long and flows into the measurement."""
+    and after `max_s` in any case; a ramp only then, and a trace when all of its requests have ended. The warm-up before
+    is at least `warmup_s` long and flows into the measurement."""
 
     warmup_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
     min_s: Seconds = 20.0
@@ -305,8 +307,10 @@ class PointSpec(Spec):
         return " · ".join(parts)
 
     def expected_seconds(self) -> tuple[float, float]:
-        """The least and the most that measuring may take, without starting the engine."""
-        return self.measure.warmup_s + self.measure.min_s, self.measure.warmup_s + self.measure.max_s
+        """The least and the most that measuring may take, without starting the engine. How long a trace is stands in
+        its file, which is not read for this: it may end right after the warm-up."""
+        least = {"ramp": self.measure.max_s, "trace": 0.0}.get(self.level.kind, self.measure.min_s)
+        return self.measure.warmup_s + least, self.measure.warmup_s + self.measure.max_s
 
 
 class Suite(Spec):
@@ -384,8 +388,10 @@ class Suite(Spec):
         return any(all(names[what] == name for what, name in rule.items()) for rule in self.exclude)
 
 
-def single(spec: PointSpec) -> Suite:
-    """The suite of this one point, to measure it again."""
+def single(spec: PointSpec, accuracy: Accuracy | None = None) -> Suite:
+    """The suite of this one point, to measure it again; `accuracy` is the gate of the suite that it was of."""
+    if accuracy is not None and spec.model.name not in (accuracy.models or [spec.model.name]):
+        accuracy = None
     level = spec.level
     load: dict[str, Any] = {"kind": level.kind}
     match level.kind:
@@ -405,6 +411,7 @@ def single(spec: PointSpec) -> Suite:
             "scenarios": [{**spec.workload.model_dump(), "load": load}],
             "measure": {**spec.measure.model_dump(), "replicates": 1},
             "slo": None if spec.slo is None else spec.slo.model_dump(),
+            "accuracy": None if accuracy is None else {**accuracy.model_dump(), "models": None},
             "seed": spec.seed,
         }
     )

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,39 @@ async def test_an_open_loop_keeps_its_schedule(counter: TokenCounter) -> None:
     assert np.allclose(np.diff(np.sort(seen.intended)), 0.01, atol=1e-6)
     late = seen.start - seen.intended
     assert np.median(late) < 0.02 and late.min() >= -1e-3
+
+
+async def test_a_ramp_reaches_its_end_rate(counter: TokenCounter) -> None:
+    level = Level(kind="ramp", rate=20.0, end_rate=200.0)
+    measure = Measure(warmup_s=0.3, min_s=0.5, max_s=2.7, requests=10)
+    async with null_server() as url:
+        seen = await generate(plan(url, level, measure, output=2), counter)
+    assert seen.stopped is None and seen.stop_s == pytest.approx(3.0, abs=0.3)
+    last = seen.intended[(seen.intended > 2.5) & (seen.intended <= 3.0)]
+    assert len(last) == pytest.approx(0.5 * 185, rel=0.35)
+
+
+async def test_a_trace_is_replayed_to_its_end(counter: TokenCounter, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    row = {"input_length": 40, "output_length": 3}
+    file.write_text("\n".join(json.dumps({"timestamp": 20 * k, **row}) for k in range(120)))
+    level = Level(kind="trace", trace=str(file), rate=1.0)
+    measure = Measure(warmup_s=0.3, min_s=0.5, max_s=20, requests=10)
+    async with null_server("--step", "0.05") as url:
+        seen = await generate(plan(url, level, measure), counter)
+        assert len(seen.index) == 120 and not np.isnan(seen.end).any() and seen.stopped is None
+        assert seen.intended[-1] == pytest.approx(0.02 * 119)
+
+        load = plan(url, level, measure.model_copy(update={"max_s": 1.0}))
+        cut = await generate(load, counter)
+        assert len(cut.index) < 80
+        found = analyse(cut, cut.usage, level, 1, None)
+        objected = objections(load, cut, found, Verdict(status="valid", reason=""), token_check(cut, found, {}))
+        assert len(objected) == 1 and objected[0].startswith("`max_s` (1 s) cut the trace: ")
+        assert objected[0].endswith(" of its 120 requests ended")
+
+        with pytest.raises(LoadError, match=r"all 120 requests of the trace ended within the warm-up.*`warmup_s`"):
+            await generate(plan(url, level, measure.model_copy(update={"warmup_s": 8.0})), counter)
 
 
 @pytest.mark.parametrize("stall_at", [0.2, 1.5, 4.0, 5.5])

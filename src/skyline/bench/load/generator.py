@@ -133,11 +133,12 @@ async def generate(
     if plan.level.concurrency is not None:
         workers = min(workers, plan.level.concurrency)
     setups = _setups(plan, counter, workers, all_texts)
+    arrivals = sum(len(setup.starts or []) for setup in setups)
     async with _started(setups) as processes:
         begin = perf_counter() + _START_S
         for process in processes:
             process.write(begin)
-        warm_s, stopped = await _wait_until_enough(plan, processes, begin, watch, alive)
+        warm_s, stopped = await _wait_until_enough(plan, processes, arrivals, begin, watch, alive)
         stop_s = perf_counter() - begin
         for process in processes:
             process.write(0.0)
@@ -298,12 +299,14 @@ async def _started(setups: list[messages.Setup]) -> AsyncIterator[list[_WorkerPr
 async def _wait_until_enough(
     plan: LoadPlan,
     processes: list[_WorkerProcess],
+    arrivals: int,
     begin: float,
     watch: Callable[[Live], None],
     alive: Callable[[], str | None],
 ) -> tuple[float, str | None]:
-    """The end of the warm-up in seconds since the begin, and why the load ended early, if it did."""
-    measure = plan.measure
+    """The end of the warm-up in seconds since the begin, and why the load ended early, if it did. `arrivals`: how many
+    requests an open load has until `max_s`, or a trace at all."""
+    measure, kind = plan.measure, plan.level.kind
     # Every client of a closed loop has had an answer before anything counts.
     warm_requests = plan.level.concurrency or 1
     hopeless = max(20, 3 * warm_requests)
@@ -329,12 +332,22 @@ async def _wait_until_enough(
         if warm_s is None and now >= measure.warmup_s and ended - failed >= warm_requests:
             warm_s, ended_warm = now, ended
         over = now >= measure.warmup_s + measure.max_s
+        replayed = kind == "trace" and ended >= arrivals
         if warm_s is not None:
             in_window = ended - ended_warm
-            if now - warm_s >= measure.min_s and in_window >= plan.wanted_requests:
+            enough = now - warm_s >= measure.min_s and in_window >= plan.wanted_requests
+            if replayed or (kind == "ramp" and over) or (kind not in ("ramp", "trace") and enough):
                 return warm_s, None
+            if over and kind == "trace":
+                return warm_s, f"`max_s` ({measure.max_s:g} s) cut the trace: {ended} of its {arrivals} requests ended"
             if over:
                 return warm_s, f"{in_window} of {plan.wanted_requests} requests ended within {measure.max_s:g} s"
+        elif replayed:
+            why = f"; the last error: {last_error}" if last_error else ""
+            raise LoadError(
+                f"all {arrivals} requests of the trace ended within the warm-up of {measure.warmup_s:g} s ({failed} "
+                f"failed{why}); lower `warmup_s`, or take a longer trace"
+            )
         elif over:
             why = f"; the last error: {last_error}" if last_error else ""
             raise LoadError(

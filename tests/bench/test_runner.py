@@ -8,14 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from skyline.bench import runner
+from skyline.bench import measure, runner
 from skyline.bench.load.generator import Live
+from skyline.bench.load.http import Reply
+from skyline.bench.results import Hardware
 from skyline.bench.store import Store, open_store
 from skyline.bench.suite import Suite, parse_suite, single
 from tests.bench.null import null_server
@@ -66,9 +70,66 @@ def test_a_suite_is_measured_and_kept(store: Store, null_url: str, tmp_path: Pat
         assert good.cache is not None and good.cache.status == "valid"
         assert good.client is not None and good.client.null_output_throughput is not None
         assert good.requests is not None and len(good.requests) > 12 and good.timeline is not None
+        assert good.provenance.hardware == Hardware(name="unknown") and "cost_per_mtok" not in good.metrics
+        assert good.energy is not None and good.energy.joules is None and good.energy.verdict.status == "unknown"
         assert good.provenance.command == f"skyline bench rerun {good.id[:12]}"
         assert bad.status == "failed" and "127.0.0.1:9" in (bad.reason or "")
     assert runner.unfinished(spec, store) is None
+
+
+def test_an_endpoint_runs_on_what_the_suite_says(store: Store, null_url: str, tmp_path: Path) -> None:
+    spec = suite(f"{{engine: url, url: '{null_url}', hardware: 2x NVIDIA H100}}", "[2]")
+    run = runner.execute(runner.new_run(spec, store), store, Reporter(), tmp_path)
+    (point,) = store.points(run.id)
+    assert point.provenance.hardware == Hardware(name="2x NVIDIA H100") and point.value("cost_per_mtok")
+    assert run.provenance.hardware.cores > 0
+
+
+async def _hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Lists its model and completes prompts; chats begin, and never go on."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if b"content-length: " in head:
+                await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+            body = b'{"data": [{"id": "m"}]}' if head.startswith(b"get") else b'{"choices": [{"text": "a"}]}'
+            if b"/chat/" in head:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+            else:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    writer.close()
+
+
+@pytest.fixture
+def hanging_url() -> Iterator[str]:
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(_hang, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    loop.call_soon_threadsafe(server.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_an_endpoint_that_hangs_is_given_as_long_as_a_request(
+    store: Store, hanging_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+    original = measure.ask
+
+    async def ask(url: str, path: str, headers: dict[str, str], fields: dict[str, Any], timeout_s: float) -> Reply:
+        waits.append(timeout_s)
+        return await original(url, path, headers, fields, timeout_s)
+
+    monkeypatch.setattr(measure, "ask", ask)
+    spec = suite(f"{{engine: url, url: '{hanging_url}'}}", "[1, 2]")
+    spec = spec.model_copy(update={"measure": spec.measure.model_copy(update={"request_timeout_s": 0.3})})
+    run = runner.execute(runner.new_run(spec, store), store, Reporter(), tmp_path)
+    points = store.points(run.id)
+    assert len(points) == 2 and all("not finished after 0.3 s" in (point.reason or "") for point in points)
+    assert waits == [0.3] * 4  # for each point once before it, and once for whether the endpoint still answers
 
 
 def test_a_point_is_measured_again(store: Store, null_url: str, tmp_path: Path) -> None:

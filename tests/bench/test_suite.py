@@ -58,6 +58,14 @@ def test_a_point_measured_again_passes_the_same_gate() -> None:
     assert single(point, of_it).accuracy == gate
 
 
+def test_hardware_is_said_of_endpoints_only() -> None:
+    endpoint = "engines: [{engine: url, url: 'http://x', hardware: 8x NVIDIA H100}]"
+    lines = [endpoint if line.startswith("engines:") else line for line in SUITE.splitlines()[:-1]]
+    assert parse_suite("\n".join(lines)).engines[0].hardware == "8x NVIDIA H100"
+    with pytest.raises(SuiteError, match="hardware is for an endpoint"):
+        parse_suite(SUITE.replace("{engine: skyline}", "{engine: skyline, hardware: x}"))
+
+
 def test_round_trip() -> None:
     suite = parse_suite(SUITE)
     assert Suite.model_validate_json(suite.model_dump_json()) == suite

@@ -26,6 +26,9 @@ import yaml
 
 from skyline.bench.results import Hardware, Provenance
 
+# The name of what serves an endpoint that was not started here and of which nothing is said. It has no price.
+UNKNOWN_HARDWARE = "unknown"
+
 PRICES = Path(__file__).parent / "prices.yaml"
 USER_PRICES = Path("~/.config/skyline/prices.yaml")
 

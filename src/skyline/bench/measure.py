@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import math
 import secrets
@@ -23,14 +24,21 @@ from skyline.bench.load.http import Reply, ask
 from skyline.bench.load.null import null_server
 from skyline.bench.load.prompts import PromptSource, TokenCounter
 from skyline.bench.metrics import cost_per_mtok, tokens_per_mw
-from skyline.bench.results import Energy, PointResult, Provenance, now
+from skyline.bench.results import Energy, PointResult, Provenance, Verdict, now
 from skyline.bench.suite import Level, Measure, PointSpec, SuiteError, Workload
 
 Watch = Callable[[Live], None]
 
 _NULL_SECONDS = 1.5
 _PROBE_TOKENS = 4
-_ALIVE_TIMEOUT_S = 60.0
+# Seconds for those few tokens, less where requests are given less: an endpoint that hangs is found out by each point.
+_PROBE_TIMEOUT_S = 60.0
+_ALIVE_TIMEOUT_S = 20.0
+_ENERGY_ELSEWHERE = Energy(
+    joules=None,
+    source=None,
+    verdict=Verdict(status="unknown", reason="the endpoint was not started here, and may run on another machine"),
+)
 
 
 @dataclass
@@ -107,12 +115,14 @@ async def _measure(
     overhead = PromptSource.calibrate(counter, spec.workload.chat, plan.salt).overhead
     has_usage = await _reports_usage(plan)
     before = endpoint.cache_counters()
-    with EnergyMeter() as meter:
+    with EnergyMeter() if spec.engine.url is None else contextlib.nullcontext() as meter:
         seen = await generate(plan, counter, watch=watch, alive=endpoint.alive, all_texts=not has_usage)
     after = endpoint.cache_counters()
     text_tokens = {i: counter.text(text) for i, text in seen.texts.items() if _countable(text, seen.usage[i])}
     analysis = analyse(seen, _output_tokens(seen, text_tokens), spec.level, spec.engine.devices, spec.slo)
-    energy = meter.energy(seen.began + analysis.window.begin_s, seen.began + analysis.window.end_s)
+    energy = _ENERGY_ELSEWHERE
+    if meter is not None:
+        energy = meter.energy(seen.began + analysis.window.begin_s, seen.began + analysis.window.end_s)
     cache = cache_verdict(plan, seen, overhead, before, after)
     null = await _null(bench, plan, counter, analysis)
     client = client_health(seen, analysis, *(null or (None, None)))
@@ -170,7 +180,8 @@ def _economics(analysis: Analysis, energy: Energy, devices: int, price: float | 
 
 async def _reports_usage(plan: LoadPlan) -> bool:
     """Asks for a few tokens as the load will. Raises LoadError if there is no usable answer."""
-    reply = await _probe(plan.url, plan.path, plan.model, plan.headers, plan.extra, plan.measure.request_timeout_s)
+    timeout_s = min(_PROBE_TIMEOUT_S, plan.measure.request_timeout_s)
+    reply = await _probe(plan.url, plan.path, plan.model, plan.headers, plan.extra, timeout_s)
     if reply.error is not None:
         raise LoadError(f"{plan.url}{plan.path} does not answer a request for {_PROBE_TOKENS} tokens: {reply.error}")
     return reply.output is not None
@@ -179,7 +190,8 @@ async def _reports_usage(plan: LoadPlan) -> bool:
 def answers(endpoint: Endpoint, spec: PointSpec) -> bool:
     """Whether it still generates tokens."""
     path = "/v1/chat/completions" if spec.workload.chat else "/v1/completions"
-    probe = _probe(endpoint.url, path, endpoint.model, endpoint.headers, endpoint.ignore_eos, _ALIVE_TIMEOUT_S)
+    timeout_s = min(_ALIVE_TIMEOUT_S, spec.measure.request_timeout_s)
+    probe = _probe(endpoint.url, path, endpoint.model, endpoint.headers, endpoint.ignore_eos, timeout_s)
     return asyncio.run(probe).error is None
 
 

@@ -16,10 +16,10 @@ from typing import Protocol
 from skyline.bench.accuracy import gate
 from skyline.bench.engines import install, serve
 from skyline.bench.engines.base import Endpoint, EngineError
-from skyline.bench.hardware import price_of, provenance
+from skyline.bench.hardware import UNKNOWN_HARDWARE, price_of, provenance
 from skyline.bench.load.generator import Live
 from skyline.bench.measure import Bench, answers, failed_point, log_path, measure_point
-from skyline.bench.results import PointResult, Provenance, Run
+from skyline.bench.results import Hardware, PointResult, Provenance, Run
 from skyline.bench.store import Store
 from skyline.bench.suite import EngineSpec, ModelSpec, PointSpec, Suite
 
@@ -113,7 +113,7 @@ def _measure_group(
         reporter.note(f"starting {engine.name} with {model.name}")
         try:
             with serve(engine, model, folder=folder, log=log) as endpoint:
-                origin = _origin(run, endpoint)
+                origin = _origin(run, engine, endpoint)
                 price = price_of(origin.hardware)
                 _gate(run, engine, model, endpoint, store, reporter, folder)
                 while pending and endpoint.alive() is None:
@@ -132,9 +132,12 @@ def _measure_group(
                 _keep(failed_point(pending.popleft(), run.id, run.provenance, str(error)), store, reporter)
 
 
-def _origin(run: Run, endpoint: Endpoint) -> Provenance:
+def _origin(run: Run, engine: EngineSpec, endpoint: Endpoint) -> Provenance:
+    """An endpoint that was not started here runs on what the suite says, if it does."""
+    here = run.provenance.hardware
     return run.provenance.model_copy(
         update={
+            "hardware": here if engine.url is None else Hardware(name=engine.hardware or UNKNOWN_HARDWARE),
             "engine_version": endpoint.version,
             "engine_command": endpoint.command,
             "engine_packages": endpoint.packages,

@@ -70,6 +70,8 @@ class EngineSpec(Spec):
     served_model: str | None = Field(
         None, description="The model's name at the endpoint; the first it lists by default"
     )
+    # What serves at the endpoint, as in "8x NVIDIA H100": it cannot be seen from here.
+    hardware: Name | None = None
     precision: str = "bf16"
     speculation: str = "none"
     tensor_parallel: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -95,6 +97,8 @@ class EngineSpec(Spec):
     def _consistent(self) -> Self:
         if self.engine == "url" and self.url is None:
             raise ValueError("engine url needs `url`, the address of an OpenAI-compatible endpoint")
+        if self.hardware is not None and self.url is None:
+            raise ValueError("hardware is for an endpoint at a `url`; that of this machine is read from it")
         if self.url is not None and (self.args or self.env or self.version):
             raise ValueError("args, env and version are for a server that is started here; leave them out beside `url`")
         return self

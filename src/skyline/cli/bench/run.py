@@ -31,6 +31,9 @@ def run(
         typer.Option(help="Folder or name of the tokenizer prompts are made with.", show_default="the model's"),
     ] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Variable that holds the endpoint's key.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help='What serves at the endpoint, as "8x NVIDIA H100".', show_default="unknown")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Tells this run apart, as a branch or a commit.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the suite's last run that was cut short.")
@@ -44,10 +47,10 @@ def run(
 
     with opened(store) as results:
         spec = suite_of(suite, engine)
-        if url is None and (served_model is not None or api_key_env is not None):
-            console.fail("--served-model and --api-key-env are about the endpoint of --url; name it too")
+        if url is None and not (served_model is None and api_key_env is None and hardware is None):
+            console.fail("--served-model, --api-key-env and --hardware are about the endpoint of --url; name it too")
         if url is not None or model is not None or tokenizer is not None:
-            spec = _instead(spec, url, model, served_model, tokenizer, api_key_env)
+            spec = _instead(spec, url, model, served_model, tokenizer, api_key_env, hardware)
         cut_short = runner.unfinished(spec, results)
         if resume and cut_short is None:
             console.fail(f"no run of {spec.name} was cut short; leave out --resume")
@@ -74,7 +77,8 @@ def rerun(
         found = results.point(point)
         if found.provenance.imported_from is not None:
             console.fail(f"{point} was imported from {found.provenance.imported_from}; it cannot be repeated from here")
-        chosen = runner.new_run(single(found.spec), results, label, f"skyline bench rerun {point}")
+        gate = results.run(found.run).suite.accuracy
+        chosen = runner.new_run(single(found.spec, gate), results, label, f"skyline bench rerun {point}")
         _measure(chosen, results, folder, store, open_=False)
 
 
@@ -85,6 +89,7 @@ def _instead(
     served_model: str | None,
     tokenizer: str | None,
     api_key_env: str | None,
+    hardware: str | None,
 ) -> Suite:
     """The suite's scenarios at another endpoint, or with another model."""
     from skyline.bench.suite import EngineSpec, ModelSpec, Suite
@@ -92,6 +97,7 @@ def _instead(
     data = suite.model_dump()
     if url is not None:
         fields = {"engine": "url", "url": url, "served_model": served_model, "api_key_env": api_key_env}
+        fields["hardware"] = hardware
         data["engines"] = [EngineSpec.model_validate({**fields, "name": "endpoint"}).model_dump()]
         data["exclude"] = []
     models = suite.models

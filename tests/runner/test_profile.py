@@ -22,7 +22,7 @@ def test_times_add_up(tiny_checkpoint: Path, options: dict[str, str]) -> None:
     assert facts["steps"]["prefill"]["tokens"] == 50 and facts["steps"]["decode"]["requests"] == 3
     for name, step in facts["steps"].items():
         assert step["measured"] == 3, name
-        assert step["plain_us"] > 0
+        assert 0 < step["outside_us"] < step["plain_us"]
         parts = step["parts_us"]
         assert all(us >= 0 for us in parts.values())
         assert sum(op["us"] for op in step["ops"]) <= 2 * step["step_us"], "medians of different steps"

@@ -61,7 +61,8 @@ def profile(
     """Plain JSON data: for prefill steps of one request, and decode steps of `batch` requests, the median of `steps`.
 
     The engine plans and the runner computes as they do when they serve. Ops are timed one by one in steps of their own;
-    `plain_us` is a step without that. Raises CheckpointError, OutOfMemoryError or ValueError.
+    `plain_us` is a step without that, in which recorded calls are replayed, and `outside_us` what it spends outside of
+    the model's calls. Raises CheckpointError, OutOfMemoryError or ValueError.
     """
     if config.device != "cpu":
         raise ValueError("profile times kernels on the host's clock, which tells nothing about a GPU: use --device cpu")
@@ -175,7 +176,15 @@ class _Watch:
             self.records[-1].sampling = time.perf_counter_ns() - began
             return sampled
 
+        def replay(plan: StepPlan, greedy: bool) -> Any:
+            began = time.perf_counter_ns()
+            decoded = replayed(plan, greedy)
+            self.records[-1].program = time.perf_counter_ns() - began
+            return decoded
+
         runner._execute, runner._program, runner._sampler.sample = execute, run, choose
+        if runner._replay is not None:
+            replayed, runner._replay.step = runner._replay.step, replay
 
     def around(self, call: Call, run: Callable[..., Any]) -> Callable[..., Any]:
         clock, outputs = time.perf_counter_ns, 0 if call.kernel.into is None else len(call.results)
@@ -233,6 +242,7 @@ def _summary(program: Program, machine: Machine, plain: _Steps, timed: _Steps) -
         "measured": len(timed),
         "step_us": step,
         "plain_us": statistics.median((record.ended - record.began) / 1e3 for record, _ in plain),
+        "outside_us": statistics.median((record.ended - record.began - record.program) / 1e3 for record, _ in plain),
         "parts_us": {name: statistics.median(values) for name, values in parts.items()},
         "ops": sorted(rows, key=lambda row: -float(row["us"])),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -169,6 +170,7 @@ def test_hardware_that_is_not_there(hardware: str, tiny_checkpoint: Path) -> Non
     assert (told["name"], told["assumed"]) == (gpu.name, False)
     assert told["bandwidth_bytes_per_second"] == gpu.bandwidth and told["flops_per_second"] == gpu.flops
     assert {op["provider"] for op in facts["ops"]} >= {"triton"}
+    assert facts["decode_call_by_call"] == ""
     for step in ("decode", "prefill"):
         figures = facts["steps"][step]
         assert figures["floor"]["memory"] == pytest.approx(figures["bytes"] / gpu.bandwidth)
@@ -184,6 +186,9 @@ def test_a_gpu_is_assumed_where_there_is_none(tiny_checkpoint: Path, monkeypatch
     assert facts["hardware"]["name"] == GPUS["h200"].name and facts["hardware"]["assumed"]
     assert facts["ops"] == explain(config, hardware="h200")["ops"]
     cpu = explain(EngineConfig(model=str(tiny_checkpoint)))
+    unrecorded = msgspec.structs.replace(config, prefer_kernels="torch")
+    assert "runs in torch, which looks at values on the host" in explain(unrecorded)["decode_call_by_call"]
+    assert cpu["decode_call_by_call"] is None
     assert cpu["hardware"] is None and "floor" not in cpu["steps"]["decode"]
     with pytest.raises(ValueError, match="hardware must be one of a100, l4"):
         explain(config, hardware="tpu")

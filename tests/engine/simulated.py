@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from skyline.engine.messages import AdmittedRequest, EngineRequest, StepOutput, StepPlan, TokenLogprobs
+from skyline.engine.messages import AdmittedRequest, DecodeCounts, EngineRequest, StepOutput, StepPlan, TokenLogprobs
 from skyline.engine.scheduler import Limits
 
 VOCAB = 11
@@ -128,6 +128,12 @@ class SimulatedRunner:
         elif self._timing == "one_step_late" and len(self._queue) > 1:
             self.execute_until(self._queue[-2])
         return handle
+
+    def idle(self) -> bool:
+        return False
+
+    def decode_counts(self) -> DecodeCounts:
+        return DecodeCounts()
 
     def close(self) -> None:
         pass

@@ -103,6 +103,10 @@ def explain(
         _show(facts)
 
 
+def _decoding(call_by_call: str | None) -> dict[str, str]:
+    return {} if call_by_call is None else {"decode steps": call_by_call or "recorded as CUDA graphs"}
+
+
 def _show(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -117,6 +121,7 @@ def _show(facts: dict[str, Any]) -> None:
         "parameters": f"{facts['parameters']:,}, {_size(facts['parameter_bytes'])} in {facts['dtype']}",
         "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
         f"{_size(facts['kv_bytes_per_request'])} for a context of {facts['max_model_len']:,}",
+        **_decoding(facts["decode_call_by_call"]),
         "launches": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
         "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():

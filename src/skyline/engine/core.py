@@ -78,6 +78,10 @@ class EngineCore:
                 outputs.append(EngineOutput(request_id, finish_reason="abort"))
         return outputs
 
+    def idle(self) -> bool:
+        """Do a bit of what saves time later; for when there is no work. False if there is nothing left to do."""
+        return self._runner.idle()
+
     def reset_prefix_cache(self) -> None:
         self.scheduler.memory.drop_cache()
 
@@ -132,5 +136,8 @@ class EngineCore:
         stats.preemptions = scheduler.num_preemptions
         stats.prefix_queried_tokens = scheduler.prefix_queried_tokens
         stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
+        counts = self._runner.decode_counts()
+        stats.decode_recorded, stats.decode_replayed = counts.recorded, counts.replayed
+        stats.decode_eager = counts.eager
         stats.step_in_flight_s = 0.0 if waiting is None else time.perf_counter() - waiting
         return stats

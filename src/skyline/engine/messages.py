@@ -91,6 +91,9 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     step_in_flight_s: float = 0.0  # how long the oldest unfinished step has been running; 0 when idle
     step_seconds: float = 0.0  # total time of steps
     schedule_seconds: float = 0.0  # total time the engine itself took (planning and bookkeeping)
+    decode_recorded: int = 0  # numbers of requests whose decode steps are recorded
+    decode_replayed: int = 0  # decode steps that were replayed, and those that ran call by call
+    decode_eager: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag="outputs"):
@@ -182,10 +185,25 @@ class StepHandle(Protocol):
         """Wait for the step and return what it sampled; raises what the step raised."""
 
 
+@dataclass(slots=True)
+class DecodeCounts:
+    """As in EngineStats. A decode step is one in which every request computes one token and samples from it."""
+
+    recorded: int = 0
+    replayed: int = 0
+    eager: int = 0
+
+
 class Runner(Protocol):
     """Executes plans strictly in the order they were submitted."""
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Start the step and return at once."""
+
+    def idle(self) -> bool:
+        """Do a bit of what saves time later; called while there is no work. False if there is nothing left to do."""
+
+    def decode_counts(self) -> DecodeCounts:
+        """May be called from any thread."""
 
     def close(self) -> None: ...

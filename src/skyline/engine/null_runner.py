@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyline.engine.messages import StepOutput, StepPlan
+from skyline.engine.messages import DecodeCounts, StepOutput, StepPlan
 
 
 @dataclass(slots=True)
@@ -21,6 +21,12 @@ class NullRunner:
 
     def submit(self, plan: StepPlan) -> _Done:
         return _Done(StepOutput(plan.step, [self._token if sample else -1 for sample in plan.samples]))
+
+    def idle(self) -> bool:
+        return False
+
+    def decode_counts(self) -> DecodeCounts:
+        return DecodeCounts()
 
     def close(self) -> None:
         pass

@@ -30,6 +30,8 @@ from skyline.ipc.protocol import STATS_INTERVAL_S, Launch, encoder, to_engine_de
 
 logger = logging.getLogger("skyline.engine")
 
+_PAUSE_MS = 50  # without work, before something is done in advance: a client's next request may be on its way
+
 
 class EngineServer:
     """Feeds an EngineCore from a socket and sends out what it produces."""
@@ -51,8 +53,10 @@ class EngineServer:
                 self._outputs.send(encoder.encode(StepOutputs(outputs)))
 
     def _take_messages(self, outputs: list[EngineOutput], wait: bool) -> bool:
-        if wait:
-            self._requests.poll()
+        # While nobody asks for anything, what saves time later is done bit by bit.
+        more = True
+        while wait and not self._requests.poll(_PAUSE_MS if more else None):
+            more = self._core.idle()
         while True:
             try:
                 message = to_engine_decoder.decode(self._requests.recv(zmq.NOBLOCK))

@@ -5,9 +5,13 @@ caches) are copied there first, and block tables stay on the device, to which on
 graph for each of a few numbers of requests; a step takes the next larger one, and its surplus rows are padding: a slot
 that nobody has, a context of 0, no place in any cache.
 
-The rule: a step is replayed where every request computes one token and samples from it; all others run call by call. A
-size is recorded when it occurs for the second time, so that no first token waits for it. If recording fails, that is
-reported once and everything runs call by call.
+The rule: a step is replayed where every request computes one token and samples from it; all others run call by call.
+Sizes are recorded ahead while the engine has nothing to do: those first that have occurred, once some step has. One
+that a running load needs is recorded between two steps, after as many steps of that size as recording it costs. If
+that fails, it is reported once and everything runs call by call.
+
+Only the device knows the numbers of such a step. If one of its kernels does not compile, no reference could take its
+place: so the step goes the way of all others, and so do those that follow.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import bisect
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +30,22 @@ from torch import Tensor
 
 from skyline.engine.messages import StepPlan
 from skyline.graph import Program
+from skyline.kernels.triton import DeviceOnlyError
 from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops import AttentionBatch
 from skyline.ops.batch import BlockTables, to_device
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.decode_replay import Decoded
+from skyline.runner.recording import Recording, record
+from skyline.runner.sampling import choose
 
 _LOG = logging.getLogger(__name__)
 
 # Rows of a step's inputs; behind them, a row of places for each group of caches.
 _SLOTS, _POSITIONS, _CONTEXTS, _STATE_READS, _STATE_WRITES, _PLACES = range(6)
 
-Greedy = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Steps of a size after which it is recorded: by then call by call has lost about as much time as recording takes.
+_WORTH = 4
 
 # Ops whose references in torch look at no value of a tensor; others do, or go by the host's numbers.
 _PLAIN = frozenset(
@@ -64,8 +72,8 @@ def graph_sizes(most: int) -> list[int]:
 @dataclass(slots=True)
 class _Recorded:
     inputs: Tensor  # [rows above, size] int64
-    graph: torch.cuda.CUDAGraph | None = None
-    result: Decoded | None = None
+    uses: int = 0  # steps that ran call by call
+    recording: Recording[Decoded] | None = None
 
 
 class DecodeGraphs:
@@ -75,7 +83,6 @@ class DecodeGraphs:
         self,
         program: Program,
         token_ids: Tensor,
-        greedy: Greedy,
         *,
         table_shape: tuple[int, int, int],
         block_size: int,
@@ -89,7 +96,6 @@ class DecodeGraphs:
         """
         self._program = program
         self._token_ids = token_ids
-        self._greedy = greedy
         self._block_size = block_size
         self._record = record
         self._device = token_ids.device
@@ -100,20 +106,31 @@ class DecodeGraphs:
         self._rows = torch.arange(requests, device=self._device)
         self._knobs = knobs or DecodeKnobs("")
         self._known: dict[int, _Recorded] = {}
+        self._due: list[int] = []  # sizes
+        self.replayed = False  # whether the last step was
+        self._states: bool | None = None  # whether the model has recurrent states; not known before the first step
+        self._compiles = True
         self._pool: Any = None  # of memory, which all graphs share: no two run at once
+        self._logits: Tensor | None = None  # [max_num_seqs, V], of whichever graph ran last
 
     @property
     def recorded(self) -> list[int]:
-        """Sizes there are graphs for."""
-        return sorted(size for size, known in self._known.items() if known.graph is not None)
+        """Sizes there are graphs for. Any thread may ask."""
+        return sorted(size for size, known in list(self._known.items()) if known.recording is not None)
+
+    @property
+    def due(self) -> bool:
+        """Whether `record_due` has something to record."""
+        return bool(self._due)
 
     def set_knobs(self, knobs: DecodeKnobs) -> None:
         """From the next step on; what is recorded is recorded anew."""
         self._knobs = knobs
         self._known.clear()
+        self._due.clear()
 
     def takes(self, plan: StepPlan) -> bool:
-        return bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1
+        return self._compiles and bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1
 
     def add_blocks(self, new_blocks: Sequence[tuple[int, int, list[int]]], known: Sequence[int]) -> None:
         """A plan's `new_blocks`, and how many each of them had in its table before."""
@@ -125,15 +142,15 @@ class DecodeGraphs:
         update = to_device(np.stack((np.concatenate(places), np.concatenate(values))), self._device)
         self._tables.view(-1).index_copy_(0, update[0], update[1].int())
 
-    def step(self, plan: StepPlan, tables: Sequence[NDArray[np.int32]]) -> Decoded:
-        """Queue a step that `takes` accepts. tables: the host's block tables by group, [max_num_seqs, blocks]."""
+    def step(self, plan: StepPlan, tables: Sequence[NDArray[np.int32]]) -> Decoded | None:
+        """Queue a step that `takes` accepts; None if this way is closed, and the step is still to be done.
+
+        tables: the host's block tables by group, [max_num_seqs, blocks].
+        """
         count = len(plan.slots)
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
-        host = np.zeros((_PLACES + len(tables), size), np.int64)
+        host = self._padding(size, len(tables))
         slots, starts = np.array(plan.slots), np.array(plan.starts)
-        host[_SLOTS, count:] = self._tables.shape[1] - 1
-        host[[_STATE_READS, _STATE_WRITES], count:] = -1
-        host[_PLACES:, count:] = -1
         host[_SLOTS, :count], host[_POSITIONS, :count], host[_CONTEXTS, :count] = slots, starts, starts + 1
         if plan.state_writes:
             host[_STATE_READS, :count], host[_STATE_WRITES, :count] = plan.state_reads, plan.state_writes
@@ -141,19 +158,40 @@ class DecodeGraphs:
         for group, table in enumerate(tables):
             host[_PLACES + group, :count] = table[slots, blocks].astype(np.int64) * self._block_size + offsets
 
-        known = self._known.get(size)
-        if known is None:
-            known = self._known[size] = _Recorded(to_device(host, self._device))
-            return self._step(known.inputs, bool(plan.state_writes))
-        staged = torch.from_numpy(host)
-        known.inputs.copy_(staged.pin_memory() if self._device.type == "cuda" else staged, non_blocking=True)
-        if known.graph is None and self._record:
-            self._capture(size, known, bool(plan.state_writes))
-        if known.graph is None:
-            return self._step(known.inputs, bool(plan.state_writes))
-        known.graph.replay()
-        assert known.result is not None
-        return known.result
+        self._states, known = bool(plan.state_writes), self._of(size)
+        self.replayed = known.recording is not None
+        try:
+            if self._states and not (known.uses or self.replayed):
+                # Padding alone: if a kernel does not compile, none may have written a state, or the next way to do this
+                # step would advance it once more.
+                self._step(known.inputs)
+            staged = torch.from_numpy(host)
+            known.inputs.copy_(staged.pin_memory() if self._device.type == "cuda" else staged, non_blocking=True)
+            if known.recording is None:
+                known.uses += 1
+                if known.uses == _WORTH and self._record:
+                    self._due.append(size)
+                return self._step(known.inputs)
+        except DeviceOnlyError as error:
+            self._compiles = self._record = False
+            _LOG.warning("decode steps are not recorded, and run like all others: %s", error)
+            return None
+        known.recording.graph.replay()
+        return known.recording.result
+
+    def record_next(self) -> bool:
+        """Record one size more. Call it between steps; False if none is left."""
+        if not self._record or self._states is None:
+            return False
+        missing = sorted(set(self._sizes).difference(self.recorded))
+        if missing:
+            self._record_size(max(missing, key=lambda size: self._known[size].uses if size in self._known else 0))
+        return self._record and len(missing) > 1
+
+    def record_due(self) -> None:
+        """Record the sizes that the load needs. Call it between steps."""
+        while self._due and self._record:
+            self._record_size(self._due.pop())
 
     def time_step(self, size: int, context: int, knobs: Knobs, repeats: int = 9) -> float:
         """Median seconds of a recorded step of `size` requests with so many tokens each.
@@ -170,9 +208,7 @@ class DecodeGraphs:
         inputs[_PLACES:] = own[:, -1].long() * self._block_size + (context - 1) % self._block_size
         with using(knobs):
             self._run(inputs, True)  # compiles
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._run(inputs, True)
+            graph = record(lambda: self._run(inputs, True), self._pool).graph
         times: list[float] = []
         for _ in range(repeats + 2):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -183,22 +219,51 @@ class DecodeGraphs:
             times.append(start.elapsed_time(end) / 1000)
         return statistics.median(times[2:])
 
-    def _capture(self, size: int, known: _Recorded, states: bool) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Another thread may allocate or synchronise meanwhile: only this thread's calls count.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                known.result = self._step(known.inputs, states)
-        except RuntimeError as error:
-            self._record = False
-            _LOG.warning("decode steps of %d requests could not be recorded, they run call by call: %s", size, error)
+    @torch.inference_mode()
+    def _record_size(self, size: int) -> None:
+        known = self._of(size)
+        if known.recording is not None:
             return
-        self._pool = self._pool or graph.pool()
-        known.graph = graph
+        try:
+            if not known.uses:
+                self._step(known.inputs)  # of padding: compiles
+            known.recording = record(lambda: self._shared(self._step(known.inputs)), self._pool)
+        except Exception as error:
+            self._record = False
+            self._due.clear()
+            cause = "" if error.__context__ is None else f" ({error.__context__})"
+            _LOG.warning(
+                "decode steps of %d requests could not be recorded, more are not tried: %s%s", size, error, cause
+            )
+            return
+        self._pool = self._pool or known.recording.graph.pool()
 
-    def _step(self, inputs: Tensor, states: bool) -> Decoded:
+    def _shared(self, done: Decoded) -> Decoded:
+        """With the logits where all graphs put them: else each would keep its own."""
+        assert self._logits is not None
+        logits = self._logits[: done.logits.shape[0]]
+        logits.copy_(done.logits)
+        return Decoded(logits, done.tokens, done.tops)
+
+    def _of(self, size: int) -> _Recorded:
+        if size not in self._known:
+            self._known[size] = _Recorded(to_device(self._padding(size, len(self._tables)), self._device))
+        return self._known[size]
+
+    def _padding(self, size: int, groups: int) -> NDArray[np.int64]:
+        """Inputs of a step in which nobody takes part."""
+        host = np.zeros((_PLACES + groups, size), np.int64)
+        host[_SLOTS] = self._tables.shape[1] - 1
+        host[[_STATE_READS, _STATE_WRITES]] = -1
+        host[_PLACES:] = -1
+        return host
+
+    def _step(self, inputs: Tensor) -> Decoded:
         with using(self._knobs.of(inputs.shape[1])):
-            return self._run(inputs, states)
+            done = self._run(inputs, bool(self._states))
+        if self._logits is None and self._record:
+            self._logits = done.logits.new_empty((len(self._rows), done.logits.shape[1]))
+        return done
 
     def _run(self, inputs: Tensor, states: bool) -> Decoded:
         size = inputs.shape[1]
@@ -211,14 +276,15 @@ class DecodeGraphs:
             query_starts=self._query_starts[: size + 1],
             context_lens=inputs[_CONTEXTS].int(),
             host_query_lens=[1] * size,
-            host_context_lens=[self._token_ids.shape[1]] * size,  # nothing that is recorded may look at it
+            host_context_lens=[self._token_ids.shape[1]] * size,  # no context is longer
             state_reads=[],
             state_writes=[],
+            device_only=True,
         )
         if states:
             batch.state_blocks = inputs[_STATE_READS : _STATE_WRITES + 1].int()
         logits = self._program(self._token_ids[slots, positions], positions, batch, self._rows[:size])
-        tokens, tops = self._greedy(logits)
+        tokens, tops = choose.greedy(logits)
         # Where a request does not take the likeliest token, the sampler writes over it before anyone reads.
         self._token_ids[slots, positions + 1] = tokens.int()
         return Decoded(logits, tokens, tops)

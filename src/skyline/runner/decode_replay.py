@@ -68,8 +68,8 @@ class DecodeReplay:
 
     @property
     def recorded(self) -> list[int]:
-        """Numbers of requests whose steps are replayed."""
-        return sorted(size for size, known in self._known.items() if known.model.recorded)
+        """Numbers of requests whose steps are replayed. Any thread may ask."""
+        return sorted(size for size, known in list(self._known.items()) if known.model.recorded)
 
     def takes(self, plan: StepPlan) -> bool:
         return bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1 and not self._program.observed

@@ -25,7 +25,7 @@ from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program, choose_dtype
+from skyline.runner.loader import build_program, choose_dtype, why_call_by_call
 from skyline.runner.memory import KV_DTYPES, set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
@@ -109,6 +109,7 @@ def explain(
         if checkpoint is None or not checkpoint.method
         else {"method": checkpoint.method, "weights": checkpoint.report(model, dtype)},
         "fusions": program.fusions,
+        "decode_call_by_call": None if device_type == "cpu" else why_call_by_call(config, program),
         "launches": {
             "step": len(fused),
             "layer": _rounded(sum(per_layer.values())),

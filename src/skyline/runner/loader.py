@@ -17,14 +17,16 @@ from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
+from skyline.ops import LayerCache
 from skyline.ops.quantized import IntegerFormat
-from skyline.runner import decode_knobs
+from skyline.runner import decode_knobs, dry_run
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.decode_graphs import why_not_recorded
 from skyline.runner.grammar import GrammarCompiler
 from skyline.runner.memory import (
     KV_DTYPES,
     MemoryPlan,
+    OutOfMemoryError,
     available_bytes,
     group_caches,
     peak_activation_bytes,
@@ -134,7 +136,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     limit_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     logits = (limit_rows + MAX_LOGIT_ROWS) * model_config.vocab_size * 4
     tokens = config.max_num_seqs * (config.max_model_len or model_config.max_position_embeddings) * 4
-    activations = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows) + 4 * logits + tokens
+    predicted = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows)
     caches = kv_caches(model)
     set_kv_dtype(config, caches)
     scaled, stored = 0, ""
@@ -142,6 +144,13 @@ def load_model(config: EngineConfig) -> LoadedModel:
         scaled, stored = checkpoint.scale_keys_and_values(model), _stored(checkpoint, model, dtype)
         checkpoint.close()
     groups = group_caches(caches)
+    call_by_call = why_call_by_call(config, program)
+    largest, recorded = predicted, 0
+    if device.type == "cuda":
+        found = _dry_run(config, model_config, program, caches, device, limit_rows + MAX_LOGIT_ROWS)
+        # Graphs share a memory of their own.
+        largest, recorded = found.largest, 0 if call_by_call else found.decode
+    activations = largest + recorded + 4 * logits + tokens
     memory = plan_memory(config, model_config.max_position_embeddings, groups, activations, available_bytes(device))
     for cache in caches:
         cache.allocate(memory.groups[cache.group].num_blocks, config.block_size, device)
@@ -182,6 +191,11 @@ def load_model(config: EngineConfig) -> LoadedModel:
         groups=memory.groups,
     )
     report = _report(config, model_config, model, program, memory, dtype, source, store.nbytes)
+    if device.type == "cuda":
+        report["memory"] += (
+            f"; the largest step took {largest / 2**20:,.0f} MiB, {predicted / 2**20:,.0f} were predicted"
+        )
+        report["decode steps"] = call_by_call or "recorded as CUDA graphs while there is nothing else to do"
     if stored:
         report["stored"] = stored
     if config.kv_cache_dtype == "fp8":
@@ -191,6 +205,38 @@ def load_model(config: EngineConfig) -> LoadedModel:
         report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
+
+
+def why_call_by_call(config: EngineConfig, program: Program) -> str:
+    """Why decode steps on a GPU are not replayed from CUDA graphs; "" if they are."""
+    why_not = why_not_recorded(program) if config.cuda_graphs else "CUDA graphs are switched off"
+    return f"call by call: {why_not}" if why_not else ""
+
+
+def _dry_run(
+    config: EngineConfig,
+    model: ModelConfig,
+    program: Program,
+    caches: list[LayerCache],
+    device: torch.device,
+    rows: int,
+) -> dry_run.Measured:
+    try:
+        return dry_run.measure(
+            program,
+            caches,
+            device,
+            tokens=config.max_num_batched_tokens,
+            requests=config.max_num_seqs,
+            rows=rows,
+            max_model_len=config.max_model_len or model.max_position_embeddings,
+            block_size=config.block_size,
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a step of {config.max_num_batched_tokens:,} tokens does not fit beside the weights: lower "
+            f"max_num_batched_tokens or max_num_seqs, or free memory ({error})"
+        ) from error
 
 
 def _read_weights(

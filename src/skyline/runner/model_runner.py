@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyline.engine.messages import AdmittedRequest, StepOutput, StepPlan, TokenLogprobs
+from skyline.engine.messages import AdmittedRequest, DecodeCounts, StepOutput, StepPlan, TokenLogprobs
 from skyline.graph import Program
 from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
@@ -100,17 +101,15 @@ class ModelRunner:
         self._block_tables = [np.zeros(shape, np.int32) for _ in range(table_groups)]
         self.graphs: DecodeGraphs | None = None
         if graphs is not None:
-            from skyline.kernels.triton.sampling import greedy  # Triton, which there need not be
-
             self.graphs = DecodeGraphs(
                 program,
                 token_ids,
-                greedy,
                 table_shape=(table_groups, *shape),
                 block_size=block_size,
                 record=graphs,
                 knobs=knobs,
             )
+        self._decode_counts = DecodeCounts()
         self._replay: DecodeReplay | None = None
         native_only = _all_native(program)
         if native_only:
@@ -126,6 +125,14 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> _Handle:
         return _Handle(self._worker.submit(self._execute, plan))
 
+    def idle(self) -> bool:
+        """Record the decode steps of one more number of requests, if they are recorded here; False if none is left."""
+        return self.graphs is not None and self.between_steps(self.graphs.record_next)
+
+    def decode_counts(self) -> DecodeCounts:
+        """Any thread may ask."""
+        return replace(self._decode_counts, recorded=len(self.recorded_sizes))
+
     def between_steps(self, function: Callable[[], T]) -> T:
         """Call it on the thread that computes, and wait for what it returns."""
         return self._worker.submit(function).result()
@@ -135,13 +142,21 @@ class ModelRunner:
 
     def _execute(self, plan: StepPlan) -> _Computed:
         with torch.inference_mode(), native.step():
-            return self._compute(plan)
+            computed = self._compute(plan)
+        if self.graphs is not None and self.graphs.due:
+            with suppress(RuntimeError):  # the runner is being closed
+                self._worker.submit(self.graphs.record_due)
+        return computed
 
     def _compute(self, plan: StepPlan) -> _Computed:
         self._apply(plan)
         recorded = self.graphs or self._replay
         if recorded is not None and recorded.takes(plan) and not any(map(self._scores, plan.slots, plan.starts)):
-            return self._decode(plan)
+            decoded = self._decode(plan)
+            if decoded is not None:
+                return decoded
+        if all(plan.samples) and max(plan.lengths) == 1:
+            self._decode_counts.eager += 1
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
@@ -170,13 +185,20 @@ class ModelRunner:
         ends_at = [plan.starts[row] + plan.lengths[row] for row in sampling]
         return _Computed(plan, self._sample(logits[: len(sampling)], slots, ends_at), prompt_logprobs)
 
-    def _decode(self, plan: StepPlan) -> _Computed:
+    def _decode(self, plan: StepPlan) -> _Computed | None:
         greedy, count = self._sampler.greedy_only(plan.slots), len(plan.slots)
         if self.graphs is not None:
             done = self.graphs.step(plan, self._block_tables)
+            if done is None:
+                return None
+            replayed = self.graphs.replayed
         else:
             assert self._replay is not None
-            done = self._replay.step(plan, greedy)
+            done, replayed = self._replay.step(plan, greedy), True
+        if replayed:
+            self._decode_counts.replayed += 1
+        else:
+            self._decode_counts.eager += 1
         if greedy:
             return _Computed(plan, self._sampler.sample_greedy(done.tokens[:count], done.tops[:count], plan.slots), {})
         return _Computed(plan, self._sample(done.logits[:count], plan.slots, [start + 1 for start in plan.starts]), {})

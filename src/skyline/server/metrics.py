@@ -63,6 +63,15 @@ class _EngineCollector(Collector):
         blocks.add_metric(["free"], stats.blocks_total - stats.blocks_held - stats.blocks_cached)
         yield blocks
         yield GaugeMetricFamily("skyline_kv_blocks_capacity", "KV blocks in all", value=stats.blocks_total)
+        yield GaugeMetricFamily(
+            "skyline_decode_sizes_recorded",
+            "Numbers of requests whose decode steps are recorded",
+            value=stats.decode_recorded,
+        )
+        decode = CounterMetricFamily("skyline_decode_steps", "Decode steps, by how they ran", labels=["mode"])
+        decode.add_metric(["replayed"], stats.decode_replayed)
+        decode.add_metric(["call by call"], stats.decode_eager)
+        yield decode
         for name, help_text, value in (
             ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache", stats.prefix_queried_tokens),
             ("prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache", stats.prefix_hit_tokens),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -54,13 +53,35 @@ def test_refused_and_exact_ties() -> None:
     twin = exact("one", 2, 2)
     placed = frontier([refused, twin, exact("two", 2, 2), exact("lower", 1, 1), exact("zero", 3, 0)])
     assert placed == [
-        Placed("refused", False, 0.0),
+        Placed("refused", False, None),
         Placed("one", True, 1.0),
         Placed("two", True, 1.0),
         Placed("lower", False, 0.0),
         Placed("zero", True, 1.0),
     ]
-    assert frontier([]) == [] and frontier([refused]) == [Placed("refused", False, 0.0)]
+    assert frontier([]) == [] and frontier([refused]) == [Placed("refused", False, None)]
+
+
+def test_nothing_is_known_of_a_value_whose_interval_was_refused() -> None:
+    """It stands on the frontier by its value, without a probability; and whom it beats has none either."""
+    short = Candidate("short", Estimate(value=20, refused="needs 60 requests"), Estimate(value=100, n=9))
+    beaten, above, right = (
+        Candidate("beaten", uncertain(15, 0.01), uncertain(90, 0.01)),
+        Candidate("above", uncertain(10, 0.01), uncertain(150, 0.01)),
+        Candidate("right", uncertain(30, 0.01), uncertain(50, 0.01)),
+    )
+    placed = frontier([short, beaten, above, right])
+    assert [(one.on_frontier, one.probability) for one in placed] == [
+        (True, None), (False, None), (True, 1.0), (True, 1.0),
+    ]  # fmt: skip
+    assert frontier([short]) == [Placed("short", True, None)]
+
+
+def test_the_band_is_of_known_intervals_only() -> None:
+    unknown = Candidate("unknown", Estimate(value=20), Estimate(value=1000, refused="needs 60 requests"))
+    known = Candidate("known", Estimate(value=10), uncertain(100, 0.1))
+    assert band([known, unknown], [5.0, 15.0]) == [*band([known], [5.0]), None]
+    assert band([unknown], [5.0]) == [None]
 
 
 def test_draws_are_seeded() -> None:
@@ -105,14 +126,3 @@ def test_the_band_falls_and_holds_its_median() -> None:
     assert len(ends) == 20
     assert all(low <= middle <= high for middle, low, high in ends)
     assert all(a[0] >= b[0] * (1 - 1e-9) for a, b in pairwise(ends))
-
-
-def test_two_hundred_candidates_are_fast() -> None:
-    rng = np.random.default_rng(1)
-    candidates = [
-        Candidate(str(i), uncertain(x, 0.05), uncertain(y, 0.05))
-        for i, (x, y) in enumerate(rng.uniform(1, 50, (200, 2)))
-    ]
-    begin = time.process_time()
-    frontier(candidates)
-    assert time.process_time() - begin < 1

@@ -6,7 +6,8 @@
                workload}; `config` is the same for all versions of an engine
     points     one level of one series in one run; replicates (`ids`) are combined. `series` is an index, `off` says why
                the point cannot be on a frontier (None if it can), `latest` whether no newer run has this level of its
-               configuration. A metric is [value, low, high, n], or [null, null, null, n, why] where it was refused
+               configuration. A metric is [value, low, high, n], and a fifth cell says why where the interval, or even
+               the value, was refused
     frontiers  of the newest results, see frontier.py
     changes    over dates, see frontier.py
     prices     {hardware: $ per device-hour, or null}
@@ -26,7 +27,7 @@ from skyline.bench import metrics
 from skyline.bench.dashboard import frontier, redact
 from skyline.bench.estimate import Estimate
 from skyline.bench.results import AccuracyResult, PointResult, Run
-from skyline.bench.stats import replicates
+from skyline.bench.standing import combined
 from skyline.bench.suite import EngineSpec, Level, PointSpec, Workload
 
 Json = dict[str, Any]
@@ -155,7 +156,7 @@ def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
         "reason": last.reason,
         "notes": notes,
         "replicates": len(counted),
-        "metrics": _combined(counted),
+        "metrics": {key: _row(estimate) for key, estimate in combined(counted).items()},
         "client": None if last.client is None else (limited or last.client).model_dump(mode="json"),
         "cache": last.cache and last.cache.model_dump(mode="json"),
         "tokens": last.tokens and last.tokens.model_dump(mode="json"),
@@ -179,16 +180,9 @@ def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
     return shown
 
 
-def _combined(points: list[PointResult]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for key in {key: None for point in points for key in point.metrics}:
-        found[key] = _row(replicates.combine([point.metrics[key] for point in points if key in point.metrics]))
-    return found
-
-
 def _row(estimate: Estimate) -> list[Any]:
     row: list[Any] = [estimate.value, estimate.low, estimate.high, estimate.n]
-    return row if estimate.value is not None else [*row, estimate.refused or "not known"]
+    return [*row, estimate.refused] if estimate.refused is not None else row
 
 
 def _accuracy(gate: list[AccuracyResult]) -> Json:

@@ -4,7 +4,8 @@ A frontier is of one model under one workload: all hardware, engines and setting
 newest result of every level of every configuration, which is what the page opens with; for what a viewer filters, picks
 or prices, the page repeats the same computation in the browser (assets/statistics.js, tested against this).
 
-    frontiers  [{model, workload, x, y, points: {id: [on, probability]}, band: [[x, middle, low, high], ...]}]
+    frontiers  [{model, workload, x, y, points: {id: [on, probability]}, band: [[x, middle, low, high], ...]}];
+               the probability is None where it is not known
     changes    [{config, model, workload, level, metric, run, before, after, relative, p, regression}]; the new level
                begins with `run`
 """
@@ -63,8 +64,10 @@ def _coordinates(point: Json, x: str, y: str) -> tuple[Estimate, Estimate] | Non
 
 
 def _estimate(point: Json, key: str) -> Estimate | None:
-    value, low, high, n = point["metrics"].get(key, [None] * 4)[:4]
-    return None if value is None or value <= 0 else Estimate(value=value, low=low, high=high, n=n)
+    value, low, high, n, *refused = point["metrics"].get(key, [None] * 4)
+    if value is None or value <= 0:
+        return None
+    return Estimate(value=value, low=low, high=high, n=n, refused=refused[0] if refused else None)
 
 
 # A running benchmark changes one group at a time; the others are not computed again.
@@ -73,7 +76,9 @@ def _frontier(
     rows: tuple[tuple[str, Estimate, Estimate], ...], x: str
 ) -> tuple[dict[str, list[Any]], list[list[float]]]:
     candidates = [pareto.Candidate(name, first, second) for name, first, second in rows]
-    on = {placed.name: [bool(placed.on_frontier), float(placed.probability)] for placed in pareto.frontier(candidates)}
+    on: dict[str, list[Any]] = {
+        placed.name: [placed.on_frontier, placed.probability] for placed in pareto.frontier(candidates)
+    }
     values = [first.value for _, first, _ in rows if first.value is not None]
     least, most = min(values), max(values)
     # Equal ratios, so that 1/x is covered as evenly as x.

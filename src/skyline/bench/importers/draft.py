@@ -84,7 +84,7 @@ class Draft:
     def put(self, key: str, value: float | None, n: int = 0) -> None:
         """A metric as the tool gives it: nothing is known of its spread."""
         if value is not None and math.isfinite(value):
-            self.metrics[key] = Estimate(value=value, n=n)
+            self.metrics[key] = Estimate(value=value, n=n, refused="its file holds no interval")
 
     def put_distribution(self, name: str, values: Mapping[str, float | None], scale: float = 1.0, n: int = 0) -> None:
         """`values` are keyed "mean", "p50", ...; what is None is left out. Times `scale` they are in seconds."""

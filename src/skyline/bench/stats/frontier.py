@@ -25,36 +25,46 @@ class Candidate:
 @dataclass(frozen=True)
 class Placed:
     """`on_frontier`: no other is at least as good on both axes and better on one, by the values. `probability`: how
-    often that is so when all values are drawn from their intervals."""
+    often that is so when all values are drawn from their intervals; None where that is not known."""
 
     name: str
     on_frontier: bool
-    probability: float
+    probability: float | None
 
 
 def frontier(candidates: Sequence[Candidate], seed: int = 0, draws: int = 2000) -> list[Placed]:
-    """One for each candidate, in their order. Where an axis is refused a candidate is off, with probability 0, and
-    beats nobody. Exact ties are all on.
+    """One for each candidate, in their order. Where an axis has no value a candidate is off and beats nobody. Exact
+    ties are all on.
 
     Values are drawn on the logarithmic scale from two half normals that meet at the value and have the interval's ends
     as their 2.5 % bounds, independently for each axis and candidate: noise that all share would not change who beats
-    whom. A value without interval is taken for exact, also where the interval was refused; so is one that is not
-    positive, at the bottom of the scale.
+    whom. A value that is exact is not moved; nor is one that is not positive, at the bottom of the scale.
+
+    Where an interval was refused, nothing is known of the probability: of the candidate itself, and of those that its
+    value beats. The others' are among the candidates whose intervals are known.
     """
-    known = [candidate for candidate in candidates if _known(candidate)]
-    if not known:
-        return [Placed(candidate.name, False, 0.0) for candidate in candidates]
-    on = _undominated(*(_values(known, axis)[None, :] for axis in "xy"))[0]
-    often = _undominated(*_drawn(known, seed, draws)).mean(axis=0)
-    placed = iter(zip(on.tolist(), often.tolist(), strict=True))
-    return [Placed(candidate.name, *(next(placed) if _known(candidate) else (False, 0.0))) for candidate in candidates]
+    valued = [i for i, candidate in enumerate(candidates) if _valued(candidate)]
+    known = [i for i, candidate in enumerate(candidates) if _known(candidate)]
+    unknown = [i for i in valued if i not in set(known)]
+    on: dict[int, bool] = {}
+    probability: dict[int, float] = {}
+    if valued:
+        undominated = _undominated(*(_values([candidates[i] for i in valued], axis)[None, :] for axis in "xy"))[0]
+        on = dict(zip(valued, undominated.tolist(), strict=True))
+    if known:
+        often = _undominated(*_drawn([candidates[i] for i in known], seed, draws)).mean(axis=0)
+        beaten = _beaten([candidates[i] for i in known], [candidates[i] for i in unknown])
+        of_each = zip(known, often.tolist(), beaten.tolist(), strict=True)
+        probability = {i: share for i, share, hidden in of_each if not hidden}
+    return [Placed(candidate.name, on.get(i, False), probability.get(i)) for i, candidate in enumerate(candidates)]
 
 
 def band(
     candidates: Sequence[Candidate], xs: Sequence[float], seed: int = 0, draws: int = 2000
 ) -> list[tuple[float, float, float] | None]:
     """For each x: median, 2.5 % and 97.5 % bound of the highest y among points with at least that x, among the draws
-    in which a point reaches it. None where no point's value does."""
+    in which a point reaches it. None where no point's value does. Candidates whose intervals are not known are left
+    out."""
     known = [candidate for candidate in candidates if _known(candidate)]
     if not known:
         return [None] * len(xs)
@@ -72,8 +82,21 @@ def band(
     return found
 
 
-def _known(candidate: Candidate) -> bool:
+def _valued(candidate: Candidate) -> bool:
     return candidate.x.value is not None and candidate.y.value is not None
+
+
+def _known(candidate: Candidate) -> bool:
+    """Whether its spread is known too."""
+    return _valued(candidate) and candidate.x.refused is None and candidate.y.refused is None
+
+
+def _beaten(candidates: Sequence[Candidate], others: Sequence[Candidate]) -> npt.NDArray[np.bool_]:
+    """Which of the candidates the value of one of the others beats."""
+    x, y = (_values(candidates, axis)[:, None] for axis in "xy")
+    over_x, over_y = (_values(others, axis)[None, :] for axis in "xy")
+    beats = (over_x >= x) & (over_y >= y) & ((over_x > x) | (over_y > y))
+    return np.asarray(beats.any(axis=1), dtype=np.bool_)
 
 
 def _log(value: float | None) -> float:
@@ -97,8 +120,8 @@ def _drawn(candidates: Sequence[Candidate], seed: int, draws: int) -> tuple[Floa
 
 
 def _spread(estimate: Estimate) -> tuple[float, float]:
-    """Standard deviations of the logarithm below and above the value. An end at 0, which has no logarithm, is taken to
-    be as far as the other one."""
+    """Standard deviations of the logarithm below and above the value, 0 where it is exact. An end at 0, which has no
+    logarithm, is taken to be as far as the other one."""
     value = _log(estimate.value)
     if estimate.low is None or estimate.high is None or value == -np.inf:
         return 0.0, 0.0

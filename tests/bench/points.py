@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping
 
 from skyline.bench.estimate import Estimate
-from skyline.bench.results import Hardware, PointResult, Provenance
+from skyline.bench.results import AccuracyResult, ClientHealth, Hardware, PointResult, Provenance
 from skyline.bench.suite import parse_suite
 
 WHEN = datetime.datetime(2026, 11, 1, 12, tzinfo=datetime.UTC)
@@ -15,7 +15,7 @@ WHEN = datetime.datetime(2026, 11, 1, 12, tzinfo=datetime.UTC)
 def point(
     engine: str = "skyline",
     concurrency: int = 1,
-    metrics: Mapping[str, float | tuple[float, float, float]] | None = None,
+    metrics: Mapping[str, float | tuple[float, float, float] | Estimate] | None = None,
     *,
     run: str = "r",
     replicate: int = 0,
@@ -24,7 +24,7 @@ def point(
     hardware: str = "2x test core",
     **fields: object,
 ) -> PointResult:
-    """`metrics`: a value, or (value, low, high)."""
+    """`metrics`: an exact value, (value, low, high), or the whole estimate."""
     suite = parse_suite(
         f"""
         name: s
@@ -34,10 +34,7 @@ def point(
         """
     )
     spec = next(iter(suite.points())).model_copy(update={"replicate": replicate})
-    estimates = {
-        name: Estimate(value=v) if isinstance(v, int | float) else Estimate(value=v[0], low=v[1], high=v[2], n=9)
-        for name, v in (metrics or {}).items()
-    }
+    estimates = {name: _estimate(value) for name, value in (metrics or {}).items()}
     origin = Provenance(
         skyline_version="0", python_version="3.11", hardware=Hardware(name=hardware), engine_command="skyline serve"
     )
@@ -54,3 +51,31 @@ def point(
             **fields,
         }
     )
+
+
+def _estimate(value: float | tuple[float, float, float] | Estimate) -> Estimate:
+    if isinstance(value, Estimate):
+        return value
+    if isinstance(value, tuple):
+        middle, low, high = value
+        return Estimate(value=middle, low=low, high=high, n=9)
+    return Estimate(value=value)
+
+
+def limited_client() -> ClientHealth:
+    return ClientHealth(
+        workers=1,
+        loop_lag_mean_s=0.001,
+        loop_lag_p99_s=0.01,
+        schedule_delay_p99_s=0.01,
+        cpu_share=0.98,
+        limited=True,
+        reason="the workers' CPUs are full",
+    )
+
+
+def gate(engine: str, *, run: str = "r", passed: bool = False) -> AccuracyResult:
+    return AccuracyResult(
+        run=run, engine=engine, model="m", task="demo", exact_match=0.95 if passed else 0.1, standard_error=0.01,
+        total=500, at_least=0.9, passed=passed, reason=None if passed else "10.0% of 500 right, 90.0% asked for",
+    )  # fmt: skip

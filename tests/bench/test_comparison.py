@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from skyline.bench.comparison import in_turns, paired_suite, pairs_of, self_pairs
+from skyline.bench.comparison import counted, in_turns, paired_suite, pairs_of, self_pairs
 from skyline.bench.suite import SuiteError, parse_suite
-from tests.bench.points import point
+from tests.bench.points import gate, limited_client, point
 
 SUITE = parse_suite(
     """
@@ -38,7 +38,6 @@ def test_unknown_engines() -> None:
 def test_pairs_are_what_both_measured() -> None:
     a = [point("a", n, {"output_per_device": 10.0 * n + i}, replicate=i) for n in (1, 2) for i in range(3)]
     b = [point("b", n, {"output_per_device": 20.0 * n + i}, replicate=i) for n in (1, 2, 4) for i in range(2)]
-    b.append(point("b", 2, {"output_per_device": 99.0}, replicate=2, status="invalid"))
     pairs, missing = pairs_of(a, b, ["output_per_device", "ttft_p50"])
     assert [(pair.name, pair.a, pair.b, pair.better) for pair in pairs] == [
         ("m · 1k/1k · concurrency 1 · output_per_device", [10.0, 11.0], [20.0, 21.0], "higher"),
@@ -54,3 +53,18 @@ def test_neighbours_of_one_side() -> None:
     # Measured as a0 b0 b1 a1 a2 b2 b3 a3
     assert (pair.a, pair.b) == ([11.0, 20.0, 22.0], [12.0, 21.0, 23.0])
     assert self_pairs(a[:1], b[:1], "output_per_device") == []
+
+
+def test_what_may_not_stand_on_a_frontier_is_not_compared() -> None:
+    good = point("a", 1, {"output_per_device": 10.0})
+    invalid = point("a", 2, {"output_per_device": 10.0}, status="invalid", reason="the cache was hit")
+    limited = point("a", 4, {"output_per_device": 10.0}, client=limited_client())
+    wrong = point("b", 1, {"output_per_device": 10.0})
+    kept, left_out = counted([good, invalid, limited, wrong], [gate("a", passed=True), gate("b")])
+    assert kept == [good]
+    assert left_out == [
+        "a · m · 1k/1k · concurrency 2: the cache was hit",
+        "a · m · 1k/1k · concurrency 4: limited by the load generator: the workers' CPUs are full",
+        "b · m · 1k/1k · concurrency 1: 10.0% of 500 right, 90.0% asked for",
+    ]
+    assert pairs_of([good], kept, ["output_per_device"])[0][0].b == [10.0]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
 from skyline.bench.estimate import Estimate
 from skyline.bench.recommend import Limit, ObjectiveError, parse_objective, recommend
-from skyline.bench.results import AccuracyResult
-from tests.bench.points import point
+from tests.bench.points import WHEN, gate, limited_client, point
 
 
 def test_objectives() -> None:
@@ -44,22 +45,61 @@ def test_the_most_throughput_under_the_objective() -> None:
         point("c", 16, {"output_per_device": 98.0, "ttft_p90": (0.1, 0.1, 0.1)}, status="invalid"),
         point("a", 64, {"output_per_device": 97.0}),
     ]
-    gates = [
-        AccuracyResult(
-            run="r",
-            engine="b",
-            model="m",
-            task="demo",
-            exact_match=0.1,
-            standard_error=0.01,
-            total=500,
-            at_least=0.9,
-            passed=False,
-        )
-    ]
+    gates = [gate("b")]
     keeping, others = recommend(points, gates, parse_objective("ttft=500ms"))
     assert [c.point.spec.level.concurrency for c in keeping] == [8, 1]
     assert {c.point.spec.level.concurrency for c in others} == {32, 64}
     assert next(c for c in others if c.point.spec.level.concurrency == 64).missing == "ttft_p90: not measured"
     keeping, _ = recommend(points, gates, parse_objective("ttft=500ms"), confidence=0.9999999)
     assert [c.point.spec.level.concurrency for c in keeping] == [1]
+
+
+OBJECTIVE = parse_objective("ttft=500ms")
+SOON = (0.1, 0.09, 0.11)
+
+
+def test_replicates_are_one_candidate_and_none_is_lucky() -> None:
+    """One engine's best replicate has the most; the mean of the other's is more."""
+    points = [
+        *(point("a", 8, {"output_per_device": y, "ttft_p90": SOON}, replicate=i) for i, y in enumerate((90.0, 99.0))),
+        *(point("b", 8, {"output_per_device": y, "ttft_p90": SOON}, replicate=i) for i, y in enumerate((96.0, 97.0))),
+    ]
+    keeping, _ = recommend(points, [], OBJECTIVE)
+    assert [(c.label, c.replicates, c.throughput.value) for c in keeping] == [
+        ("b · m · 1k/1k · concurrency 8", 2, 96.5),
+        ("a · m · 1k/1k · concurrency 8", 2, 94.5),
+    ]
+    assert keeping[0].throughput.low is not None  # by the replicates' spread
+    limited = points[0].model_copy(update={"client": limited_client()})
+    (kept,) = recommend([limited, *points[1:]], [], OBJECTIVE)[0]
+    assert kept.label.startswith("b "), "what is left of a's replicates would be a selection"
+
+
+def test_the_newest_run_counts_whatever_it_says() -> None:
+    later = WHEN + datetime.timedelta(days=1)
+    old = point("a", 8, {"output_per_device": 90.0, "ttft_p90": SOON}, run="old")
+    new = point("a", 8, {"output_per_device": 50.0, "ttft_p90": SOON}, run="new", when=later)
+    keeping, _ = recommend([new, old], [], OBJECTIVE)
+    assert [(c.point.run, c.throughput.value) for c in keeping] == [("new", 50.0)]
+    failed = point("a", 8, run="new", when=later, status="failed")
+    assert recommend([old, failed], [], OBJECTIVE) == ([], [])
+    assert recommend([old, new], [gate("a", run="new")], OBJECTIVE) == ([], [])
+    elsewhere = point("a", 8, {"output_per_device": 50.0, "ttft_p90": SOON}, run="new", hardware="GPU", when=later)
+    assert len(recommend([old, elsewhere], [], OBJECTIVE)[0]) == 2
+
+
+def test_the_probability_of_being_the_best() -> None:
+    """Of equals it is a half each; of one far ahead it is 1; of one whose interval was refused, not known."""
+    equal = [point(name, 8, {"output_per_device": (50.0, 45.0, 55.0), "ttft_p90": SOON}) for name in ("a", "b")]
+    keeping, _ = recommend(equal, [], OBJECTIVE)
+    assert [c.best for c in keeping] == pytest.approx([0.5, 0.5], abs=0.05)
+    ahead = point("c", 8, {"output_per_device": (90.0, 89.0, 91.0), "ttft_p90": SOON})
+    assert [c.best for c in recommend([*equal, ahead], [], OBJECTIVE)[0]] == [1.0, 0.0, 0.0]
+    short = Estimate(value=80.0, n=9, refused="an interval needs about 40 samples")
+    unsure = point("d", 8, {"output_per_device": short, "ttft_p90": SOON})
+    assert [c.best for c in recommend([*equal, unsure], [], OBJECTIVE)[0]] == [None, None, None]
+    assert [c.best for c in recommend([*equal, ahead, unsure], [], OBJECTIVE)[0]] == [1.0, None, None, None]
+    slow = point("e", 8, {"output_per_device": (999.0, 990.0, 1010.0), "ttft_p90": (5.0, 4.9, 5.1)})
+    keeping, others = recommend([*equal, slow], [], OBJECTIVE)
+    assert [c.best for c in keeping] == pytest.approx([0.5, 0.5], abs=0.05), "only among those that keep the objective"
+    assert [c.best for c in others] == [None]

@@ -34,7 +34,7 @@ from skyline.bench.watch import (
     watch,
     workflow_yaml,
 )
-from tests.bench.points import point
+from tests.bench.points import gate, limited_client, point
 
 BEGIN = datetime.datetime(2026, 11, 1, 12, tzinfo=datetime.UTC)
 HOUR = datetime.timedelta(hours=1)
@@ -381,7 +381,7 @@ def measured(levels: list[float], *, seed: int = 0, metric: str = "output_per_de
 
 
 def test_a_drop_is_found_at_its_date() -> None:
-    (series,) = history(measured([100.0] * 10 + [80.0] * 10))
+    (series,) = history(measured([100.0] * 10 + [80.0] * 10), [])
     assert series.label == "2x test core · skyline · m · bf16 · 1k/1k · concurrency 1"
     assert len(series.dates) == len(series.estimates) == 20 and series.dates == sorted(series.dates)
     (change,) = series.changes
@@ -393,27 +393,27 @@ def test_a_drop_is_found_at_its_date() -> None:
 
 
 def test_noise_alone_is_no_regression() -> None:
-    assert [regressions(history(measured([100.0] * 20, seed=seed))) for seed in range(20)].count([]) >= 18
+    assert [regressions(history(measured([100.0] * 20, seed=seed), [])) for seed in range(20)].count([]) >= 18
 
 
 def test_a_loss_made_good_is_closed_and_a_gain_is_none() -> None:
-    (series,) = history(measured([100.0] * 10 + [80.0] * 10 + [99.0] * 10))
+    (series,) = history(measured([100.0] * 10 + [80.0] * 10 + [99.0] * 10), [])
     assert [change.regression for change in series.changes] == [True, False] and regressions([series]) == []
-    (gain,) = history(measured([80.0] * 10 + [100.0] * 10))
+    (gain,) = history(measured([80.0] * 10 + [100.0] * 10), [])
     assert [change.regression for change in gain.changes] == [False] and regressions([gain]) == []
 
 
 def test_a_loss_partly_made_good_stays_open_since_it_began() -> None:
-    found = regressions(history(measured([100.0] * 10 + [80.0] * 10 + [85.0] * 10)))
+    found = regressions(history(measured([100.0] * 10 + [80.0] * 10 + [85.0] * 10), []))
     assert [f.since for f in found] == [BEGIN + datetime.timedelta(days=10)]
     assert found[0].now == pytest.approx(85, rel=0.01)
 
 
 def test_for_latency_more_is_worse() -> None:
-    (series,) = history(measured([0.1] * 10 + [0.15] * 10, metric="ttft_p50"), metric="ttft_p50")
+    (series,) = history(measured([0.1] * 10 + [0.15] * 10, metric="ttft_p50"), [], metric="ttft_p50")
     (found,) = regressions([series])
     assert found.relative == pytest.approx(0.5, abs=0.03)
-    assert history(measured([0.1] * 10, metric="ttft_p50")) == []
+    assert history(measured([0.1] * 10, metric="ttft_p50"), []) == []
 
 
 def test_configurations_are_followed_apart_and_only_by_good_points() -> None:
@@ -423,8 +423,10 @@ def test_configurations_are_followed_apart_and_only_by_good_points() -> None:
         *measured([100.0] * 3, engine="other"),
         *measured([100.0] * 3, hardware="another machine"),
         *measured([1.0] * 3, status="invalid"),
+        *measured([1.0] * 3, client=limited_client()),
+        *measured([1.0] * 3, engine="wrong"),
     ]
-    series = history(points)
+    series = history(points, [gate("wrong", run=f"run{day}") for day in range(3)])
     assert [len(entry.dates) for entry in series] == [3] * 4
     assert [entry.label for entry in series] == sorted(entry.label for entry in series)
     assert len({entry.label for entry in series}) == 4
@@ -436,7 +438,7 @@ def test_replicates_of_a_run_are_one_value() -> None:
         point(metrics={"output_per_device": value}, run="r", replicate=n, when=BEGIN + n * HOUR)
         for n, value in enumerate([90.0, 100.0, 110.0])
     ]
-    (series,) = history(points[::-1])
+    (series,) = history(points[::-1], [])
     assert series.dates == [BEGIN]
     assert series.estimates[0].value == pytest.approx(100.0)
     low, high = series.estimates[0].low, series.estimates[0].high
@@ -447,10 +449,10 @@ def test_a_run_with_a_refused_replicate_is_left_out() -> None:
     refused = {"output_per_device": Estimate.refuse("too few requests")}
     good = {"output_per_device": Estimate(value=100.0)}
     points = [point(run="r").model_copy(update={"metrics": metrics}) for metrics in (good, refused)]
-    assert history(points) == []
-    assert len(history([*points, *measured([100.0])])[0].dates) == 1
+    assert history(points, []) == []
+    assert len(history([*points, *measured([100.0])], [])[0].dates) == 1
 
 
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(KeyError, match="no metric 'speed'"):
-        history([], metric="speed")
+        history([], [], metric="speed")

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from skyline.bench.recommend import eligible
-from skyline.bench.results import AccuracyResult, Run
+from skyline.bench.estimate import Estimate
+from skyline.bench.results import Run
+from skyline.bench.standing import eligible
 from skyline.bench.store import open_store
 from skyline.bench.suite import load_suite
 from skyline.cli import app
 from tests.bench.null import null_server
-from tests.bench.points import WHEN, point
+from tests.bench.points import WHEN, gate, point
 
 SUITE = """
 name: small
@@ -146,17 +147,33 @@ def test_history_marks_what_changed(store: Path) -> None:
     assert bench("history", "--store", store, "--fail-on-regression").exit_code == 1
 
 
-def test_the_gate_takes_a_configuration_off_the_frontier(store: Path) -> None:
-    filled(store, {"main": 100.0})
+def test_what_does_not_count_is_said_everywhere(store: Path) -> None:
+    filled(store, {"main": 100.0, "branch": 100.0})
     with open_store(store) as results:
-        results.save_accuracy(
-            AccuracyResult(
-                run="main", engine="skyline", model="m", task="demo", exact_match=0.2, standard_error=0.02, total=400,
-                at_least=0.9, passed=False,
-            )
-        )  # fmt: skip
-    done = bench("recommend", "--slo", "output_per_device=1", "--store", store)
-    assert done.exit_code == 1
+        results.save_accuracy(gate("skyline", run="branch"))
+    assert bench("recommend", "--slo", "output_per_device=1", "--store", store).exit_code == 1, "branch is the newest"
+    compared = bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store)
+    assert compared.exit_code == 1 and "10.0% of 500 right" in compared.output
+    followed = bench("history", "--store", store)
+    assert followed.exit_code == 0 and "4 of 8 points do not count" in followed.stderr
+    assert "10.0% of 500 right" in followed.stderr
+
+
+def test_a_recommendation_says_how_sure_it_is(store: Path) -> None:
+    short = Estimate(value=150.0, n=9, refused="an interval needs about 40 samples")
+    filled(store, {"main": 100.0})
+    objective = ["recommend", "--slo", "output_per_device=1", "--store", store]
+    assert "the only one that keeps the objective" in bench(*objective).stdout
+    with open_store(store) as results:
+        results.save_point(point("skyline", 8, {"output_per_device": (120.0, 118.0, 122.0)}, run="main"))
+    said = bench(*objective).stdout
+    assert "120 (118–122) output tok/s/device (95 %)" in said
+    assert "the most of 2 that keep the objective, with probability 100%" in said
+    assert "concurrency 4: 100" in said and "the most with probability 0%" in said
+    with open_store(store) as results:
+        results.save_point(point("skyline", 16, {"output_per_device": short, "interactivity": 2.0}, run="main"))
+    said = bench("recommend", "--slo", "interactivity=1", "--store", store).stdout
+    assert "150 (no interval) output tok/s/device\n" in said and "the only one" in said
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from skyline.bench.metrics import metric_of
-from skyline.bench.results import PointResult
+from skyline.bench.results import AccuracyResult, PointResult
+from skyline.bench.standing import eligible
 from skyline.bench.stats.compare import Pair
 from skyline.bench.suite import EngineSpec, PointSpec, Suite, SuiteError
 
@@ -50,10 +51,23 @@ def in_turns(points: Iterable[PointSpec]) -> list[PointSpec]:
     return ordered
 
 
+def counted(points: Iterable[PointResult], accuracy: Sequence[AccuracyResult]) -> tuple[list[PointResult], list[str]]:
+    """Those that may stand on a frontier, and why each of the others does not count."""
+    kept, left_out = [], []
+    for point in points:
+        why = eligible(point, accuracy)
+        if why is None:
+            kept.append(point)
+        else:
+            left_out.append(f"{point.spec.label}: {why}")
+    return kept, left_out
+
+
 def pairs_of(
     a: Sequence[PointResult], b: Sequence[PointResult], metrics: Sequence[str] = DEFAULT_METRICS
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs that both sides measured, by model, scenario, level and metric; and what is missing on one side."""
+    """The pairs that both sides measured, by model, scenario, level and metric; and what is missing on one side. Of
+    points that count (`counted`)."""
     left, right = _by_place(a), _by_place(b)
     pairs, missing = [], []
     for place in dict.fromkeys([*left, *right]):
@@ -92,10 +106,9 @@ def self_pairs(a: Sequence[PointResult], b: Sequence[PointResult], metric: str) 
 def _by_place(points: Sequence[PointResult]) -> dict[tuple[str, str, str], dict[int, PointResult]]:
     places: dict[tuple[str, str, str], dict[int, PointResult]] = {}
     for point in points:
-        if point.status == "ok":
-            spec = point.spec
-            place = (spec.model.name, spec.workload.name, spec.level.label)
-            places.setdefault(place, {})[spec.replicate] = point
+        spec = point.spec
+        place = (spec.model.name, spec.workload.name, spec.level.label)
+        places.setdefault(place, {})[spec.replicate] = point
     return places
 
 

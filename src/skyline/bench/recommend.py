@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from skyline.bench.estimate import Estimate
 from skyline.bench.metrics import DISTRIBUTIONS, METRICS, STATISTICS, metric_of
 from skyline.bench.results import AccuracyResult, PointResult
+from skyline.bench.standing import combined, eligible, newest
+from skyline.bench.stats import frontier as pareto
 
 # What a bare name means: nine of ten requests keep to it.
 DEFAULT_STATISTIC = "p90"
@@ -45,8 +47,8 @@ class Limit:
         margin = sign * (math.log(self.limit) - math.log(estimate.value))
         if not estimate.low or not estimate.high or estimate.low <= 0 or estimate.high <= estimate.low:
             return 1.0 if margin >= 0 else 0.0
-        spread = (math.log(estimate.high) - math.log(estimate.low)) / (2 * norm.ppf(0.975))
-        return float(norm.cdf(margin / spread))
+        spread = (math.log(estimate.high) - math.log(estimate.low)) / (2 * ndtri(0.975))
+        return float(ndtr(margin / spread))
 
 
 def parse_objective(text: str) -> list[Limit]:
@@ -76,25 +78,23 @@ def parse_objective(text: str) -> list[Limit]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`probability` that the point keeps the objective; `missing` says why it cannot be judged."""
+    """A configuration at one level, by the newest run that has it. `point` is its last replicate of `replicates`.
+
+    `probability` that it keeps the objective; `missing` says why that cannot be judged. `best`: the probability that
+    none of those that keep it has more throughput; None where that is not known, or it does not keep the objective.
+    """
 
     point: PointResult
+    replicates: int
     throughput: Estimate
     probability: float
     missing: str | None = None
+    best: float | None = None
 
-
-def eligible(point: PointResult, accuracy: Sequence[AccuracyResult]) -> str | None:
-    """Why a point must not stand on a frontier, or None."""
-    if point.status != "ok":
-        return point.reason or point.status
-    if point.client is not None and point.client.limited:
-        return point.client.reason
-    for result in accuracy:
-        asked = (result.run, result.engine, result.model) == (point.run, point.spec.engine.name, point.spec.model.name)
-        if asked and not result.passed:
-            return result.reason or "the accuracy gate was not passed"
-    return None
+    @property
+    def label(self) -> str:
+        spec = self.point.spec
+        return " · ".join((spec.engine.name, spec.model.name, spec.workload.name, spec.level.label))
 
 
 def recommend(
@@ -103,26 +103,46 @@ def recommend(
     objective: Sequence[Limit],
     confidence: float = 0.5,
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Points that keep the objective with at least that probability, most output per device first, and the others,
-    likeliest first. Points that must not stand on a frontier are in neither."""
+    """Configurations that keep the objective with at least that probability, most output per device first, and the
+    others, likeliest first. Replicates are one candidate with their mean. What must not stand on a frontier is in
+    neither, though an older run may have measured it well: the newest counts.
+    """
     keeping: list[Candidate] = []
     others: list[Candidate] = []
-    for point in points:
-        throughput = point.metrics.get("output_per_device")
-        if eligible(point, accuracy) is not None or throughput is None or throughput.value is None:
+    for replicates in newest(points):
+        counted = [point for point in replicates if point.status == "ok"]
+        if not counted or any(eligible(point, accuracy) is not None for point in counted):
             continue
-        missing = None
-        probability = 1.0
-        for limit in objective:
-            estimate = point.metrics.get(limit.key)
-            if estimate is None or estimate.refused or estimate.value is None:
-                missing = f"{limit.key}: {estimate.refused if estimate is not None else 'not measured'}"
-            probability *= limit.probability(estimate)
-        candidate = Candidate(point, throughput, probability, missing)
-        (keeping if missing is None and probability >= confidence else others).append(candidate)
+        candidate = _judged(counted, objective)
+        if candidate is not None:
+            keeps = candidate.missing is None and candidate.probability >= confidence
+            (keeping if keeps else others).append(candidate)
     keeping.sort(key=lambda c: -(c.throughput.value or 0.0))
     others.sort(key=lambda c: -c.probability)
-    return keeping, others
+    return _with_best(keeping), others
+
+
+def _judged(replicates: Sequence[PointResult], objective: Sequence[Limit]) -> Candidate | None:
+    """None where there is no throughput."""
+    metrics = combined(replicates)
+    throughput = metrics.get("output_per_device")
+    if throughput is None or throughput.value is None:
+        return None
+    missing = None
+    for limit in objective:
+        estimate = metrics.get(limit.key)
+        if estimate is None or estimate.refused:
+            missing = f"{limit.key}: {estimate.refused if estimate is not None else 'not measured'}"
+    probability = math.prod(limit.probability(metrics.get(limit.key)) for limit in objective)
+    last = max(replicates, key=lambda point: point.started)
+    return Candidate(last, len(replicates), throughput, probability, missing)
+
+
+def _with_best(candidates: Sequence[Candidate]) -> list[Candidate]:
+    # On a frontier whose other axis is the same for all stands who has the most.
+    same = Estimate(value=1.0)
+    placed = pareto.frontier([pareto.Candidate(c.label, same, c.throughput) for c in candidates])
+    return [replace(c, best=place.probability) for c, place in zip(candidates, placed, strict=True)]
 
 
 assert DEFAULT_STATISTIC in STATISTICS

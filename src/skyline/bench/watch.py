@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from skyline.bench.estimate import Estimate
 from skyline.bench.metrics import metric_of
-from skyline.bench.results import PointResult, Run
+from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.results import now as utc_now
+from skyline.bench.standing import configuration, eligible
 
 if TYPE_CHECKING:
     from skyline.bench.stats.changepoint import Change
@@ -265,11 +266,13 @@ class Regression:
     relative: float
 
 
-def history(points: Sequence[PointResult], metric: str = "output_per_device") -> list[Series]:
-    """A series for each machine, engine (by its name in the suite), model, precision, workload and step of the ladder.
+def history(
+    points: Sequence[PointResult], accuracy: Sequence[AccuracyResult], metric: str = "output_per_device"
+) -> list[Series]:
+    """A series for each `configuration`.
 
-    Versions of an engine are in one series: that is what is followed. Points that are not ok or lack the metric are
-    left out, and runs of which a replicate's value was refused. Raises KeyError for an unknown metric.
+    Versions of an engine are in one series: that is what is followed. Points that must not stand on a frontier or lack
+    the metric are left out, and runs of which a replicate's value was refused. Raises KeyError for an unknown metric.
     """
     from skyline.bench.stats.changepoint import changes
     from skyline.bench.stats.replicates import combine
@@ -277,8 +280,8 @@ def history(points: Sequence[PointResult], metric: str = "output_per_device") ->
     better = metric_of(metric).better
     followed: dict[object, dict[str, list[PointResult]]] = {}
     for point in points:
-        if point.status == "ok" and metric in point.metrics:
-            followed.setdefault(_configuration(point), {}).setdefault(point.run, []).append(point)
+        if metric in point.metrics and eligible(point, accuracy) is None:
+            followed.setdefault(configuration(point), {}).setdefault(point.run, []).append(point)
     found = []
     for runs in followed.values():
         dated = sorted((min(p.started for p in replicates), run) for run, replicates in runs.items())
@@ -297,15 +300,13 @@ def history(points: Sequence[PointResult], metric: str = "output_per_device") ->
     return sorted(found, key=lambda series: series.label)
 
 
-def _configuration(point: PointResult) -> object:
-    spec = point.spec
-    hardware = point.provenance.hardware.name
-    return hardware, spec.engine.name, spec.model.name, spec.engine.precision, spec.workload, spec.level
-
-
 def _label(point: PointResult) -> str:
     spec = point.spec
     names = [point.provenance.hardware.name, spec.engine.name, spec.model.name, spec.engine.precision]
+    if spec.engine.devices > 1:
+        names.append(f"{spec.engine.devices} devices")
+    if spec.engine.speculation != "none":
+        names.append(spec.engine.speculation)
     return " · ".join([*names, spec.workload.name, spec.level.label])
 
 

@@ -45,7 +45,7 @@ def compare(
     With --suite both are measured in turns (A B B A …), so that drift of the machine takes both alike, and neighbours
     of one side say how far it disagrees with itself.
     """
-    from skyline.bench.comparison import DEFAULT_METRICS, pairs_of, self_pairs
+    from skyline.bench.comparison import DEFAULT_METRICS, counted, pairs_of, self_pairs
     from skyline.bench.metrics import metric_of
     from skyline.bench.stats.compare import compare as judge
     from skyline.bench.stats.compare import noise_floor
@@ -63,7 +63,10 @@ def compare(
             left, right = _measured(a, b, suite, pairs, label, results, folder)
         else:
             left, right = _stored(results, a, engine), _stored(results, b, engine)
+        gates = results.accuracy()
+    (left, lost_left), (right, lost_right) = counted(left, gates), counted(right, gates)
     found, missing = pairs_of(left, right, metrics)
+    missing = [*lost_left, *lost_right, *missing]
     if not found:
         console.fail("the two have no level in common that both measured" + (f": {missing[0]}" if missing else ""))
     floors = {name: noise_floor(self_pairs(left, right, name)) for name in metrics} if suite is not None else {}

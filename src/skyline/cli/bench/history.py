@@ -19,6 +19,7 @@ def history(
     from rich.table import Table
 
     from skyline.bench.metrics import metric_of
+    from skyline.bench.standing import eligible
     from skyline.bench.watch import history as follow
     from skyline.bench.watch import regressions
 
@@ -27,7 +28,13 @@ def history(
     except KeyError as error:
         console.fail(str(error.args[0]))
     with opened(store) as results:
-        series = follow(results.points(), metric)
+        points, accuracy = results.points(), results.accuracy()
+    series = follow(points, accuracy, metric)
+    left_out = [(point, why) for point in points if (why := eligible(point, accuracy)) is not None]
+    if left_out:
+        point, why = left_out[-1]
+        count = f"{len(left_out)} of {len(points)} points do" if len(left_out) > 1 else "1 point does"
+        typer.echo(f"{count} not count, the last {point.spec.label}: {why}", err=True)
     if not series:
         console.fail(f"the store holds no result with {metric}; measure with `skyline bench run quick`")
     screen = console.screen()

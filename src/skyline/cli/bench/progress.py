@@ -13,6 +13,7 @@ from rich.table import Table
 from skyline.cli import console
 
 if TYPE_CHECKING:
+    from skyline.bench.estimate import Estimate
     from skyline.bench.load.generator import Live
     from skyline.bench.results import AccuracyResult, PointResult
     from skyline.bench.suite import PointSpec
@@ -83,7 +84,7 @@ def line(point: PointResult) -> str:
 
 def summary(points: Sequence[PointResult], accuracy: Sequence[AccuracyResult]) -> None:
     """The frontier as a picture of characters and a table, on standard output."""
-    from skyline.bench.recommend import eligible
+    from skyline.bench.standing import eligible
     from skyline.cli.bench.plot import scatter
 
     screen = console.screen()
@@ -98,20 +99,26 @@ def summary(points: Sequence[PointResult], accuracy: Sequence[AccuracyResult]) -
         screen.print(f"\n[bold]{model} · {workload}[/bold]")
         screen.print(scatter(series, "interactivity, tok/s/user", "output tok/s/device"), markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("point", "left"), ("tok/s/device", "right"), ("tok/s/user", "right"), ("TTFT p50", "right")):
+    for name, justify in (
+        ("point", "left"),
+        ("tok/s/device", "right"),
+        ("tok/s/user", "right"),
+        ("TTFT p50, s", "right"),
+    ):
         table.add_column(name, justify="right" if justify == "right" else "left")
     for point in points:
-        cells = [interval(point, "output_per_device"), interval(point, "interactivity"), interval(point, "ttft_p50")]
+        cells = [interval(point.metrics.get(key)) for key in ("output_per_device", "interactivity", "ttft_p50")]
         table.add_row(point.spec.label, *cells)
     screen.print(table)
 
 
-def interval(point: PointResult, key: str) -> str:
-    """Value and interval for people; empty where there is none."""
-    estimate = point.metrics.get(key)
+def interval(estimate: Estimate | None) -> str:
+    """Value and interval for people; a value whose interval was refused is not taken for an exact one."""
     if estimate is None or estimate.value is None:
         return "–"
     text = f"{estimate.value:,.4g}"
+    if estimate.refused is not None:
+        return f"{text} (no interval)"
     if estimate.low is not None and estimate.high is not None:
         text += f" ({estimate.low:,.4g}–{estimate.high:,.4g})"
     return text

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from skyline.cli import console
 from skyline.cli.bench.options import StoreOption, opened
+
+if TYPE_CHECKING:
+    from skyline.bench.recommend import Candidate
 
 
 def recommend(
@@ -22,9 +25,8 @@ def recommend(
     """Name the measured configuration with the most throughput that keeps an objective, and the command to start it."""
     import json
 
-    from skyline.bench.recommend import Candidate, parse_objective
+    from skyline.bench.recommend import parse_objective
     from skyline.bench.recommend import recommend as choose
-    from skyline.cli.bench.progress import interval
 
     with opened(store) as results:
         objective = parse_objective(slo)
@@ -41,10 +43,12 @@ def recommend(
         point = candidate.point
         return {
             "point": point.id,
-            "configuration": point.spec.label,
+            "configuration": candidate.label,
             "hardware": point.provenance.hardware.name,
+            "replicates": candidate.replicates,
             "output_per_device": candidate.throughput.model_dump(exclude_none=True),
             "probability": candidate.probability,
+            "best": candidate.best,
             "missing": candidate.missing,
             "command": point.provenance.engine_command,
             "measure_again": point.provenance.command,
@@ -55,29 +59,54 @@ def recommend(
             json.dumps({"recommended": [described(c) for c in keeping], "others": [described(c) for c in others]})
         )
         raise typer.Exit(0 if keeping else 1)
+    _print(keeping, others, ", ".join(limit.text for limit in objective))
+    raise typer.Exit(0 if keeping else 1)
+
+
+def _print(keeping: list[Candidate], others: list[Candidate], wanted: str) -> None:
     screen = console.screen()
-    wanted = ", ".join(limit.text for limit in objective)
     if not keeping:
         screen.print(f"Nothing that was measured keeps {wanted}. Nearest:", markup=False)
         for candidate in others[:3]:
             why = candidate.missing or f"kept with probability {candidate.probability:.0%}"
-            screen.print(f"  {candidate.point.spec.label}: {why}", markup=False)
-        raise typer.Exit(1)
-    best = keeping[0]
-    screen.print(f"[bold]{best.point.spec.label}[/bold]")
-    screen.print(
-        f"  {interval(best.point, 'output_per_device')} output tok/s/device (95 %), most of {len(keeping)} that keep"
-    )
+            screen.print(f"  {candidate.label}: {why}", markup=False)
+        return
+    best, *rest = keeping
+    screen.print(f"[bold]{best.label}[/bold]")
+    screen.print(f"  {_throughput(best)}", markup=False)
+    screen.print(f"  {_standing(best, len(keeping))}", markup=False)
     screen.print(f"  {wanted}, with probability {best.probability:.0%}", markup=False)
-    screen.print(f"  on {best.point.provenance.hardware.name}", markup=False)
+    replicates = f", {best.replicates} replicates" if best.replicates > 1 else ""
+    screen.print(f"  on {best.point.provenance.hardware.name}{replicates}", markup=False)
     if best.point.provenance.engine_command:
         screen.print(f"\nStart it:\n  {best.point.provenance.engine_command}", markup=False, soft_wrap=True)
-    screen.print(f"Measure it again:\n  {best.point.provenance.command}", markup=False)
-    if keeping[1:]:
+    if best.point.provenance.command:
+        screen.print(f"Measure it again:\n  {best.point.provenance.command}", markup=False)
+    if rest:
         screen.print("\nNext:")
-        for candidate in keeping[1:4]:
+        for candidate in rest[:3]:
+            kept = f"kept with probability {candidate.probability:.0%}"
+            chance = "unknown" if candidate.best is None else f"{candidate.best:.0%}"
             screen.print(
-                f"  {candidate.point.spec.label}: {interval(candidate.point, 'output_per_device')} tok/s/device, "
-                f"probability {candidate.probability:.0%}",
+                f"  {candidate.label}: {_throughput(candidate)}, {kept}, the most with probability {chance}",
                 markup=False,
+                soft_wrap=True,
             )
+
+
+def _throughput(candidate: Candidate) -> str:
+    from skyline.cli.bench.progress import interval
+
+    unit = "output tok/s/device"
+    throughput = candidate.throughput
+    known = throughput.refused is None and throughput.low is not None
+    return f"{interval(throughput)} {unit}" + (" (95 %)" if known else "")
+
+
+def _standing(best: Candidate, keeping: int) -> str:
+    if keeping == 1:
+        return "the only one that keeps the objective"
+    most = f"the most of {keeping} that keep the objective"
+    if best.best is None:
+        return f"{most}; how surely is unknown: {best.throughput.refused}"
+    return f"{most}, with probability {best.best:.0%}"

@@ -72,7 +72,7 @@ def watch(
             with interruptible(), RichReporter() as reporter:
                 run = runner.execute(run, results, reporter, bench_folder(folder))
             mine = [point for r in results.runs() if r.suite_hash == spec.hash for point in results.points(r.id)]
-            for entry in regressions(history(mine)):
+            for entry in regressions(history(mine, results.accuracy())):
                 typer.echo(f"worse since {entry.since:%Y-%m-%d}: {entry.label} ({entry.relative:+.1%})", err=True)
             return run
 

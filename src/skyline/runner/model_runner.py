@@ -206,6 +206,9 @@ class ModelRunner:
     def _sample(self, logits: Tensor, slots: list[int], ends: list[int]) -> SampleResult:
         """Choose the tokens that stand at `ends` of the slots, and write them there."""
         sampled = self._sampler.sample(logits, slots, ends)
+        if self._device.type == "cpu":
+            self._token_ids.numpy()[slots, ends] = sampled.token_ids.numpy()
+            return sampled
         where = (to_device(np.array(slots), self._device), to_device(np.array(ends), self._device))
         self._token_ids.index_put_(where, sampled.token_ids.to(torch.int32))
         return sampled

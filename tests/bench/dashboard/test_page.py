@@ -75,6 +75,35 @@ def test_what_cannot_count_is_dimmed_and_off_the_frontier(screen: Screen, data: 
         assert off[id] in row.inner_text().replace("\n", " ")
 
 
+def test_an_unknown_interval_is_marked_and_explained(screen: Screen, data: Data) -> None:
+    """Of the one point whose run was too short: hollow, with a probability that is unknown, and why."""
+    (point,) = [p for p in points(data) if len(p["metrics"].get("interactivity", [])) > 4]
+    marks = screen.page.evaluate(
+        "Object.fromEntries(document.querySelector('.plot').data.filter(t => t.customdata && t.opacity === 1)"
+        ".flatMap(t => t.customdata.map((id, i) => [id, t.marker.symbol[i]])))"
+    )
+    assert {id for id, symbol in marks.items() if symbol.endswith("-open-dot")} == {point["id"]}
+    assert "its interval is not known" in screen.page.inner_text(".panel .legend")
+    screen.page.focus(".stage")
+    told = ""
+    for _ in range(40):
+        screen.page.keyboard.press("ArrowRight")
+        told = screen.page.inner_text("#tip")
+        if synthetic.TOO_SHORT in told:
+            break
+        if "concurrency 16" in told or "concurrency 8" in told:
+            screen.page.keyboard.press("ArrowDown")
+            for _ in range(6):
+                screen.page.keyboard.press("ArrowLeft")
+    assert synthetic.TOO_SHORT in told and "(no interval)" in told and "probability unknown" in told
+    row = screen.page.locator(f"#table tr[data-id='{point['id']}']").inner_text()
+    assert "unknown" in row
+    screen.view(f"point={point['id']}")
+    assert f"no interval: {synthetic.TOO_SHORT}" in screen.page.inner_text("#details .measurements")
+    assert "probability unknown" in screen.page.inner_text("#details .standing")
+    assert screen.complaints == []
+
+
 def test_the_frontier_is_drawn_through_its_points(screen: Screen, data: Data) -> None:
     (entry,) = [
         entry
@@ -149,7 +178,7 @@ def test_axes_and_marks_can_be_switched(screen: Screen, data: Data) -> None:
 def test_series_differ_in_shape_and_dash_not_in_colour_alone(screen: Screen) -> None:
     looks = screen.page.evaluate(
         "document.querySelector('.plot').data.filter(t => t.mode.startsWith('lines+markers'))"
-        ".map(t => [t.line.color, t.marker.symbol, t.name])"
+        ".map(t => [t.line.color, t.marker.symbol[0], t.name])"
     )
     assert len(looks) == len({symbol for _, symbol, _ in looks}) == len({colour for colour, _, _ in looks}) == 3
 

@@ -50,15 +50,28 @@ def as_json(found: list[pareto.Candidate]) -> list[dict[str, Any]]:
     return [{"x": one.x.model_dump(), "y": one.y.model_dump()} for one in found]
 
 
+def refuse_some(found: list[pareto.Candidate]) -> list[pareto.Candidate]:
+    """The same, with an interval of every fifth refused."""
+    refused = {"low": None, "high": None, "refused": "too short"}
+    return [
+        pareto.Candidate(one.name, one.x.model_copy(update=refused) if index % 5 == 2 else one.x, one.y)
+        for index, one in enumerate(found)
+    ]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_frontier_is_that_of_the_python_module(page: Page, seed: int) -> None:
     """Draws differ, so probabilities agree within Monte Carlo's error: 5 standard errors of 2,000 draws are 0.06."""
-    found = candidates(seed, 12)
+    found = refuse_some(candidates(seed, 12))
     xs = [15.0, 25.0, 35.0, 45.0]
     ours = page.evaluate("([c, xs]) => statistics.frontier(c, xs)", [as_json(found), xs])
     theirs = pareto.frontier(found, draws=4000)
     assert ours["on"] == [placed.on_frontier for placed in theirs]
-    assert ours["probability"] == pytest.approx([placed.probability for placed in theirs], abs=0.06)
+    unknown = [placed.probability is None for placed in theirs]
+    assert any(unknown) and [probability is None for probability in ours["probability"]] == unknown
+    assert [probability or 0 for probability in ours["probability"]] == pytest.approx(
+        [placed.probability or 0 for placed in theirs], abs=0.06
+    )
     for mine, other in zip(ours["band"], pareto.band(found, xs), strict=True):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
@@ -126,6 +139,24 @@ def test_intervals_of_ratios_cover_the_truth(page: Page) -> None:
         "low": None,
         "high": None,
     }
+
+
+def test_nothing_is_sure_where_an_interval_was_refused(page: Page) -> None:
+    short = {"value": 300, "low": None, "high": None, "refused": "too short"}
+    assert page.evaluate("b => statistics.quotient(b, {value: 100, low: 99, high: 101})", short) == {
+        "value": 3,
+        "low": None,
+        "high": None,
+        "refused": "too short",
+    }
+    first, *rest = ladder(2, 0.02)
+    ratio = page.evaluate(
+        "([a, b]) => statistics.ladderRatio(a, b)", [[{**first, "y": {**short, "value": 100}}, *rest], ladder(1, 0.02)]
+    )
+    assert ratio["mean"] == [pytest.approx(2), None, None]
+    assert all(row[1:] == [None, None] for row in ratio["ratios"])
+    only = page.evaluate("b => statistics.frontier([{x: b, y: b}], [100])", short)
+    assert only == {"on": [True], "probability": [None], "band": [None]}
 
 
 def test_draws_are_normal_and_repeat(page: Page) -> None:

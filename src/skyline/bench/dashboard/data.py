@@ -26,6 +26,7 @@ from typing import Any
 from skyline.bench import metrics
 from skyline.bench.dashboard import frontier, redact
 from skyline.bench.estimate import Estimate
+from skyline.bench.hardware import price_of
 from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.standing import combined
 from skyline.bench.suite import EngineSpec, Level, PointSpec, Workload
@@ -38,7 +39,8 @@ KEYS = metrics.keys()
 def page_data(
     runs: Sequence[Run], points: Sequence[PointResult], accuracy: Sequence[AccuracyResult], prices: dict[str, float]
 ) -> Json:
-    """The page's data (see above). Points and accuracy results whose run is not among `runs` are left out."""
+    """The page's data (see above). Points and accuracy results whose run is not among `runs` are left out. `prices` are
+    by pattern of the hardware's name, as `hardware.prices()` has them."""
     ordered = sorted(runs, key=lambda run: (run.started, run.id))
     known = {run.id for run in ordered}
     kept = _last_of_each(point for point in points if point.run in known)
@@ -64,7 +66,7 @@ def page_data(
         "points": shown,
         "frontiers": frontier.frontiers(shown, rows),
         "changes": frontier.changes_over_runs(shown, rows, place),
-        "prices": {row["hardware"]: prices.get(row["hardware"]) for row in rows},
+        "prices": {row["hardware"]: price_of(row["hardware"], prices) for row in rows},
     }
 
 

@@ -1,7 +1,7 @@
 // Everything about one point: what was measured, how far it can be trusted, and how to repeat it.
 
 import { copyButton, h } from "./dom.js";
-import { bytes, estimate, inUnit, interval, minute, number, percent } from "./format.js";
+import { bytes, chance, estimate, inUnit, interval, minute, number, percent } from "./format.js";
 import { axes } from "./frame.js";
 import { measure, offReason, seriesName } from "./model.js";
 
@@ -53,7 +53,7 @@ export function frontierList(data, state, places, shown) {
 
 function door(data, state, point, place, keys) {
   const value = (key) =>
-    estimate({ ...measure(data, state, point, key), low: null, high: null }, data.metrics[key].unit);
+    estimate({ value: measure(data, state, point, key).value, low: null, high: null }, data.metrics[key].unit);
   return h(
     "li",
     {},
@@ -63,7 +63,7 @@ function door(data, state, point, place, keys) {
       h("b", {}, seriesName(data, point.series)),
       h("span", {}, point.level.label),
       h("span", {}, `${value(keys.y)} at ${value(keys.x)}`),
-      h("span", {}, `probability ${percent(place.probability)}`),
+      h("span", {}, `probability ${chance(place.probability)}`),
     ),
   );
 }
@@ -101,17 +101,18 @@ export function details(data, state, point, place) {
   ];
 }
 
-function standing(why, place) {
-  if (why) return h("p", { class: "standing off" }, "✕ Not on the frontier: ", why);
+function standing(off, place) {
+  if (off) return h("p", { class: "standing off" }, "✕ Not on the frontier: ", off);
   if (!place) return null;
   const text = place.on ? "■ On the frontier, with probability" : "□ Behind the frontier; on it with probability";
-  return h("p", { class: place.on ? "standing on" : "standing" }, `${text} ${percent(place.probability)}`);
+  const why = place.probability === null ? ", as an interval of it, or of a point that beats it, is not known" : "";
+  return h("p", { class: place.on ? "standing on" : "standing" }, `${text} ${chance(place.probability)}${why}`);
 }
 
 function measurements(data, state, point) {
   const rows = SHOWN.flatMap((key) => {
     const found = measure(data, state, point, key);
-    const refused = point.metrics[key]?.[4];
+    const refused = found ? found.refused : point.metrics[key]?.[4];
     if (!found && !refused) return [];
     const { title, unit, formula } = data.metrics[key];
     const shown = found && inUnit(found, unit);
@@ -121,7 +122,7 @@ function measurements(data, state, point) {
           {},
           h("b", {}, number(shown.found.value)),
           ` ${shown.unit}`,
-          h("span", { class: "interval" }, interval(shown.found)),
+          h("span", { class: "interval" }, refused ? ` no interval: ${refused}` : interval(shown.found)),
         )
       : h("td", {}, h("span", { class: "interval" }, refused));
     return [h("tr", {}, h("th", { scope: "row", title: formula }, title), cells)];

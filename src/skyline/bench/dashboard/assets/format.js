@@ -35,6 +35,9 @@ export const pValue = (p) => (p < 0.001 ? "< 0.001" : String(Number(p.toPrecisio
 
 export const percent = (share, digits = 0) => `${(share * 100).toFixed(digits)} %`;
 
+// A probability that may not be known.
+export const chance = (probability) => (probability === null ? "unknown" : percent(probability));
+
 // A change with its sign, a true minus and at most one digit after the point: +3.2 %, −12 %.
 export function relative(share) {
   const size = Math.abs(share * 100);
@@ -46,7 +49,8 @@ export function inUnit(found, unit) {
   if (unit === "1") return { found, unit: "" };
   if (unit !== "s" || found.value >= 1) return { found, unit };
   const thousand = (value) => (value === null ? null : value * 1000);
-  return { found: { value: thousand(found.value), low: thousand(found.low), high: thousand(found.high) }, unit: "ms" };
+  const ends = { low: thousand(found.low), high: thousand(found.high) };
+  return { found: { ...found, value: thousand(found.value), ...ends }, unit: "ms" };
 }
 
 // {value, low, high} with its interval, as text.
@@ -57,6 +61,7 @@ export function estimate(measured, measuredIn) {
 }
 
 export function interval(found) {
+  if (found?.refused) return " (no interval)";
   if (!found || found.low === null || found.high === null) return "";
   return ` (${number(found.low)} to ${number(found.high)})`;
 }

@@ -1,5 +1,6 @@
 // The frontier of what is shown: as it came with the data where that is of the same points, else computed here.
 
+import { inverse } from "./model.js";
 import { frontier } from "./statistics.js";
 
 const STEPS = 60;
@@ -27,20 +28,14 @@ function shipped(data, group, { x, y }, candidates) {
   return { points: new Map(points), band: entry.band };
 }
 
-// Seconds and dollars become their inverse, which keeps the order and makes more better.
-const inverted = ({ value, low, high }) => ({
-  value: 1 / value,
-  low: high === null ? null : 1 / high,
-  high: low === null ? null : 1 / low,
-});
-
 function computed(data, { x, y }, candidates) {
   const signature = JSON.stringify([x, y, candidates]);
   if (remembered.has(signature)) return remembered.get(signature);
   const flip = { x: data.metrics[x].better === "lower", y: data.metrics[y].better === "lower" };
+  // Seconds and dollars become their inverse, which keeps the order and makes more better.
   const turned = candidates.map((candidate) => ({
-    x: flip.x ? inverted(candidate.x) : candidate.x,
-    y: flip.y ? inverted(candidate.y) : candidate.y,
+    x: flip.x ? inverse(candidate.x) : candidate.x,
+    y: flip.y ? inverse(candidate.y) : candidate.y,
   }));
   const values = turned.map((candidate) => candidate.x.value);
   const [least, most] = [Math.min(...values), Math.max(...values)];

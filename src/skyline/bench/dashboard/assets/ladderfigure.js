@@ -1,10 +1,10 @@
 // The frontier, cost and power charts: ladders of points before the skyline that is their frontier.
 
 import { h } from "./dom.js";
-import { count, day, escaped, estimate, percent } from "./format.js";
+import { chance, count, day, escaped, estimate } from "./format.js";
 import { axes, errorBars, layout, title } from "./frame.js";
 import { frontierOf } from "./frontier.js";
-import { ladders, measure, offReason, seriesName, shortLevel } from "./model.js";
+import { ladders, measure, offReason, seriesName, shortLevel, unsure } from "./model.js";
 import { fade, glyph, hollow } from "./palette.js";
 import { skyline } from "./skyline.js";
 
@@ -27,6 +27,7 @@ export function ladderFigure({ data, state, group, looks, colours, compact }) {
   const targets = [];
   const named = new Set();
   let explained = false;
+  let dotted = false;
   const drawn = group.points.filter(placed);
   const box = extent(
     drawn.flatMap((point) => [ends(measure(data, state, point, x)), ends(measure(data, state, point, y))]),
@@ -41,6 +42,8 @@ export function ladderFigure({ data, state, group, looks, colours, compact }) {
     const opacity = ladder.latest || state.run !== "all" ? 1 : 0.45;
     if (counted.length) {
       const trace = points(data, state, counted, { x, y });
+      const open = counted.map((point) => unsure(data, state, point, [x, y]) !== null);
+      dotted ||= open.includes(true);
       traces.push({
         ...trace,
         name: escaped(name),
@@ -49,7 +52,7 @@ export function ladderFigure({ data, state, group, looks, colours, compact }) {
         opacity,
         line: { color: colour, width: 2, dash: ladder.look.dash },
         marker: {
-          symbol: ladder.look.symbol,
+          symbol: open.map((isOpen) => ladder.look.symbol + (isOpen ? "-open-dot" : "")),
           color: colour,
           opacity: 1, // Plotly sees through markers of several sizes
           size: counted.map((point) => (on.points.get(point.id)?.on ? 12 : 9)),
@@ -83,7 +86,7 @@ export function ladderFigure({ data, state, group, looks, colours, compact }) {
     traces,
     layout: layout({ data, state, colours, compact }, { x, y }),
     targets,
-    legend: legend(data, all, explained),
+    legend: legend(data, all, explained, dotted),
     strip: strip(
       data,
       group.points.filter((point) => !placed(point)),
@@ -111,8 +114,9 @@ function ring(data, state, point, { x, y }, colours) {
 const targetsOf = (curve, points) => points.map((point, index) => ({ curve, index, id: point.id }));
 
 // One entry for each look: a series of several dates is one, the older the paler.
-function legend(data, all, explained) {
+function legend(data, all, explained, dotted) {
   const entries = new Map(all.map((ladder) => [seriesName(data, ladder.series), glyph(ladder.look)]));
+  if (dotted) entries.set("hollow with a dot: its interval is not known", hollow(true));
   if (explained) entries.set("hollow: cannot be on the frontier", hollow());
   return [...entries].map(([name, picture]) => ({ name, glyph: picture }));
 }
@@ -208,6 +212,8 @@ function describe(data, state, point, { x, y }, on) {
   const place = on?.points.get(point.id);
   const lines = [`${point.series.workload} · ${point.level.label} · ${day(point.run.started)}`, line(y), line(x)];
   if (point.replicates > 1) lines.push(`${point.replicates} replicates`);
-  if (place) lines.push(`On the frontier with probability ${percent(place.probability)}`);
+  if (place) lines.push(`On the frontier with probability ${chance(place.probability)}`);
+  const unknown = unsure(data, state, point, [y, x]);
+  if (unknown) lines.push(`No interval: ${unknown}`);
   return { title: seriesName(data, point.series), lines, warning: offReason(point, y) };
 }

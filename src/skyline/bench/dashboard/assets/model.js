@@ -83,11 +83,14 @@ export function price(data, state, hardware) {
   return state.prices[hardware] ?? data.prices[hardware] ?? null;
 }
 
-// A metric of a point as {value, low, high, n}, or null where it is missing or refused.
+// A metric of a point as {value, low, high, n, refused}, or null where it is missing or its value is refused. `refused`
+// says why nothing is known of the interval; without it and without ends the value is exact.
 export function measure(data, state, point, key) {
   if (key === "cost_per_mtok") return cost(data, state, point);
   const row = point.metrics[key];
-  return row && row[0] !== null ? { value: row[0], low: row[1], high: row[2], n: row[3] } : null;
+  return row && row[0] !== null
+    ? { value: row[0], low: row[1], high: row[2], n: row[3], refused: row[4] ?? null }
+    : null;
 }
 
 // As metrics.cost_per_mtok has it, in the same order of operations. More throughput is less cost: the ends swap.
@@ -96,13 +99,24 @@ function cost(data, state, point) {
   const output = measure(data, state, point, "output_throughput");
   if (hourly === null || output === null || output.value <= 0) return null;
   const at = (throughput) => ((hourly * point.series.devices) / 3600 / throughput) * 1e6;
-  const known = output.low !== null && output.low > 0;
-  return {
-    value: at(output.value),
-    low: known ? at(output.high) : null,
-    high: known ? at(output.low) : null,
-    n: output.n,
-  };
+  return inverse(output, at);
+}
+
+// What falls as the estimate grows, as 1 / x does: the ends change places. An interval that reaches zero has no inverse.
+export function inverse(found, of = (value) => 1 / value) {
+  const endless = found.low !== null && found.low <= 0;
+  const end = (value) => (value === null || endless ? null : of(value));
+  const refused = found.refused ?? (endless ? "its interval would be without an end" : null);
+  return { ...found, value: of(found.value), low: end(found.high), high: end(found.low), refused };
+}
+
+// Why nothing is known of how sure a point's place is, or null.
+export function unsure(data, state, point, keys) {
+  for (const key of keys) {
+    const refused = measure(data, state, point, key)?.refused;
+    if (refused) return `${data.metrics[key].title}: ${refused}`;
+  }
+  return null;
 }
 
 // Why a point can be on no frontier with this axis, or null.

@@ -75,12 +75,13 @@ export function glyph(look) {
   );
 }
 
-// The mark of a point that counts for nothing.
-export function hollow() {
+// The mark of a point that counts for nothing; with a dot, of one whose interval is not known.
+export function hollow(dot = false) {
   return svg(
     "svg",
     { class: "glyph hollow", viewBox: "-8 -8 16 16", width: 16, height: 16, "aria-hidden": "true" },
     svg("path", { d: SHAPES[0][1] }),
+    dot ? svg("circle", { r: 1.6, class: "dot" }) : null,
   );
 }
 

@@ -1,6 +1,7 @@
 // The statistics that depend on what the viewer picks, by simulation as skyline.bench.stats.frontier has it: each value
 // is drawn on the logarithmic scale from two half normals that meet at the value and have its interval's ends as their
-// 2.5 % bounds; one without interval is exact. Draws are seeded: one view has one number.
+// 2.5 % bounds; one without interval is exact, unless the interval was refused: then nothing is known of its spread, and
+// nothing is said that depends on it. Draws are seeded: one view has one number.
 
 const DRAWS = 2000;
 const Z95 = 1.959963984540054;
@@ -29,6 +30,8 @@ function spread({ value, low, high }) {
   const above = Math.max(0, Math.log(high / value) / Z95);
   return [low > 0 ? Math.max(0, Math.log(value / low) / Z95) : above, above];
 }
+
+const known = ({ x, y }) => !x.refused && !y.refused;
 
 function draw({ value }, deviations, normal) {
   if (deviations === null) return value;
@@ -61,17 +64,21 @@ export function pareto(xs, ys) {
 
 // Candidates {x, y} of estimates, both more-is-better. Returns who is on the frontier, how often in the draws, and the
 // best y at least at each of `grid` as [middle, low, high], among the draws that reach it; null where no value does.
+// Only candidates whose intervals are known are drawn; the others and those that their values beat have probability
+// null.
 export function frontier(candidates, grid, seed = 0) {
   const normal = normals(seed);
-  const deviations = candidates.map(({ x, y }) => [spread(x), spread(y)]);
-  const hits = new Array(candidates.length).fill(0);
+  const drawn = candidates.filter(known);
+  const others = candidates.filter((candidate) => !known(candidate));
+  const deviations = drawn.map(({ x, y }) => [spread(x), spread(y)]);
+  const hits = new Map(drawn.map((candidate) => [candidate, 0]));
   const heights = grid.map(() => []);
-  const reach = Math.max(...candidates.map(({ x }) => x.value));
-  for (let round = 0; round < DRAWS; round += 1) {
-    const xs = candidates.map(({ x }, index) => draw(x, deviations[index][0], normal));
-    const ys = candidates.map(({ y }, index) => draw(y, deviations[index][1], normal));
+  const reach = Math.max(...drawn.map(({ x }) => x.value));
+  for (let round = 0; round < DRAWS && drawn.length > 0; round += 1) {
+    const xs = drawn.map(({ x }, index) => draw(x, deviations[index][0], normal));
+    const ys = drawn.map(({ y }, index) => draw(y, deviations[index][1], normal));
     const members = pareto(xs, ys);
-    for (const index of members) hits[index] += 1;
+    for (const index of members) hits.set(drawn[index], hits.get(drawn[index]) + 1);
     // The highest y that reaches x is always one of the frontier's.
     grid.forEach((at, step) => {
       let best = -Infinity;
@@ -87,7 +94,9 @@ export function frontier(candidates, grid, seed = 0) {
   );
   return {
     on: candidates.map((_, index) => on.has(index)),
-    probability: hits.map((count) => count / DRAWS),
+    probability: candidates.map((candidate) =>
+      known(candidate) && !others.some((other) => beats(other, candidate)) ? hits.get(candidate) / DRAWS : null,
+    ),
     band: heights.map((found, step) => {
       if (grid[step] > reach || found.length === 0) return null;
       found.sort((a, b) => a - b);
@@ -95,6 +104,9 @@ export function frontier(candidates, grid, seed = 0) {
     }),
   };
 }
+
+const beats = (a, b) =>
+  a.x.value >= b.x.value && a.y.value >= b.y.value && (a.x.value > b.x.value || a.y.value > b.y.value);
 
 // y of a ladder at x, on straight lines between its points; null outside.
 function along(xs, ys, at) {
@@ -110,7 +122,8 @@ function along(xs, ys, at) {
 }
 
 // Ladder a's y by ladder b's at equal x: {grid, ratios: [[value, low, high] or null], mean: [value, low, high]}. `mean`
-// is the geometric mean over the grid. Null where the ladders have no x in common.
+// is the geometric mean over the grid. Null where the ladders have no x in common; ends are null where an interval of
+// either was refused.
 export function ladderRatio(a, b, steps = 40, seed = 0) {
   const range = (ladder) => ladder.map(({ x }) => x.value);
   const low = Math.max(Math.min(...range(a)), Math.min(...range(b)));
@@ -127,7 +140,8 @@ export function ladderRatio(a, b, steps = 40, seed = 0) {
   };
   const draws = grid.map(() => []);
   const means = [];
-  for (let round = 0; round < DRAWS; round += 1) {
+  const rounds = [...a, ...b].every(known) ? DRAWS : 0;
+  for (let round = 0; round < rounds; round += 1) {
     const ratios = once((estimate) => draw(estimate, spread(estimate), normal));
     ratios.forEach((ratio, step) => ratio !== null && draws[step].push(ratio));
     means.push(geometricMean(ratios));
@@ -155,6 +169,8 @@ function withEnds(value, found) {
 // Donner 2008, Construction of confidence limits about effect measures, Statistics in Medicine 27).
 export function quotient(a, b) {
   const value = a.value / b.value;
+  const refused = a.refused || b.refused;
+  if (refused) return { value, low: null, high: null, refused };
   const [top, bottom] = [spread(a), spread(b)];
   if (top === null && bottom === null) return { value, low: null, high: null };
   const [topBelow, topAbove] = top ?? [0, 0];

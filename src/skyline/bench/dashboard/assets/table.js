@@ -1,7 +1,7 @@
 // All shown points as a sortable table: the text alternative of the charts.
 
 import { byId, h, replace } from "./dom.js";
-import { count, day, interval, number, percent } from "./format.js";
+import { chance, count, day, interval, number } from "./format.js";
 import { axes } from "./frame.js";
 import { frontierOfGroup } from "./ladderfigure.js";
 import { groups, measure, offReason } from "./model.js";
@@ -17,11 +17,13 @@ const metricColumn = (key, name) => ({
   read: ({ data, state }, point) => measure(data, state, point, key)?.value ?? null,
   show: ({ data, state }, point) => {
     const found = measure(data, state, point, key);
-    const refused = point.metrics[key]?.[4];
+    const refused = found ? found.refused : point.metrics[key]?.[4];
+    const value = found && number(found.value);
+    const told = refused ? `${value}; no interval: ${refused}` : `${value}${interval(found)}`;
     return h(
       "td",
-      { class: "number", title: found ? `${number(found.value)}${interval(found)}` : (refused ?? null) },
-      found ? number(found.value) : refused ? "refused" : "–",
+      { class: "number", title: found ? told : (refused ?? null) },
+      found ? value : refused ? "refused" : "–",
     );
   },
 });
@@ -89,7 +91,7 @@ const COLUMNS = [
       return h(
         "td",
         { class: place.on ? "number on" : "number" },
-        `${place.on ? "■ " : ""}${percent(place.probability)}`,
+        `${place.on ? "■ " : ""}${chance(place.probability)}`,
       );
     },
   },

@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int, int, bool]] = {
 # Launches of a step of the other architectures' tiny models, before and after all passes.
 LAUNCHES = {
     "DeepseekV3": (52, 44),
-    "DeepseekV32": (64, 56),
+    "DeepseekV32": (58, 50),
     "Gemma3": (53, 53),
     "Glm4Moe": (46, 35),
     "GptOss": (37, 29),
@@ -106,43 +106,6 @@ def test_matches_and_launches(variant: str, layers: int, tmp_path: Path) -> None
         **({"topk_router": layers, "moe_experts": layers} if experts else {}),
     }
     assert run_passes(graph) == dict.fromkeys(PASSES, 0), "a fused graph has nothing left to fuse"
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path) -> None:
-    """Linears there take in the norm before them and the sum behind them."""
-    family, settings, _, _, experts = VARIANTS[variant]
-    save_tiny(tmp_path, family, **settings, num_hidden_layers=layers)
-    graph = capture(load_ours(tmp_path))
-    dense = 0 if experts else layers
-    found = run_passes(graph, "cuda")
-    assert found == {
-        "linear_silu_mul": dense,
-        "linear_add": layers + dense,
-        # Beside the output head: of each layer that of attention, and of the MLP where nothing else reads it.
-        "norm_linear": layers + dense + 1,
-        "add_rms_norm": 0,
-        "rope_kv_write": layers,
-    }
-    around = 3  # embedding, select_rows, the output head
-    assert _count(graph).total() == layers * (9 if experts else 6) + around
-    assert run_passes(graph, "cuda") == dict.fromkeys(GPU_PASSES, 0)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_fused_for_a_gpu(variant: str, tmp_path: Path) -> None:
-    family, settings, *_ = VARIANTS[variant]
-    save_tiny(tmp_path, family, **settings)
-    unfused, fused = (_logits(tmp_path, fuse, "cuda") for fuse in (False, True))
-    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_of_other_architectures_fused_for_a_gpu(family: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path, family, **FAMILIES[family])
-    unfused, fused = (_logits(tmp_path, fuse, "cuda") for fuse in (False, True))
-    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_with_and_without_experts(tmp_path: Path) -> None:
@@ -223,13 +186,14 @@ def _run(model: _Hand, graph: fx.Graph) -> list[Tensor]:
     return [*(out if isinstance(out, (tuple, list)) else [out]), *written]
 
 
-def _check(body: Body, expected: dict[str, int], **attributes: Any) -> fx.Graph:
+def _check(body: Body, expected: dict[str, int], device: str = "cpu", **attributes: Any) -> fx.Graph:
     """Run the passes: these matches, no other, and the same numbers as before."""
+    passes = GPU_PASSES if device == "cuda" else PASSES
     model = _Hand(body, **attributes)
     graph = capture(model)
     before = _run(model, graph)
     nodes = [(node.name, node.target) for node in graph.nodes]
-    assert run_passes(graph) == {name: expected.get(name, 0) for name in PASSES}
+    assert run_passes(graph, device) == {name: expected.get(name, 0) for name in passes}
     if not expected:
         assert [(node.name, node.target) for node in graph.nodes] == nodes
     for one, other in zip(before, _run(model, graph), strict=True):

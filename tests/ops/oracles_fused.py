@@ -1,4 +1,4 @@
-"""Oracles of the ops that only GPUs use: products of FP8 weights, and linears with what stands around them."""
+"""Oracles of the ops that only GPUs use: products of FP8 weights, and what takes in a norm or a sum."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def _fused(
     rows = x.double() if norm is None else ORACLES["rms_norm"](x, norm, eps)[0].double()
     (result,) = ORACLES[linear](rows, weight, bias, activated)
     return [result if residual is None else result + residual.double()]
+
+
+@oracle
+def norm_router(x: Tensor, norm: Tensor, eps: float, *rest: Any) -> list[Tensor]:
+    (normed,) = ORACLES["rms_norm"](x, norm, eps)
+    return [normed, *ORACLES["router"](normed, *rest)]
+
+
+@oracle
+def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, more: Tensor) -> list[Tensor]:
+    (result,) = ORACLES["moe_experts"](x, gate_up, down, weights, ids)
+    return [result + more.double()]

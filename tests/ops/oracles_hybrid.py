@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skyline.ops import AttentionBatch, IndexCache, LatentCache, StateCache
 
-from .oracles import moe_experts, oracle, tokens_of
+from .oracles import ORACLES, moe_experts, oracle, tokens_of
 
 
 def _place(batch: AttentionBatch, request: int, position: int, block_size: int) -> tuple[int, int]:
@@ -134,7 +134,11 @@ def latent_rope_write(
     cache: LatentCache,
     batch: AttentionBatch,
     interleaved: bool,
+    norm: Tensor | None,
+    eps: float,
 ) -> list[Tensor]:
+    if norm is not None:
+        (latent,) = ORACLES["rms_norm"](latent, norm, eps)
     half = cache.rope_dim // 2
 
     def turned(row: list[float], position: int) -> list[float]:
@@ -201,7 +205,12 @@ def index_topk(
     batch: AttentionBatch,
     top_k: int,
     scale: float,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
 ) -> list[Tensor]:
+    if norm is not None:
+        (k,) = ORACLES["layer_norm"](k, norm, norm_bias, eps)
     half = table.shape[1] // 2
 
     def turned(row: Tensor, position: int) -> Tensor:

@@ -124,7 +124,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
         title = (
             f"{name.capitalize()}: {what}; {step['step_us']:,.0f} us a step. Without timing, as it is served: "
-            f"{step['plain_us']:,.0f} us, {step['outside_us'] / step['plain_us']:.1%} of it outside of the model's calls"
+            f"{step['plain_us']:,.0f} us, {step['outside_us'] / step['plain_us']:.1%} of it beside the model's calls"
         )
         ops = Table(title=title, title_justify="left")
         ops.add_column("op")

@@ -1,8 +1,8 @@
 """Passes rewrite the captured graph before it is lowered: the place of fusions.
 
 A pass is a function that changes the graph in place and returns how many places it matched. The fused ops have
-references like every other, so that a device without a kernel for one loses nothing; GPUs have two more passes than
-CPUs, because there a launch costs more than what it computes. What does not match exactly is left as it is.
+references like every other, so that a device without a kernel for one loses nothing; GPUs have more passes than CPUs,
+because there a launch costs more than what it computes. What does not match exactly is left as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx
 
@@ -23,6 +23,12 @@ Pass = Callable[[fx.Graph], int]
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
 GATED_LINEARS = frozenset(
     {"linear", "linear_fp4", "linear_fp8", "linear_int4", "linear_int8", "linear_int8_weight_only"}
+)
+
+# Ops whose kernels can norm their second argument: the norm, and the names under which they take what that is given.
+NORMING: tuple[tuple[Op, Op, tuple[str, ...]], ...] = (
+    (ops.latent_rope_write, ops.rms_norm, ("norm", "eps")),
+    (ops.index_topk, ops.layer_norm, ("norm", "norm_bias", "eps")),
 )
 
 # Linears whose kernels can norm what they read and add to the residual stream what they give.
@@ -150,21 +156,87 @@ def fuse_linear_add(graph: fx.Graph) -> int:
     return matches
 
 
+def fuse_experts_add(graph: fx.Graph) -> int:
+    """add(residual, moe_experts(x)), the experts' sum read by nothing else -> fused_experts(x, residual=residual).
+
+    Where shared experts stand beside them, residual + (experts + shared) is made (residual + experts) + shared, so that
+    `fuse_linear_add` can follow.
+    """
+    matches = 0
+    for experts in graph.find_nodes(op="call_function", target=ops.moe_experts):
+        total = _only_reader(experts)
+        residual = _other_addend(total, experts)
+        if total is not None and residual is not None and not _before(residual, experts):
+            outer = _only_reader(total)
+            stream = _other_addend(outer, total)
+            if outer is not None and _before(stream, experts):
+                total.args, outer.args = (stream, experts), (total, residual)
+                residual = stream
+        if total is None or not _before(residual, experts):
+            continue
+        with graph.inserting_before(experts):
+            fused = graph.call_function(ops.fused_experts, (*_arguments(experts), residual))
+        total.replace_all_uses_with(fused)
+        graph.erase_node(total)
+        graph.erase_node(experts)
+        matches += 1
+    return matches
+
+
+def fuse_norm_router(graph: fx.Graph) -> int:
+    """router(rms_norm(x)) -> norm_router(x); whoever else reads the normed rows takes them from there."""
+    matches = 0
+    for router in graph.find_nodes(op="call_function", target=ops.router):
+        norm, *rest = _arguments(router)
+        # The fused call stands where the router does.
+        if not _calls(norm, ops.rms_norm) or any(user < router for user in norm.users):
+            continue
+        with graph.inserting_before(router):
+            fused = graph.call_function(ops.norm_router, (*_arguments(norm), *rest))
+            normed, *chosen = (graph.call_function(operator.getitem, (fused, index)) for index in range(3))
+        for part in list(router.users):
+            part.replace_all_uses_with(chosen[part.args[1]])
+            graph.erase_node(part)
+        graph.erase_node(router)
+        norm.replace_all_uses_with(normed)
+        graph.erase_node(norm)
+        for node in (normed, *chosen):
+            if not node.users:
+                graph.erase_node(node)
+        matches += 1
+    return matches
+
+
+def fuse_norm_argument(graph: fx.Graph) -> int:
+    """What the ops of NORMING read, normed and read by nothing else -> the op with its own norm."""
+    matches = 0
+    for op, kind, names in NORMING:
+        for node in graph.find_nodes(op="call_function", target=op):
+            first, norm, *_ = _arguments(node)
+            if not _calls(norm, kind) or len(norm.users) != 1 or _of(node, names[0]) is not None:
+                continue
+            x, *given = _arguments(norm)
+            bound = op.signature.bind(*_arguments(node))
+            bound.arguments.update(zip(names, given, strict=True))
+            node.args = (first, x, *bound.args[2:])
+            graph.erase_node(norm)
+            matches += 1
+    return matches
+
+
 def fuse_norm_linear(graph: fx.Graph) -> int:
     """linear(rms_norm(x)), the normed rows read by nothing else -> fused_linear(x, norm=weight)."""
     matches = 0
     for norm in graph.find_nodes(op="call_function", target=ops.rms_norm):
         x, weight, eps = _arguments(norm)
-        reader = next(iter(norm.users), None)
-        if reader is None or len(norm.users) != 1 or not _whole(reader) or reader.args[0] is not norm:
-            continue
-        if _of(reader, "norm") is not None:
+        reader = _only_reader(norm)
+        if reader is None or not _whole(reader) or norm not in reader.args[:1] or _of(reader, "norm") is not None:
             continue
         with graph.inserting_before(reader):
             fused = _fuse_linear(graph, reader, x=x, norm=weight, eps=eps)
         reader.replace_all_uses_with(fused)
-        for node in (reader, norm):
-            graph.erase_node(node)
+        graph.erase_node(reader)
+        graph.erase_node(norm)
         matches += 1
     return matches
 
@@ -173,11 +245,11 @@ def _whole(node: Any) -> bool:
     return isinstance(node, fx.Node) and (node.target in WHOLE_LINEARS or node.target in WHOLE_LINEARS.values())
 
 
-def _of(linear: fx.Node, argument: str) -> Any:
-    """An argument of a linear by its name; None where the op has none of that name."""
-    assert isinstance(linear.target, Op)
-    names = list(linear.target.signature.parameters)
-    return linear.args[names.index(argument)] if argument in names else None
+def _of(call: fx.Node, argument: str) -> Any:
+    """An argument of a call by its name; None where the op has none of that name."""
+    assert isinstance(call.target, Op)
+    names = list(call.target.signature.parameters)
+    return call.args[names.index(argument)] if argument in names else None
 
 
 def _fuse_linear(graph: fx.Graph, linear: fx.Node, **changes: Any) -> fx.Node:
@@ -194,10 +266,13 @@ PASSES: dict[str, Pass] = {
     "rope_kv_write": fuse_rope_kv_write,
     "linear_silu_mul": fuse_linear_silu_mul,
 }
-# What a linear can take in is taken from the other fusions, so they come after it.
+# What linears and experts can take in is taken from the other fusions, so they come after it.
 GPU_PASSES: dict[str, Pass] = {
     "linear_silu_mul": fuse_linear_silu_mul,
+    "experts_add": fuse_experts_add,
     "linear_add": fuse_linear_add,
+    "norm_router": fuse_norm_router,
+    "norm_argument": fuse_norm_argument,
     "norm_linear": fuse_norm_linear,
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,
@@ -217,8 +292,23 @@ def _arguments(call: fx.Node) -> tuple[Any, ...]:
     return call.args
 
 
-def _calls(node: Any, op: Op) -> bool:
+def _calls(node: Any, op: Op) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.target is op
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_addend(total: fx.Node | None, addend: fx.Node) -> Any:
+    """What is added to `addend` in this sum; None where this is no sum of two that differ."""
+    others = [node for node in total.args if node is not addend] if total is not None and _calls(total, ops.add) else []
+    return others[0] if len(others) == 1 else None
+
+
+def _before(residual: Any, call: fx.Node) -> bool:
+    """Whether this is an activation, which has the shape of the rows, and is known before the call."""
+    return isinstance(residual, fx.Node) and residual.op != "get_attr" and residual < call
 
 
 def _constant(node: Any) -> Any:

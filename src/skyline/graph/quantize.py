@@ -27,7 +27,7 @@ def quantize_linears(
     With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
     such integers: `stored`, by the parameter's id. Arguments stay as they are: the weight is still the attribute of the
     model, which is told what it becomes (skyline.ops.quantized.set_integers), and the kernel's layout does that while
-    its rows are read. What only decides stays dense under a scheme: routers, gates, the indexer of sparse attention.
+    its rows are read. What decides stays dense under a scheme: routers, gates, the weights of the indexer's heads.
     Run it before the passes that fuse. Raises ValueError for a scheme that does not exist.
     """
     if scheme is not None and scheme not in SCHEMES:
@@ -84,7 +84,8 @@ def _decides(linear: fx.Node) -> bool:
         if reader.target in (ops.split, operator.getitem):
             readers.extend(reader.users)
     return any(
-        reader.target in (ops.topk_router, ops.index_topk)
+        reader.target is ops.topk_router
+        or (reader.target is ops.index_topk and reader.args[2] in (linear, *readers))
         or (reader.target is ops.gated_delta_rule and reader.args[0] not in readers)
         or (reader.target is ops.sigmoid_mul and reader.args[1] is linear)
         for reader in readers

@@ -20,11 +20,11 @@ from skyline.ops.gates import (
     sigmoid_mul,
 )
 from skyline.ops.latent import index_topk, latent_attention, latent_rope_write
-from skyline.ops.moe import moe_experts, moe_experts_clamped, topk_router
+from skyline.ops.moe import fused_experts, moe_experts, moe_experts_clamped, topk_router
 from skyline.ops.moe_layouts import moe_combine, moe_experts_padded, moe_experts_ragged, moe_sort
 from skyline.ops.quantized import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
 from skyline.ops.quantized_moe import moe_experts_int4, moe_experts_int8, moe_experts_int8_weight_only
-from skyline.ops.router import router
+from skyline.ops.router import norm_router, router
 
 __all__ = [
     "OPS",
@@ -44,6 +44,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "embedding",
+    "fused_experts",
     "fused_linear",
     "fused_linear_fp8",
     "gated_delta_rule",
@@ -70,6 +71,7 @@ __all__ = [
     "moe_experts_padded",
     "moe_experts_ragged",
     "moe_sort",
+    "norm_router",
     "offset_head_rms_norm",
     "offset_rms_norm",
     "paged_attention",

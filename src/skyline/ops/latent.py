@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from skyline.ops import dense, gates
 from skyline.ops.attention import BATCHES, causal_mask, make_batch
 from skyline.ops.batch import AttentionBatch
 from skyline.ops.caches import IndexCache, LatentCache
@@ -30,14 +31,16 @@ def _turn_pairs(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
 
 def _latent_rope_write(
     q: Tensor, latent: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int, cache: LatentCache,
-    batch: AttentionBatch, interleaved: bool = True
+    batch: AttentionBatch, interleaved: bool = True, norm: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:  # fmt: skip
     """Rotate q's and k's rotary dimensions, cache the token, and return q, [T, heads * head_dim].
 
     q [T, heads * head_dim]: of each head the last R = rope_dim dimensions are rotated. latent [T, rank] and k [T, R]
     go into the cache. table [P, R]: cos | sin. `interleaved`: neighbouring dimensions turn together, else i and
-    i + R/2.
+    i + R/2. norm [rank]: the weight of the latent's rms_norm, if that is to be done here.
     """
+    if norm is not None:
+        latent = dense.rms_norm.reference(latent, norm, eps)
     heads = q.view(len(q), -1, head_dim)
     plain, turned = torch.split(heads, [head_dim - cache.rope_dim, cache.rope_dim], dim=-1)
     key = k.unsqueeze(1)
@@ -48,6 +51,15 @@ def _latent_rope_write(
     row = torch.cat((latent, key), dim=-1).to(data.dtype)
     data.view(-1, data.shape[-1]).index_copy_(0, batch.of(cache).slot_mapping, row)
     return torch.cat((plain, _turn_pairs(turned, positions, table)), dim=-1).flatten(1)
+
+
+def _latent_rope_write_cost(
+    q: Tensor, latent: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int, cache: LatentCache,
+    batch: AttentionBatch, interleaved: bool = True, norm: Tensor | None = None, eps: float = 0.0
+) -> Cost:  # fmt: skip
+    turns = positions.numel() * table.shape[1] * table.element_size()
+    flops = 3 * (k.numel() + q.numel()) + (0 if norm is None else 4 * latent.numel())
+    return Cost(2 * nbytes(q, latent, k) + turns + nbytes(norm), flops)
 
 
 def _make_cache(dtype: torch.dtype, generator: torch.Generator, rank: int = 16, rope_dim: int = 8) -> LatentCache:
@@ -62,12 +74,13 @@ def _latent_rope_write_cases(dtype: torch.dtype, generator: torch.Generator) -> 
     angles = torch.rand((40, 4), generator=generator) * 6
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
     for starts, lengths in BATCHES:
-        for interleaved in (True, False):
+        for interleaved, normed in ((True, False), (False, False), (True, True)):
             batch, cache, rows = make_batch(starts, lengths), _make_cache(dtype, generator), sum(lengths)
             q, latent, k = (randn((rows, n), dtype, generator) for n in (3 * 20, 16, 8))
+            norm = (1 + randn((16,), dtype, generator, 0.1), 0.1) if normed else (None, 0.0)
             yield Case(
-                f"starts={starts} lengths={lengths} interleaved={interleaved}",
-                (q, latent, k, _positions(starts, lengths), table, 20, cache, batch, interleaved),
+                f"starts={starts} lengths={lengths} interleaved={interleaved} norm={normed}",
+                (q, latent, k, _positions(starts, lengths), table, 20, cache, batch, interleaved, *norm),
                 mutated=cache.tensors,
             )
 
@@ -76,10 +89,7 @@ latent_rope_write = register(
     Op(
         "latent_rope_write",
         _latent_rope_write,
-        cost=lambda q, latent, k, positions, table, *_: Cost(
-            2 * nbytes(q, latent, k) + positions.numel() * table.shape[1] * table.element_size(),
-            3 * (k.numel() + q.numel()),
-        ),
+        cost=_latent_rope_write_cost,
         cases=_latent_rope_write_cases,
         meta=lambda q, *_: q.new_empty(q.shape),
     )
@@ -199,14 +209,20 @@ def _index_topk(
     batch: AttentionBatch,
     top_k: int,
     scale: float,
+    norm: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """The lightning indexer: which earlier tokens each query attends to. -> positions [T, top_k] int32, -1 for none.
 
     q [T, heads * D], k [T, D]: their first R dimensions are rotated (table [P, R], dimension i with i + R/2), then k is
     cached. The score of a position is the sum over heads of weights [T, heads] * relu(q . k) * scale, in float32; the
     `top_k` best are chosen, all if there are no more. (DeepSeek-V3.2, arXiv:2512.02556, section 2.1. Its Hadamard
-    transform of q and k leaves the products as they are and is left out.)
+    transform of q and k leaves the products as they are and is left out.) norm, norm_bias [D]: those of the layer_norm
+    of k, if that is to be done here.
     """
+    if norm is not None and norm_bias is not None:
+        k = gates.layer_norm.reference(k, norm, norm_bias, eps)
     rotary, size = table.shape[1], cache.head_dim
     cos, sin = table.index_select(0, positions).to(q.dtype).unsqueeze(1).chunk(2, dim=-1)
 
@@ -237,14 +253,15 @@ def _index_topk(
 
 def _index_topk_cost(
     q: Tensor, k: Tensor, weights: Tensor, positions: Tensor, table: Tensor, cache: IndexCache, batch: AttentionBatch,
-    top_k: int, scale: float
+    top_k: int, scale: float, norm: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 0.0
 ) -> Cost:  # fmt: skip
     seen = sum(
         sum(context - queries + i + 1 for i in range(queries))
         for queries, context in zip(batch.host_query_lens, batch.host_context_lens, strict=True)
     )
     read = sum(batch.host_context_lens) * cache.bytes_per_token()
-    return Cost(nbytes(q, weights) + 2 * nbytes(k) + read + 4 * q.shape[0] * top_k, 2 * seen * q.shape[1])
+    normed = Cost(nbytes(norm, norm_bias), 0 if norm is None else 7 * k.numel())
+    return normed + Cost(nbytes(q, weights) + 2 * nbytes(k) + read + 4 * q.shape[0] * top_k, 2 * seen * q.shape[1])
 
 
 def _index_topk_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
@@ -260,7 +277,16 @@ def _index_topk_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterato
             k = ((1.4 ** torch.randperm(rows, generator=generator) * 0.01).view(-1, 1) * torch.ones(8)).to(dtype)
             weights = (0.5 + torch.rand((rows, 3), generator=generator)).to(dtype)
             arguments = (q, k, weights, _positions(starts, lengths), table, cache, batch, top_k, 0.3)
-            yield Case(f"starts={starts} lengths={lengths} k={top_k}", arguments, mutated=cache.tensors)
+            label = f"starts={starts} lengths={lengths} k={top_k}"
+            yield Case(label, (*arguments, None, None, 0.0), mutated=cache.tensors)
+            # An eps beside which lengths still tell normed keys apart: their columns alternate about a mean of 0.
+            signs = torch.tensor([1.0, -1.0]).repeat(4)
+            norm = (
+                (signs * (1 + 0.1 * torch.rand(8, generator=generator))).to(dtype),
+                torch.full((8,), 0.002).to(dtype),
+            )
+            longer = 5 * k * signs.to(dtype)
+            yield Case(f"{label} norm", (q, longer, *arguments[2:], *norm, 100.0), mutated=cache.tensors)
 
 
 index_topk = register(
@@ -269,7 +295,7 @@ index_topk = register(
         _index_topk,
         cost=_index_topk_cost,
         cases=_index_topk_cases,
-        meta=lambda q, k, weights, positions, table, cache, batch, top_k, scale: q.new_empty(
+        meta=lambda q, k, weights, positions, table, cache, batch, top_k, *_: q.new_empty(
             (q.shape[0], top_k), dtype=torch.int32
         ),
     )

@@ -100,6 +100,30 @@ moe_experts = register(
 )
 
 
+def _fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
+    """moe_experts(x, gate_up, down, weights, ids) + residual [T, H]. A graph pass puts it in."""
+    y: Tensor = moe_experts.reference(x, gate_up, down, weights, ids)
+    return y + residual
+
+
+def _fused_experts_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    for case in _moe_experts_cases(dtype, generator):
+        yield Case(case.label, (*case.args, randn(case.args[0].shape, dtype, generator)))
+
+
+fused_experts = register(
+    Op(
+        "fused_experts",
+        _fused_experts,
+        cost=lambda x, gate_up, down, weights, ids, residual: (
+            _moe_experts_cost(x, gate_up, down, weights, ids) + Cost(nbytes(residual), residual.numel())
+        ),
+        cases=_fused_experts_cases,
+        meta=lambda x, *_: torch.empty_like(x),
+    )
+)
+
+
 def _moe_experts_clamped(
     x: Tensor,
     gate_up: Tensor,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from skyline.ops import dense
 from skyline.ops.contract import Case, Cost, Op, nbytes, register
 
 Scoring = Literal["softmax", "sigmoid", "softmax of the chosen"]
@@ -58,7 +59,9 @@ def _best(values: Tensor, count: int) -> Tensor:
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def _meta(x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, top_k: int, *_: object) -> object:
+def _meta(
+    x: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None, top_k: int, *_: object
+) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], top_k)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
@@ -85,3 +88,54 @@ def _cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
 
 
 router = register(Op("router", _router, cost=_cost, cases=_cases, meta=_meta, num_outputs=2))
+
+
+def _norm_router(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    factor: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm(x, norm, eps) [T, H], which the experts read too, and its `router`: weights and ids [T, top_k].
+
+    norm [H]. A graph pass puts it in.
+    """
+    normed: Tensor = dense.rms_norm.reference(x, norm, eps)
+    chosen = _router(normed, weight, bias, correction, top_k, scoring, renormalize, factor, groups, top_groups)
+    return normed, *chosen
+
+
+def _norm_router_meta(x: Tensor, norm: Tensor, eps: float, *rest: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *_meta(x, *rest)
+
+
+def _norm_router_cost(x: Tensor, norm: Tensor, eps: float, *rest: Any) -> Cost:
+    return _cost(x, *rest) + Cost(nbytes(x, norm), 4 * x.numel())
+
+
+def _norm_router_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    for case in _cases(dtype, generator):
+        x, *rest = case.args
+        # One large value of 12 is normed to sqrt(12), eps and the weight aside: bring it back to where it was.
+        norm = (12**-0.5 * (1 + 0.1 * torch.rand(12, generator=generator))).to(dtype)
+        yield Case(case.label, (2 * x, norm, 0.01, *rest))
+
+
+norm_router = register(
+    Op(
+        "norm_router",
+        _norm_router,
+        cost=_norm_router_cost,
+        cases=_norm_router_cases,
+        meta=_norm_router_meta,
+        num_outputs=3,
+    )
+)

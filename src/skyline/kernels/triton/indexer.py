@@ -1,9 +1,10 @@
 """The lightning indexer: the keys' write to their cache, the scores of positions, and the best of them in order.
 
-1. Scores, float32: a program takes the heads of one or a few queries of a request, and part of its keys.
-2. A program a query: the score of its last choice, by its digits in base 256, and then the choices in the order of
+1. A program takes some heads of a token, and rotates them; the last one of each norms, rotates and caches its key.
+2. Scores, float32: a program takes the heads of one or a few queries of a request, and part of its keys.
+3. A program a query: the score of its last choice, by its digits in base 256, and then the choices in the order of
    their positions, so that of equals the earlier are taken.
-3. Their order: each counts those ahead of it.
+4. Their order: each counts those ahead of it.
 
 Nothing but the size of the buffer for scores depends on how long contexts may be.
 """
@@ -14,17 +15,92 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton import rope
-from skyline.kernels.triton.device import multiprocessors, shared_memory
+from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_absorbed import request_of
 from skyline.ops import AttentionBatch, IndexCache
 
+_LANES = 8  # heads of a token that are rotated together
 _SCORE_BYTES = 128 << 20  # that are held at once
 _ROWS = 128  # of queries' heads in a product, where there are several queries
 _KEYS = 128  # in a product
 _TILE = 4096  # scores that are looked at together
 _RANKED = 64  # choices of a program
+
+
+@triton.jit
+def _normed(values, norm, bias, column, mean, factor, mask):
+    """Columns of a vector, by the mean and factor of all of it, rounded but in float32."""
+    scale = tl.load(norm + column, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    return ((values - mean) * factor * scale + shift).to(norm.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _turn_kernel(
+    q,  # [T, HEADS * SIZE]
+    k,  # [T, SIZE]
+    norm,  # [SIZE], or unused
+    bias,  # [SIZE], or unused
+    positions,  # [T]
+    table,  # [P, 2 * HALF] float32
+    slots,  # [T] int64
+    q_out,  # like q, contiguous
+    keys,  # [places, SIZE]
+    q_stride,
+    k_stride,
+    eps,
+    NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    LANES: tl.constexpr,  # heads of a program
+    WIDTH: tl.constexpr,  # HALF, padded
+    REST: tl.constexpr,  # what is not rotated, padded
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    of_key = group == tl.num_programs(1) - 1
+    head = tl.where(of_key, 0, group * LANES) + tl.arange(0, LANES)
+    slot = tl.load(slots + row)
+    # Of a key, only the first lane is there.
+    inside = (head < tl.where(of_key, tl.where(slot >= 0, 1, 0), HEADS))[:, None]
+    source = tl.where(of_key, k + row * k_stride, q + row * q_stride) + head[:, None] * SIZE
+    half, rest = tl.arange(0, WIDTH)[None, :], 2 * HALF + tl.arange(0, REST)[None, :]
+    turns, stays = inside & (half < HALF), inside & (rest < SIZE)
+    first = tl.load(source + half, mask=turns, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + half, mask=turns, other=0.0).to(tl.float32)
+    plain = tl.load(source + rest, mask=stays, other=0.0).to(tl.float32)
+    if NORM:  # noqa: SIM102  known to the compiler, unlike the rest
+        if of_key:
+            mean = (tl.sum(first, 1) + tl.sum(second, 1) + tl.sum(plain, 1))[:, None] / SIZE
+            squares = tl.sum(tl.where(turns, (first - mean) * (first - mean), 0.0), 1)
+            squares += tl.sum(tl.where(turns, (second - mean) * (second - mean), 0.0), 1)
+            squares += tl.sum(tl.where(stays, (plain - mean) * (plain - mean), 0.0), 1)
+            factor = tl.rsqrt(squares / SIZE + eps)[:, None]
+            first = _normed(first, norm, bias, half, mean, factor, half < HALF)
+            second = _normed(second, norm, bias, HALF + half, mean, factor, half < HALF)
+            plain = _normed(plain, norm, bias, rest, mean, factor, rest < SIZE)
+    at = table + tl.load(positions + row).to(tl.int64) * (2 * HALF) + half
+    cosine = tl.load(at, mask=half < HALF, other=0.0).to(q.dtype.element_ty).to(tl.float32)
+    sine = tl.load(at + HALF, mask=half < HALF, other=0.0).to(q.dtype.element_ty).to(tl.float32)
+    turned = (first * cosine - second * sine).to(q.dtype.element_ty)
+    other = (second * cosine + first * sine).to(q.dtype.element_ty)
+    plain = plain.to(q.dtype.element_ty)
+    if of_key:
+        place = keys + slot * SIZE + head[:, None] * SIZE
+        tl.store(place + half, turned.to(keys.dtype.element_ty), mask=turns)
+        tl.store(place + HALF + half, other.to(keys.dtype.element_ty), mask=turns)
+        tl.store(place + rest, plain.to(keys.dtype.element_ty), mask=stays)
+    else:
+        target = q_out + row * (HEADS * SIZE) + head[:, None] * SIZE
+        tl.store(target + half, turned, mask=turns)
+        tl.store(target + HALF + half, other, mask=turns)
+        tl.store(target + rest, plain, mask=stays)
 
 
 @triton.jit(do_not_specialize=["first_token", "last_token", "groups"])
@@ -179,6 +255,9 @@ def index_topk(
     batch: AttentionBatch,
     top_k: int,
     scale: float,
+    norm: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     (keys,) = cache.tensors
     tokens, size, heads = q.shape[0], cache.head_dim, weights.shape[1]
@@ -186,8 +265,32 @@ def index_topk(
     if not tokens:
         return chosen
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    places = batch.of(cache)
-    rope.launch(q, k, None, size, (turned, keys, None), positions=positions, table=table, slots=places.slot_mapping)
+    places, early = batch.of(cache), overlaps(q.device)
+    half, lanes = table.shape[1] // 2, min(_LANES, triton.next_power_of_2(heads))
+    _turn_kernel[(tokens, triton.cdiv(heads, lanes) + 1)](
+        q,
+        k,
+        q if norm is None else norm,
+        q if norm_bias is None else norm_bias,
+        positions,
+        table,
+        places.slot_mapping,
+        turned,
+        keys,
+        q.stride(0),
+        k.stride(0),
+        eps,
+        NORM=norm is not None,
+        HEADS=heads,
+        SIZE=size,
+        HALF=half,
+        LANES=lanes,
+        WIDTH=triton.next_power_of_2(half),
+        REST=triton.next_power_of_2(max(1, size - 2 * half)),
+        EARLY=early,
+        num_warps=2,
+        launch_pdl=early,
+    )
 
     tables, longest = places.block_tables, max(batch.host_query_lens)
     requests, capacity = tables.shape[0], tables.shape[1] * keys.shape[1]

@@ -33,10 +33,11 @@ def _turned(at, cosine, sine, inside, HALF: tl.constexpr, WIDTH: tl.constexpr, I
 
 @triton.jit
 def _cache_token(
-    place, latent, k, cosine, sine,
-    RANK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE_RANK: tl.constexpr, WIDTH: tl.constexpr,
+    place, latent, k, norm, eps, cosine, sine,
+    RANK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDE_RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write a token's latent and its key, rotated, to its place."""
+    """Write a token's latent, normed if there is a norm, and its key, rotated, to its place."""
     TYPE: tl.constexpr = place.dtype.element_ty
     first, second = _turned(k + tl.zeros((1, 1), tl.int32), cosine, sine, True, HALF, WIDTH, INTERLEAVED)
     column = tl.arange(0, WIDTH)[None, :]
@@ -44,7 +45,13 @@ def _cache_token(
     tl.store(place + RANK + column, first.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
     tl.store(place + RANK + HALF + column, second.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
     rank = tl.arange(0, WIDE_RANK)
-    tl.store(place + rank, tl.load(latent + rank, mask=rank < RANK, other=0.0).to(TYPE), mask=rank < RANK)
+    values = tl.load(latent + rank, mask=rank < RANK, other=0.0)
+    if NORM:
+        wide = values.to(tl.float32)
+        normed = (wide * tl.rsqrt(tl.sum(wide * wide) / RANK + eps)).to(values.dtype).to(tl.float32)
+        scale = tl.load(norm + rank, mask=rank < RANK, other=0.0).to(tl.float32)
+        values = (normed * scale).to(values.dtype)
+    tl.store(place + rank, values.to(TYPE), mask=rank < RANK)
 
 
 @triton.jit
@@ -55,16 +62,19 @@ def _rope_write_kernel(
     positions,  # [T]
     table,  # [P, 2 * HALF] float32
     slots,  # [T] int64
+    norm,  # [RANK], or unused
     q_out,  # like q, contiguous
     data,  # [places, RANK + 2 * HALF]
     q_stride,
     latent_stride,
     k_stride,
+    eps,
     HEADS: tl.constexpr,
     PLAIN: tl.constexpr,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
     LANES: tl.constexpr,  # heads of a program
     WIDE_PLAIN: tl.constexpr,
     WIDE_RANK: tl.constexpr,
@@ -98,8 +108,8 @@ def _rope_write_kernel(
         slot = tl.load(slots + row)
         if slot >= 0:
             _cache_token(
-                data + slot * (RANK + 2 * HALF), latent + row * latent_stride, k + row * k_stride, cosine, sine,
-                RANK, HALF, INTERLEAVED, WIDE_RANK, WIDTH,
+                data + slot * (RANK + 2 * HALF), latent + row * latent_stride, k + row * k_stride, norm, eps,
+                cosine, sine, RANK, HALF, INTERLEAVED, NORM, WIDE_RANK, WIDTH,
             )  # fmt: skip
 
 
@@ -113,6 +123,8 @@ def latent_rope_write(
     cache: LatentCache,
     batch: AttentionBatch,
     interleaved: bool = True,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     (data,) = cache.tensors
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -127,16 +139,19 @@ def latent_rope_write(
             positions,
             table,
             batch.of(cache).slot_mapping,
+            q if norm is None else norm,
             out,
             data,
             q.stride(0),
             latent.stride(0),
             k.stride(0),
+            eps,
             HEADS=heads,
             PLAIN=plain,
             RANK=cache.rank,
             HALF=cache.rope_dim // 2,
             INTERLEAVED=interleaved,
+            NORM=norm is not None,
             LANES=lanes,
             WIDE_PLAIN=triton.next_power_of_2(max(1, plain)),
             WIDE_RANK=triton.next_power_of_2(cache.rank),

@@ -82,14 +82,17 @@ def _stream_down_kernel(
     bias,  # [E, H], contiguous, or unused
     weights,  # [T * TOP_K] float32
     ids,  # [T * TOP_K]
+    residual,  # [T, H], or unused
     y,  # [T, H]
     n,  # H
     k,  # I
     expert_stride,
     weight_stride,
+    residual_stride,
     TOP_K: tl.constexpr,
     CHOICES: tl.constexpr,  # TOP_K, padded
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr,
     BAND: tl.constexpr,
     STEP: tl.constexpr,
@@ -117,6 +120,8 @@ def _stream_down_kernel(
     result *= tl.load(weights + pair, mask=real, other=0.0)
     result = tl.sum(tl.reshape(result, (CHOICES, BAND)), 0)
     column = tl.program_id(0) * BAND + tl.arange(0, BAND)
+    if RESIDUAL:
+        result += tl.load(residual + token * residual_stride + column, mask=column < n, other=0.0).to(tl.float32)
     tl.store(y + token * n + column, result.to(y.dtype.element_ty), mask=column < n)
 
 
@@ -130,6 +135,7 @@ def _stream(
     ids: Tensor,
     alpha: float,
     limit: float,
+    residual: Tensor | None,
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     hidden = torch.empty((tokens * top_k, i), dtype=x.dtype, device=x.device)
@@ -162,14 +168,17 @@ def _stream(
         x if down_bias is None else down_bias,
         weights,
         ids,
+        x if residual is None else residual,
         y,
         h,
         i,
         down.stride(0),
         down.stride(1),
+        0 if residual is None else residual.stride(0),
         TOP_K=top_k,
         CHOICES=triton.next_power_of_2(top_k),
         BIAS=down_bias is not None,
+        RESIDUAL=residual is not None,
         EVEN_K=i % step == 0,
         BAND=_DOWN_BAND,
         STEP=step,
@@ -253,9 +262,12 @@ def _combine_kernel(
     rows,  # [N, H]
     places,  # [T, TOP_K] int32, or unused: choice c of token t is row t * TOP_K + c
     weights,  # [T, TOP_K] float32
+    residual,  # [T, H], or unused
     y,  # [T, H], contiguous
     size,
     stride,
+    residual_stride,
+    RESIDUAL: tl.constexpr,
     PLACES: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -270,10 +282,12 @@ def _combine_kernel(
         if PLACES:
             place = tl.load(places + place).to(tl.int64)
         total += weight * tl.load(rows + place * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + token * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=inside)
 
 
-def _combine(rows: Tensor, places: Tensor | None, weights: Tensor) -> Tensor:
+def _combine(rows: Tensor, places: Tensor | None, weights: Tensor, residual: Tensor | None = None) -> Tensor:
     (tokens, top_k), size = weights.shape, rows.shape[1]
     y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if tokens:
@@ -282,9 +296,12 @@ def _combine(rows: Tensor, places: Tensor | None, weights: Tensor) -> Tensor:
             rows,
             weights if places is None else places,
             weights,
+            rows if residual is None else residual,
             y,
             size,
             rows.stride(0),
+            0 if residual is None else residual.stride(0),
+            RESIDUAL=residual is not None,
             PLACES=places is not None,
             TOP_K=top_k,
             BLOCK=block,
@@ -315,8 +332,9 @@ def _experts(
     down_bias: Tensor | None,
     weights: Tensor,
     ids: Tensor,
-    alpha: float,
-    limit: float,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    residual: Tensor | None = None,
 ) -> Tensor:
     (tokens, top_k), experts = ids.shape, gate_up.shape[0]
     pairs = tokens * top_k
@@ -324,7 +342,7 @@ def _experts(
     if tokens == 0:
         return torch.empty_like(x)
     if tokens <= _STREAM_TOKENS:
-        return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
+        return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
     tile = tile_for(pairs, experts, x)
     if pairs <= _FEW_PAIRS:
         groups = Groups("ids", ids, None, pairs, tile, pairs, experts)
@@ -333,11 +351,15 @@ def _experts(
         offsets = _sort(ids, experts, order, None)
         groups = Groups("offsets", offsets, order, pairs // tile.rows + experts, tile, pairs, experts)
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
-    return _combine(rows, None, weights)
+    return _combine(rows, None, weights, residual)
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    return _experts(x, gate_up, None, down, None, weights, ids, 0.0, 0.0)
+    return _experts(x, gate_up, None, down, None, weights, ids)
+
+
+def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
+    return _experts(x, gate_up, None, down, None, weights, ids, residual=residual)
 
 
 def moe_experts_clamped(

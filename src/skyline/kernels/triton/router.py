@@ -1,6 +1,8 @@
 """The router of a mixture of experts in two launches: logits by tiles and slices of the sum, then a choice by row.
 
-The slices let a decode step's few rows be multiplied on all processors. Experts are ranked by 64-bit keys: the float's
+The slices let a decode step's few rows be multiplied on all processors. A norm before them is by its weight in the
+product, and by the root mean square, of which the slices have parts, in the choice, beside which further programs write
+the normed rows. Experts are ranked by 64-bit keys: the float's
 bits made monotonic above, the complemented id below, so that all keys differ and of two equals the lower id is larger.
 """
 
@@ -34,19 +36,23 @@ _MANY = _Tile(64, 64, 64, 4, 4)
 _WIDE = _Tile(16, 32, 32, 4, 2)  # for products of float32
 _FEW_ROWS = 128
 _SLICES = 16  # of the sum, at most
+_NORMED = 512  # columns that a program norms
 
 
 @triton.jit
 def _logits_kernel(
     x,  # [T, H]
     weight,  # [E, H]
-    logits,  # [slices, T, E] float32
+    norm,  # [H], or unused
+    logits,  # [slices, T, E] float32, out
+    squares,  # [slices, T] float32, out: of each slice's columns their sum; or unused
     rows,
     experts,
     k,
     slice_columns,  # a multiple of STEP
     x_stride,
     weight_stride,
+    NORM: tl.constexpr,
     WIDE: tl.constexpr,
     EVEN: tl.constexpr,  # slice_columns * slices == k
     ROWS: tl.constexpr,
@@ -60,6 +66,7 @@ def _logits_kernel(
     x_at = x + tl.where(row < rows, row, 0).to(tl.int64)[:, None] * x_stride + steps[None, :]
     weight_at = weight + tl.where(own < experts, own, 0)[None, :] * weight_stride + steps[:, None]
     total = tl.zeros((ROWS, BAND), tl.float32)
+    square = tl.zeros((ROWS, STEP), tl.float32)
     start = part * slice_columns
     for first in range(start, tl.minimum(start + slice_columns, k), STEP):
         if EVEN:
@@ -68,11 +75,20 @@ def _logits_kernel(
             left = first + steps < k
             a = tl.load(x_at + first, mask=left[None, :], other=0.0)
             b = tl.load(weight_at + first, mask=left[:, None], other=0.0)
+        if NORM:
+            wide = a.to(tl.float32)
+            square += wide * wide
+            wide *= tl.load(norm + first + steps, mask=first + steps < k, other=0.0).to(tl.float32)[None, :]
+            a = wide if WIDE else wide.to(a.dtype)
         if WIDE:
             a, b = a.to(tl.float32), b.to(tl.float32)
         total = tl.dot(a, b, total, input_precision="ieee")
-    at = (part * rows + row).to(tl.int64)[:, None] * experts + own[None, :]
-    tl.store(logits + at, total, mask=(row < rows)[:, None] & (own < experts)[None, :])
+    at = (part * rows + row).to(tl.int64)
+    tl.store(
+        logits + at[:, None] * experts + own[None, :], total, mask=(row < rows)[:, None] & (own < experts)[None, :]
+    )
+    if NORM:
+        tl.store(squares + at, tl.sum(square, 1), mask=(row < rows) & (tl.program_id(1) == 0))
 
 
 @triton.jit
@@ -96,8 +112,22 @@ def _id_of(keys):
 
 
 @triton.jit
+def _norm_columns(x, norm, y, row, first, x_stride, k, root, BLOCK: tl.constexpr):
+    """Write some columns of a row as rms_norm has them."""
+    column = first + tl.arange(0, BLOCK)
+    values = tl.load(x + row * x_stride + column, mask=column < k, other=0.0).to(tl.float32)
+    scale = tl.load(norm + column, mask=column < k, other=0.0).to(tl.float32)
+    normed = (values * root).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * k + column, (normed * scale).to(y.dtype.element_ty), mask=column < k)
+
+
+@triton.jit
 def _choose_kernel(
     logits,  # [slices, T, groups * size]
+    squares,  # [slices, T], or unused
+    x,  # [T, H], or unused, as are norm and normed
+    norm,  # [H]
+    normed,  # [T, H], contiguous, out
     bias,  # [E], or unused
     correction,  # [E], or unused
     weights,  # [T, TOP_K] float32, out
@@ -108,6 +138,10 @@ def _choose_kernel(
     top_groups,
     row_stride,
     factor,
+    k,
+    x_stride,
+    eps,
+    NORM: tl.constexpr,
     SLICES: tl.constexpr,
     BIAS: tl.constexpr,
     CORRECTION: tl.constexpr,
@@ -119,8 +153,17 @@ def _choose_kernel(
     CHOICES: tl.constexpr,  # TOP_K, groups and size, padded
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if NORM:
+        square = tl.zeros((), tl.float32)
+        for part in tl.static_range(SLICES):
+            square += tl.load(squares + part * rows + row)
+        root = tl.rsqrt(square / k + eps)
+        if tl.program_id(1) > 0:
+            _norm_columns(x, norm, normed, row, (tl.program_id(1) - 1) * BLOCK, x_stride, k, root, BLOCK)
+            return
     group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
     expert = group[:, None] * size + member[None, :]
     real = (group < groups)[:, None] & (member < size)[None, :]
@@ -128,6 +171,8 @@ def _choose_kernel(
     for part in tl.static_range(SLICES):
         at = (part * rows + row) * row_stride
         scores += tl.load(logits + at + expert, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        scores *= root
     if BIAS:
         scores += tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
     if SCORING == "sigmoid":
@@ -168,6 +213,16 @@ def _choose_kernel(
     tl.store(ids + row * TOP_K + slot, chosen.to(tl.int64), mask=slot < TOP_K)
 
 
+class _Norm(NamedTuple):
+    """What `_choose` norms, by parts of the sums of squares [slices, T], and where to."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    squares: Tensor
+    out: Tensor
+
+
 def _choose(
     logits: Tensor,
     bias: Tensor | None,
@@ -178,6 +233,7 @@ def _choose(
     factor: float,
     groups: int,
     top_groups: int,
+    norm: _Norm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logits [slices, T, E] of which the sum over slices counts -> weights [T, top_k] float32 and ids [T, top_k]."""
     slices, rows, experts = logits.shape
@@ -186,8 +242,13 @@ def _choose(
     if rows == 0:
         return weights, ids
     size = experts // groups
-    _choose_kernel[(rows,)](
+    k = 0 if norm is None else norm.x.shape[1]
+    _choose_kernel[(rows, 1 + triton.cdiv(k, _NORMED))](
         logits,
+        logits if norm is None else norm.squares,
+        logits if norm is None else norm.x,
+        logits if norm is None else norm.weight,
+        logits if norm is None else norm.out,
         logits if bias is None else bias,
         logits if correction is None else correction,
         weights,
@@ -198,6 +259,10 @@ def _choose(
         top_groups,
         logits.stride(1),
         factor,
+        k,
+        0 if norm is None else norm.x.stride(0),
+        0.0 if norm is None else norm.eps,
+        NORM=norm is not None,
         SLICES=slices,
         BIAS=bias is not None,
         CORRECTION=correction is not None,
@@ -209,9 +274,65 @@ def _choose(
         CHOICES=triton.next_power_of_2(top_k),
         GROUPS=triton.next_power_of_2(groups),
         SIZE=triton.next_power_of_2(size),
+        BLOCK=_NORMED,
         num_warps=1,
     )
     return weights, ids
+
+
+def _router(
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, float] | None,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    factor: float,
+    groups: int,
+    top_groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, normed if there is a norm's weight and eps, and the router's weights and ids."""
+    (rows, k), experts = x.shape, weight.shape[0]
+    # A product with the norm's weight alone can be too large for float16.
+    wide = x.dtype == torch.float32 or x.dtype != weight.dtype or (norm is not None and x.dtype == torch.float16)
+    tile = _WIDE if wide else _FEW if rows <= _FEW_ROWS else _MANY
+    row_tiles, bands = triton.cdiv(rows, tile.rows), triton.cdiv(experts, tile.experts)
+    step = max(16, min(tile.columns, triton.next_power_of_2(k)))
+    wanted = max(1, min(_SLICES, multiprocessors(x.device) // max(1, row_tiles * bands)))
+    slice_columns = triton.cdiv(triton.cdiv(k, step), wanted) * step
+    slices = triton.cdiv(k, slice_columns)
+    logits = torch.empty((slices, rows, experts), dtype=torch.float32, device=x.device)
+    normed, whole = x, None
+    if norm is not None:
+        normed = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+        squares = torch.empty((slices, rows), dtype=torch.float32, device=x.device)
+        whole = _Norm(x, *norm, squares, normed)
+    if rows:
+        _logits_kernel[(row_tiles, bands, slices)](
+            x,
+            weight,
+            x if whole is None else whole.weight,
+            logits,
+            logits if whole is None else whole.squares,
+            rows,
+            experts,
+            k,
+            slice_columns,
+            x.stride(0),
+            weight.stride(0),
+            NORM=whole is not None,
+            WIDE=wide,
+            EVEN=slice_columns * slices == k,
+            ROWS=tile.rows,
+            BAND=tile.experts,
+            STEP=step,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    found = _choose(logits, bias, correction, top_k, scoring, renormalize, factor, groups, top_groups, whole)
+    return normed, *found
 
 
 def router(
@@ -226,35 +347,26 @@ def router(
     groups: int = 1,
     top_groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    (rows, k), experts = x.shape, weight.shape[0]
-    wide = x.dtype == torch.float32 or x.dtype != weight.dtype
-    tile = _WIDE if wide else _FEW if rows <= _FEW_ROWS else _MANY
-    row_tiles, bands = triton.cdiv(rows, tile.rows), triton.cdiv(experts, tile.experts)
-    step = max(16, min(tile.columns, triton.next_power_of_2(k)))
-    wanted = max(1, min(_SLICES, multiprocessors(x.device) // max(1, row_tiles * bands)))
-    slice_columns = triton.cdiv(triton.cdiv(k, step), wanted) * step
-    slices = triton.cdiv(k, slice_columns)
-    logits = torch.empty((slices, rows, experts), dtype=torch.float32, device=x.device)
-    if rows:
-        _logits_kernel[(row_tiles, bands, slices)](
-            x,
-            weight,
-            logits,
-            rows,
-            experts,
-            k,
-            slice_columns,
-            x.stride(0),
-            weight.stride(0),
-            WIDE=wide,
-            EVEN=slice_columns * slices == k,
-            ROWS=tile.rows,
-            BAND=tile.experts,
-            STEP=step,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    return _choose(logits, bias, correction, top_k, scoring, renormalize, factor, groups, top_groups)
+    given = (bias, correction, top_k, scoring, renormalize, factor, groups, top_groups)
+    return _router(x, weight, None, *given)[1:]
+
+
+def norm_router(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    top_k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    factor: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = (bias, correction, top_k, scoring, renormalize, factor, groups, top_groups)
+    return _router(x, weight, (norm, eps), *given)
 
 
 def topk_router(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

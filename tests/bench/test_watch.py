@@ -325,13 +325,13 @@ def test_cron_commands_are_escaped_or_refused() -> None:
 @pytest.mark.parametrize("suite", ["quick", "suites/my suite.yaml", "it's.yaml", 'a"b: {c} # d.yaml', "größe.yaml"])
 def test_the_workflow_is_valid_and_measures_before_it_judges(suite: str) -> None:
     every = datetime.timedelta(hours=6)
-    workflow = yaml.safe_load(workflow_yaml(suite, every))
+    workflow = yaml.safe_load(workflow_yaml(suite, every, ["skyline", suite]))
     assert workflow["on"]["schedule"] == [{"cron": crontab_line("x", every).removesuffix(" x")}]
     job = workflow["jobs"]["bench"]
     steps = job["steps"]
     runs = [step.get("run", step.get("uses")) for step in steps]
     assert runs[2] == "pip install skyline-llm"
-    assert shlex.split(runs[4]) == ["skyline", "bench", "run", suite]
+    assert shlex.split(runs[4]) == ["skyline", "bench", "run", suite, "--engine", "skyline", "--engine", suite]
     assert runs[3].startswith("actions/cache/restore@") and runs[5].startswith("actions/cache/save@")
     assert runs[6:] == [
         "skyline bench export site/",
@@ -341,7 +341,7 @@ def test_the_workflow_is_valid_and_measures_before_it_judges(suite: str) -> None
     assert steps[1]["with"]["python-version"] == "3.11"
     # What was measured is kept also where a later step fails, and each run keeps its own.
     restore, save = steps[3]["with"], steps[5]["with"]
-    assert steps[5]["if"] == "always()" and restore["path"] == save["path"] == "store"
+    assert steps[5]["if"] == steps[8]["if"] == "always()" and restore["path"] == save["path"] == "store"
     assert restore["key"] == save["key"] and save["key"].startswith(restore["restore-keys"])
     assert "${{ github.run_id }}" in save["key"]
     assert job["env"]["SKYLINE_BENCH_STORE"].startswith("store/")
@@ -358,7 +358,9 @@ def test_workflows_that_github_could_not_run_are_refused() -> None:
             workflow_yaml(suite, HOUR)
     with pytest.raises(WatchError, match="Python"):
         workflow_yaml("quick", HOUR, python="3.11\nfoo: bar")
-    assert yaml.safe_load(workflow_yaml("quick", HOUR, "3.10"))["jobs"]["bench"]["steps"][1]["with"] == {
+    with pytest.raises(WatchError, match="cannot be made"):
+        workflow_yaml("quick", HOUR, ["${{ secrets.KEY }}"])
+    assert yaml.safe_load(workflow_yaml("quick", HOUR, python="3.10"))["jobs"]["bench"]["steps"][1]["with"] == {
         "python-version": "3.10"
     }
 

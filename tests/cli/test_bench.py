@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from skyline.bench.comparison import paired_suite
 from skyline.bench.estimate import Estimate
 from skyline.bench.results import Run
 from skyline.bench.standing import eligible
@@ -193,6 +195,13 @@ def test_a_recommendation_says_how_sure_it_is(store: Path) -> None:
         (["history"], "no result"),
         (["watch", "quick", "--every", "soon"], "soon"),
         (["watch", "quick", "--every", "7m", "--print-cron"], "cron"),
+        (["watch", "quick", "--every", "6h", "--print-cron", "--count", "3"], "--count is for watching here"),
+        (["watch", "quick", "--every", "6h", "--print-cron", "--print-workflow"], "choose one"),
+        (["watch", "quick", "--every", "6h", "--print-workflow"], "--store are of this machine"),
+        (["watch", "quik", "--every", "6h", "--print-cron"], "shipped suites"),
+        (["compare", "a", "b", "--pairs", "6", "--label", "x"], "--pairs and --label are about measuring"),
+        (["compare", "a", "b", "--folder", "x"], "--folder are about measuring"),
+        (["compare", "a", "b", "--resume"], "--resume are about measuring"),
         (["store", "show", "x"], "there is no run"),
     ],
 )
@@ -200,6 +209,43 @@ def test_what_is_wrong_is_said_in_one_line(store: Path, arguments: list[str], sa
     place = [] if arguments[0] == "plan" else ["--store", str(store)]
     done = bench(*arguments, *place)
     assert done.exit_code == 1 and said in done.output and "Traceback" not in done.output
+
+
+def test_exit_codes_of_a_run_say_whether_points_failed(null_url: str, store: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "two.yaml"
+    text = (SUITE % {"url": null_url, "name": "there"}).replace("[1, 2]", "[1]")
+    suite.write_text(text.replace("engines: [", "engines: [{engine: url, name: gone, url: 'http://127.0.0.1:9'}, "))
+    run = ["run", suite, "--store", store, "--folder", tmp_path]
+    assert bench(*run, "--engine", "there").exit_code == 0
+    assert bench(*run).exit_code == 3
+    assert bench(*run, "--engine", "gone").exit_code == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_the_engines_points(store: Path) -> None:
+    done = bench("run", "quick", "--engine", "transformers", "--store", store, "--folder", "/dev/null/x")
+    assert done.exit_code == 1 and "/dev/null/x" in done.output and "Traceback" not in done.output
+
+
+def test_a_site_that_cannot_be_written(store: Path) -> None:
+    filled(store, {"main": 100.0})
+    done = bench("export", "/dev/null/site", "--store", store)
+    assert done.exit_code == 1 and "cannot write the site" in done.output and "Traceback" not in done.output
+
+
+def test_bad_prices_stop_what_needs_them_before_it_begins(
+    null_url: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prices = tmp_path / ".config" / "skyline" / "prices.yaml"
+    prices.parent.mkdir(parents=True)
+    prices.write_text("NVIDIA H100*: cheap")
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE % {"url": null_url, "name": "nothing"})
+    for command in (["run", suite, "--folder", tmp_path], ["export", tmp_path / "site"]):
+        done = bench(*command, "--store", store)
+        assert done.exit_code == 1 and "'cheap' is not a price" in done.output and "Traceback" not in done.output
+    with open_store(store) as results:
+        assert results.runs() == []
 
 
 def test_bad_files(store: Path, tmp_path: Path) -> None:
@@ -214,9 +260,45 @@ def test_bad_files(store: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1 and "broken.sqlite3" in done.output
 
 
-def test_schedules_are_printed() -> None:
-    assert "skyline bench run quick" in bench("watch", "quick", "--every", "6h", "--print-cron").stdout
-    assert "jobs:" in bench("watch", "quick", "--every", "1d", "--print-workflow").stdout
+def test_schedules_are_printed_with_all_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SKYLINE_BENCH_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    watch = ["watch", "quick", "--engine", "skyline"]
+    printed = bench(*watch, "--every", "6h", "--print-cron", "--store", "s.db", "--folder", "my engines").stdout.strip()
+    assert shlex.split(printed)[5:] == [
+        *("skyline", "bench", "run", "quick", "--engine", "skyline"),
+        *("--store", str(tmp_path / "s.db"), "--folder", str(tmp_path / "my engines")),
+    ]
+    (tmp_path / "mine.yaml").write_text(SUITE % {"url": "http://127.0.0.1:9", "name": "nobody"})
+    printed = bench("watch", "mine.yaml", "--every", "6h", "--print-cron", "--store", "postgresql://db/x").stdout
+    assert f"skyline bench run {tmp_path / 'mine.yaml'} --store postgresql://db/x" in printed
+    assert (
+        "run: 'skyline bench run quick --engine skyline'" in bench(*watch, "--every", "1d", "--print-workflow").stdout
+    )
+    monkeypatch.setenv("SKYLINE_BENCH_STORE", "elsewhere.db")
+    assert bench(*watch, "--every", "1d", "--print-workflow").exit_code == 0, "the variable is not an option given"
+
+
+def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "small.yaml"
+    suite.write_text(SUITE % {"url": null_url, "name": "nothing"})
+    spec = paired_suite(load_suite(str(suite)), "nothing", "nothing", 4)
+    with open_store(store) as results:
+        cut_short = Run(suite=spec, suite_hash=spec.hash, label="first", provenance=point().provenance)
+        results.save_run(cut_short)
+        for each in spec.points():
+            done = point("nothing", 1, {"output_per_device": 10.0, "interactivity": 5.0, "ttft_p50": 0.1})
+            results.save_point(
+                done.model_copy(update={"id": each.key, "run": cut_short.id, "spec": each, "key": each.key})
+            )
+    compare = ["compare", "nothing", "nothing", "--suite", suite, "--pairs", "4", "--store", store]
+    refused = bench(*compare, "--resume", "--label", "second")
+    assert refused.exit_code == 1 and "leave out --label" in refused.output
+    resumed = bench(*compare, "--resume", "--folder", tmp_path)
+    assert "is same against nothing" in " ".join(resumed.stdout.split()), resumed.output
+    with open_store(store) as results:
+        assert [run.status for run in results.runs()] == ["finished"], "and no second run was begun"
+    assert "was cut short; leave out --resume" in bench(*compare, "--resume").output
 
 
 def test_help_stays_instant() -> None:

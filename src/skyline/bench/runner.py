@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from skyline.bench.accuracy import gate
 from skyline.bench.engines import install, serve
 from skyline.bench.engines.base import Endpoint, EngineError
-from skyline.bench.hardware import UNKNOWN_HARDWARE, price_of, provenance
+from skyline.bench.hardware import UNKNOWN_HARDWARE, price_of, prices, provenance
 from skyline.bench.load.generator import Live
 from skyline.bench.measure import Bench, answers, failed_point, log_path, measure_point
 from skyline.bench.results import Hardware, PointResult, Provenance, Run
@@ -34,6 +34,9 @@ class Reporter(Protocol):
 
 
 def new_run(suite: Suite, store: Store, label: str | None = None, command: str | None = None) -> Run:
+    """A run of the suite, stored, with nothing measured yet. Raises PriceError, so that none is begun that `execute`
+    would not go on with, and StoreError."""
+    prices()
     origin = provenance(command=command, suite_hash=suite.hash)
     run = Run(suite=suite, suite_hash=suite.hash, label=label, provenance=origin)
     store.save_run(run)
@@ -54,8 +57,10 @@ def execute(
 ) -> Run:
     """Measures all points of the run that the store does not hold yet. `folder`: engines' environments and logs.
 
-    Raises StoreError if results cannot be kept; nothing that was stored before is lost then.
+    Raises PriceError before anything starts, and StoreError if results cannot be kept; nothing that was stored before
+    is lost then.
     """
+    table = prices()
     finished = store.finished_keys(run.id)
     specs = [spec for spec in order(run.suite.points()) if spec.key not in finished]
     total = len(specs)
@@ -74,7 +79,7 @@ def execute(
                 next(numbers)
                 _keep(failed_point(spec, run.id, run.provenance, refused[engine.name]), store, reporter)
             continue
-        _measure_group(run, pending, store, reporter, folder, bench, lambda: (next(numbers), total))
+        _measure_group(run, pending, store, reporter, folder, bench, table, lambda: (next(numbers), total))
     store.finish_run(run.id, "finished")
     return store.run(run.id)
 
@@ -100,12 +105,12 @@ def _measure_group(
     reporter: Reporter,
     folder: Path,
     bench: Bench,
+    table: Mapping[str, float],
     number: Callable[[], tuple[int, int]],
 ) -> None:
     """All points of one engine and model. Each round starts the engine and takes at least one point away."""
     engine, model = pending[0].engine, pending[0].model
     logs = folder / "logs" / run.id
-    logs.mkdir(parents=True, exist_ok=True)
     for attempt in itertools.count(1):
         if not pending:
             return
@@ -114,7 +119,7 @@ def _measure_group(
         try:
             with serve(engine, model, folder=folder, log=log) as endpoint:
                 origin = _origin(run, engine, endpoint)
-                price = price_of(origin.hardware)
+                price = price_of(origin.hardware, table)
                 _gate(run, engine, model, endpoint, store, reporter, folder)
                 while pending and endpoint.alive() is None:
                     spec = pending.popleft()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from skyline.bench.store import Store
 
 LEAST_MARGIN = 0.02
+PAIRS = 5
 
 
 def compare(
@@ -24,7 +25,9 @@ def compare(
         str | None,
         typer.Option(help="Measure A and B in turns over this suite's ladder.", show_default="compare stored runs"),
     ] = None,
-    pairs: Annotated[int, typer.Option(min=4, help="How often both are measured.")] = 5,
+    pairs: Annotated[
+        int | None, typer.Option(min=4, help="How often both are measured.", show_default=str(PAIRS))
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Engine to look at, where stored runs hold several.")] = None,
     margin: Annotated[
         float | None,
@@ -36,6 +39,9 @@ def compare(
         list[str] | None, typer.Option(help="Metrics to compare.", show_default="throughput, interactivity, TTFT")
     ] = None,
     label: Annotated[str | None, typer.Option(help="Tells this run apart.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last of these comparisons that was cut short.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     store: StoreOption = None,
     folder: FolderOption = None,
@@ -56,11 +62,15 @@ def compare(
             metric_of(name)
         except KeyError as error:
             console.fail(str(error.args[0]))
+    measuring = {"--pairs": pairs, "--label": label, "--folder": folder, "--resume": resume or None}
+    given = [name for name, value in measuring.items() if value is not None]
+    if suite is None and given:
+        console.fail(f"{' and '.join(given)} are about measuring; name a --suite, or leave them out for stored runs")
     with opened(store) as results:
         if suite is not None:
             if engine is not None:
                 console.fail("--engine is for stored runs; with --suite, A and B name its engines")
-            left, right = _measured(a, b, suite, pairs, label, results, folder)
+            left, right = _measured(a, b, suite, pairs or PAIRS, label, resume, results, folder)
         else:
             left, right = _stored(results, a, engine), _stored(results, b, engine)
         gates = results.accuracy()
@@ -80,14 +90,15 @@ def compare(
 
 
 def _measured(
-    a: str, b: str, suite: str, pairs: int, label: str | None, results: Store, folder: Path | None
+    a: str, b: str, suite: str, pairs: int, label: str | None, resume: bool, results: Store, folder: Path | None
 ) -> tuple[list[PointResult], list[PointResult]]:
     from skyline.bench import runner
     from skyline.bench.comparison import in_turns, paired_suite
     from skyline.cli.bench.progress import RichReporter
+    from skyline.cli.bench.run import begun
 
     spec = paired_suite(suite_of(suite), a, b, pairs)
-    run = runner.unfinished(spec, results) or runner.new_run(spec, results, label, f"skyline bench compare {a} {b}")
+    run = begun(spec, results, label, resume)
     with RichReporter() as reporter:
         runner.execute(run, results, reporter, bench_folder(folder), order=in_turns)
     names = [engine.name for engine in spec.engines]

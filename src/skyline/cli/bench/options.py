@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from skyline.bench.store import Store
     from skyline.bench.suite import Suite
 
+STORE_VARIABLE = "SKYLINE_BENCH_STORE"
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         help="File (SQLite) or URL (PostgreSQL) of the results.",
-        envvar="SKYLINE_BENCH_STORE",
+        envvar=STORE_VARIABLE,
         show_default="~/.local/share/skyline/bench.sqlite3",
     ),
 ]
@@ -40,16 +41,28 @@ def bench_folder(folder: Path | None) -> Path:
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """What a user can mend is one line; anything else is a bug and keeps its traceback."""
+    from skyline.bench.dashboard.export import ExportError
     from skyline.bench.engines.base import EngineError
+    from skyline.bench.hardware import PriceError
     from skyline.bench.importers import ResultFileError
     from skyline.bench.recommend import ObjectiveError
     from skyline.bench.stats.compare import CompareError
     from skyline.bench.store import StoreError
     from skyline.bench.suite import SuiteError
 
+    mendable = (
+        CompareError,
+        EngineError,
+        ExportError,
+        ObjectiveError,
+        PriceError,
+        ResultFileError,
+        StoreError,
+        SuiteError,
+    )
     try:
         yield
-    except (CompareError, EngineError, ObjectiveError, ResultFileError, StoreError, SuiteError) as error:
+    except mendable as error:
         console.fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from skyline.bench.store import Store
     from skyline.bench.suite import Suite
 
+# As `compare`'s undecided: there is a result, and not all of it.
+SOME_FAILED = 3
+
 
 def run(
     suite: SuiteArgument,
@@ -42,25 +45,15 @@ def run(
     store: StoreOption = None,
     folder: FolderOption = None,
 ) -> None:
-    """Measure a suite: installs and starts its engines, and stores every point as it is finished."""
-    from skyline.bench import runner
-
+    """Measure a suite: installs and starts its engines, and stores every point as it is finished. Exit code 0: no
+    point failed; 1: all did; 3: some did."""
     with opened(store) as results:
         spec = suite_of(suite, engine)
         if url is None and not (served_model is None and api_key_env is None and hardware is None):
             console.fail("--served-model, --api-key-env and --hardware are about the endpoint of --url; name it too")
         if url is not None or model is not None or tokenizer is not None:
             spec = _instead(spec, url, model, served_model, tokenizer, api_key_env, hardware)
-        cut_short = runner.unfinished(spec, results)
-        if resume and cut_short is None:
-            console.fail(f"no run of {spec.name} was cut short; leave out --resume")
-        if resume and cut_short is not None:
-            chosen = cut_short
-        else:
-            if cut_short is not None:
-                console.note(f"An earlier run was cut short; --resume goes on with it ({cut_short.id[:8]}).")
-            chosen = runner.new_run(spec, results, label, "skyline " + shlex.join(sys.argv[1:]))
-        _measure(chosen, results, folder, store, open_)
+        _measure(begun(spec, results, label, resume), results, folder, store, open_)
 
 
 def rerun(
@@ -69,7 +62,7 @@ def rerun(
     store: StoreOption = None,
     folder: FolderOption = None,
 ) -> None:
-    """Measure one stored point again, exactly as it was."""
+    """Measure one stored point again, exactly as it was, with its suite's accuracy gate. Exit code 1 if it failed."""
     from skyline.bench import runner
     from skyline.bench.suite import single
 
@@ -80,6 +73,22 @@ def rerun(
         gate = results.run(found.run).suite.accuracy
         chosen = runner.new_run(single(found.spec, gate), results, label, f"skyline bench rerun {point}")
         _measure(chosen, results, folder, store, open_=False)
+
+
+def begun(suite: Suite, results: Store, label: str | None, resume: bool) -> Run:
+    """The suite's run that was cut short, if that is what was asked for, or a new one."""
+    from skyline.bench import runner
+
+    cut_short = runner.unfinished(suite, results)
+    if not resume:
+        if cut_short is not None:
+            console.note(f"An earlier run was cut short; --resume goes on with it ({cut_short.id[:8]}).")
+        return runner.new_run(suite, results, label, "skyline " + shlex.join(sys.argv[1:]))
+    if label is not None:
+        console.fail("--resume goes on with a run that has its label; leave out --label")
+    if cut_short is None:
+        console.fail(f"no run of {suite.name} was cut short; leave out --resume")
+    return cut_short
 
 
 def _instead(
@@ -130,5 +139,6 @@ def _measure(run: Run, results: Store, folder: Path | None, where: str | None, o
     if server is not None:
         typer.echo(f"The dashboard stays at {server.url}; end it with Ctrl+C.", err=True)
         server.wait()
-    if all(point.status == "failed" for point in points):
-        raise typer.Exit(1)
+    failed = [point.status == "failed" for point in points]
+    if any(failed):
+        raise typer.Exit(1 if all(failed) else SOME_FAILED)

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from skyline.cli import console
-from skyline.cli.bench.options import FolderOption, StoreOption, SuiteArgument, bench_folder, opened, suite_of
+from skyline.cli.bench.options import (
+    STORE_VARIABLE,
+    FolderOption,
+    StoreOption,
+    SuiteArgument,
+    bench_folder,
+    clear_errors,
+    opened,
+    suite_of,
+)
 
 
 def watch(
@@ -25,6 +35,7 @@ def watch(
     """Run a suite again and again, and say when something changed."""
     import contextlib
     import datetime
+    import os
     import shlex
     import signal
     import threading
@@ -36,13 +47,23 @@ def watch(
     from skyline.bench.watch import watch as repeat
     from skyline.cli.bench.progress import RichReporter
 
+    printed = [name for name, on in (("--print-cron", print_cron), ("--print-workflow", print_workflow)) if on]
+    if len(printed) > 1:
+        console.fail(f"{' and '.join(printed)}: choose one")
+    if printed and count is not None:
+        console.fail(f"--count is for watching here; {printed[0]} prints what runs without end")
+    here = {"--store": None if store == os.environ.get(STORE_VARIABLE) else store, "--folder": folder}
+    if print_workflow and (given := [name for name, value in here.items() if value is not None]):
+        console.fail(f"{' and '.join(given)} are of this machine; a workflow keeps its store and engines on its own")
+    with clear_errors():
+        spec = suite_of(suite, engine)
     try:
         interval = parse_interval(every)
         if print_cron:
-            typer.echo(crontab_line(shlex.join(["skyline", "bench", "run", suite]), interval))
+            typer.echo(crontab_line(shlex.join(_run_command(suite, engine, store, folder)), interval))
             return
         if print_workflow:
-            typer.echo(workflow_yaml(suite, interval))
+            typer.echo(workflow_yaml(suite, interval, engine or []))
             return
     except WatchError as error:
         console.fail(str(error))
@@ -63,7 +84,6 @@ def watch(
     for number in signals:
         signal.signal(number, lambda *_: stop.set())
     with opened(store) as results:
-        spec = suite_of(suite, engine)
 
         def run_once() -> Run:
             run = runner.unfinished(spec, results) or runner.new_run(
@@ -83,3 +103,19 @@ def watch(
             typer.echo(text, err=True)
 
         repeat(run_once, newest, interval, stop=stop, note=say, count=count)
+
+
+def _run_command(suite: str, engines: list[str] | None, store: str | None, folder: Path | None) -> list[str]:
+    """What cron runs, from its user's home."""
+    command = ["skyline", "bench", "run", _from_anywhere(suite) if Path(suite).is_file() else suite]
+    for engine in engines or []:
+        command += ["--engine", engine]
+    if store is not None:
+        command += ["--store", store if "://" in store else _from_anywhere(store)]
+    if folder is not None:
+        command += ["--folder", _from_anywhere(str(folder))]
+    return command
+
+
+def _from_anywhere(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

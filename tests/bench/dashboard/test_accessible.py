@@ -137,6 +137,61 @@ def test_arrow_keys_walk_all_points(screen: Screen) -> None:
     assert not page.locator("#tip").is_visible()
 
 
+RANGES = """(() => {
+    const { xaxis, yaxis } = document.querySelector('.plot')._fullLayout;
+    return [...xaxis.range, ...yaxis.range];
+})()"""
+
+
+def test_plus_minus_and_0_zoom_around_the_point(screen: Screen) -> None:
+    page, keys = screen.page, screen.page.keyboard
+
+    def ranges() -> list[float]:
+        found: list[float] = screen.settle().page.evaluate(RANGES)
+        return found
+
+    def pressed(key: str, condition: str) -> list[float]:
+        keys.press(key)
+        screen.wait(condition)
+        return ranges()
+
+    whole = ranges()
+    page.focus(".stage")
+    keys.press("-")
+    assert ranges() == whole, "there is no more to see"
+    keys.press("ArrowRight")
+    told = page.inner_text("#tip")
+    near = pressed("+", "location.hash.includes('zoom')")
+    for axis in (0, 2):
+        assert near[axis + 1] - near[axis] == pytest.approx(0.6 * (whole[axis + 1] - whole[axis]), rel=1e-3)
+    before = page.url
+    nearer = pressed("=", f"location.href !== '{before}'")
+    assert nearer[1] - nearer[0] == pytest.approx(0.36 * (whole[1] - whole[0]), rel=1e-3)
+    keys.press("ArrowRight")
+    keys.press("ArrowLeft")
+    assert page.inner_text("#tip") == told, "the keys still walk the points"
+    for _ in range(4):
+        keys.press("ArrowRight")
+    left, right, bottom, top = ranges()
+    x, y = page.evaluate("(() => { const t = document.querySelector('.plot').data.find(t => t.customdata);"
+                         " return [t.x.at(-1), t.y.at(-1)] })()")  # fmt: skip
+    assert left <= x <= right and bottom <= y <= top, "the view follows the cursor"
+    assert pressed("0", "!location.hash.includes('zoom')") == whole
+    pressed("+", "location.hash.includes('zoom')")
+    assert pressed("-", "!location.hash.includes('zoom')") == whole
+    assert screen.complaints == []
+
+
+def test_a_logarithmic_axis_zooms_by_its_exponents(screen: Screen) -> None:
+    screen.view("logx=1&logy=1")
+    whole = screen.page.evaluate(RANGES)
+    screen.page.get_by_role("button", name="Zoom in").click()
+    screen.wait("location.hash.includes('zoom')")
+    near = screen.settle().page.evaluate(RANGES)
+    assert near[1] - near[0] == pytest.approx(0.6 * (whole[1] - whole[0]), rel=1e-3)
+    assert screen.complaints == []
+
+
 def test_changes_are_announced(screen: Screen) -> None:
     before = screen.page.inner_text("#live-summary")
     assert before.startswith("The frontier has ")
@@ -164,6 +219,8 @@ def test_a_phone_starts_with_its_filters_folded(browser: Browser, served: Served
     screen.page.tap("#filters summary")
     assert screen.page.locator("#filter-model").is_visible()
     assert screen.page.evaluate("document.querySelector('.plot').layout.dragmode") is False  # a finger scrolls the page
+    screen.page.get_by_role("button", name="Zoom in").tap()
+    screen.wait("location.hash.includes('zoom')")
     assert screen.complaints == []
     context.close()
 

@@ -182,6 +182,9 @@ def test_hover_tells_and_a_click_opens(screen: Screen, data: Data) -> None:
     page.wait_for_selector("#tip:not([hidden])")
     tip = page.inner_text("#tip")
     assert "skyline 0.1.0" in tip and "probability" in tip and " to " in tip
+    point = next(p for p in data["points"] if p["id"] == spot[2])
+    assert "Configuration EPYC 9454, 2 cores · int8 · --quantization int8" in tip
+    assert point["command"] in tip and point["engine_command"] in tip
     page.mouse.click(spot[0], spot[1])
     screen.wait(f"location.hash.includes('point={spot[2]}')")
     assert "concurrency 2" in page.inner_text("#details")

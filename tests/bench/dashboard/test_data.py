@@ -15,6 +15,7 @@ from skyline.bench.dashboard.data import page_data
 from skyline.bench.hardware import prices
 from skyline.bench.results import PointResult, RequestTable, Run
 from skyline.bench.stats import replicates
+from skyline.bench.suite import Accuracy, parse_suite
 from tests.bench.dashboard import synthetic
 
 RESULTS = synthetic.results()
@@ -214,8 +215,25 @@ def test_keys_stay_out(data: dict[str, Any]) -> None:
     assert "hf_secret" not in json.dumps(data)
     (point,) = shown(data, engine="vllm", model="big", workload="1k/1k", level=1)
     assert point["engine_command"] == "HF_TOKEN=*** vllm serve org/big --port 8001"
-    assert point["spec"]["engine"]["env"] == {"VLLM_CPU_KVCACHE_SPACE": "4", "HF_TOKEN": "***"}
+    assert point["suite"]["engines"][0]["env"] == {"VLLM_CPU_KVCACHE_SPACE": "4", "HF_TOKEN": "***"}
     assert point["command"] == f"skyline bench rerun {point['id']}"
+
+
+def test_a_point_brings_the_suite_that_repeats_it(data: dict[str, Any]) -> None:
+    runs, points, accuracy = RESULTS
+    gate = Accuracy(at_least=0.9)
+    gated = [run.model_copy(update={"suite": run.suite.model_copy(update={"accuracy": gate})}) for run in runs]
+    wide = points[0].spec.engine.model_copy(update={"tensor_parallel": 2, "devices": 1})
+    spec = points[0].spec.model_copy(update={"engine": wide})
+    points = [points[0].model_copy(update={"spec": spec}), *points[1:]]
+    for row in page_data(gated, points, accuracy, {})["points"]:
+        spec = next(point.spec for point in points if point.id == row["id"])
+        suite = parse_suite(json.dumps(row["suite"]))
+        assert suite.accuracy == gate
+        (again,) = suite.points()
+        env = {name: "***" if name == "HF_TOKEN" else value for name, value in spec.engine.env.items()}
+        engine = spec.engine.model_copy(update={"env": env})
+        assert again == spec.model_copy(update={"engine": engine, "replicate": 0})
 
 
 def test_prices_are_of_the_hardware_that_is_there(data: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, BrowserContext
 
 from skyline.bench.dashboard.data import page_data
 from skyline.bench.dashboard.export import export_site
+from skyline.bench.suite import parse_suite
 from tests.bench.dashboard import synthetic
 from tests.bench.dashboard.screen import Screen, Served
 
@@ -175,6 +176,26 @@ def test_a_site_works_from_disk_without_network(offline: BrowserContext, data: d
     with page.expect_download():
         page.click("#csv")
     assert requested and all(url.startswith(("file:", "data:", "blob:")) for url in requested)
+    assert screen.complaints == []
+
+
+def test_a_site_without_its_store_brings_the_suite_of_a_point(
+    offline: BrowserContext, data: dict[str, Any], tmp_path: Path
+) -> None:
+    point = next(point for point in data["points"] if point["latest"] and point["off"] is None)
+    index = export_site(data, tmp_path / "site")
+    screen = Screen(offline.new_page()).open(index.as_uri(), f"point={point['id']}")
+    name = f"suite-{point['id'][:12]}.yaml"
+    assert f"skyline bench run {name}" in screen.page.inner_text("#details")
+    assert "skyline bench rerun" not in screen.page.inner_text("#details")
+    with screen.page.expect_download() as download:
+        screen.page.click("#download-suite")
+    assert download.value.suggested_filename == name
+    (spec,) = parse_suite(Path(download.value.path()).read_text("utf-8")).points()
+    assert (spec.engine.name, spec.level.label) == (
+        data["series"][point["series"]]["engine"],
+        point["level"]["label"],
+    )
     assert screen.complaints == []
 
 

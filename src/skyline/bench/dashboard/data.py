@@ -29,7 +29,7 @@ from skyline.bench.estimate import Estimate
 from skyline.bench.hardware import price_of
 from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.standing import combined
-from skyline.bench.suite import EngineSpec, Level, PointSpec, Workload
+from skyline.bench.suite import EngineSpec, Level, PointSpec, Suite, Workload, single
 
 Json = dict[str, Any]
 
@@ -42,9 +42,9 @@ def page_data(
     """The page's data (see above). Points and accuracy results whose run is not among `runs` are left out. `prices` are
     by pattern of the hardware's name, as `hardware.prices()` has them."""
     ordered = sorted(runs, key=lambda run: (run.started, run.id))
-    known = {run.id for run in ordered}
-    kept = _last_of_each(point for point in points if point.run in known)
-    gates = _gates(result for result in accuracy if result.run in known)
+    suites = {run.id: run.suite for run in ordered}
+    kept = _last_of_each(point for point in points if point.run in suites)
+    gates = _gates(result for result in accuracy if result.run in suites)
     versions = _versions(kept)
 
     series: dict[tuple[Any, ...], Json] = {}
@@ -53,7 +53,7 @@ def page_data(
         identity = _series(group[0], versions)
         found = series.setdefault(tuple(identity.values()), {**identity, "index": len(series)})
         gate = gates.get((group[0].run, group[0].spec.engine.name, group[0].spec.model.name), [])
-        shown.append({**_point(group, gate), "series": found["index"]})
+        shown.append({**_point(group, gate, suites[group[0].run]), "series": found["index"]})
     rows = [_with_ids(identity) for identity in series.values()]
     place = {run.id: index for index, run in enumerate(ordered)}
     shown.sort(key=lambda point: (point["series"], place[point["run"]], point["level"]["order"], point["id"]))
@@ -139,7 +139,7 @@ def _gates(results: Iterable[AccuracyResult]) -> dict[tuple[str, str, str], list
     return found
 
 
-def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
+def _point(group: list[PointResult], gate: list[AccuracyResult], suite: Suite) -> Json:
     """One shown point of all replicates of it. Those that went well count; if none did, those that were measured."""
     by_status = {status: [point for point in group if point.status == status] for status in ("ok", "invalid", "failed")}
     status = next(status for status in ("ok", "invalid", "failed") if by_status[status])
@@ -176,7 +176,7 @@ def _point(group: list[PointResult], gate: list[AccuracyResult]) -> Json:
         "imported_from": last.provenance.imported_from,
         "packages": last.provenance.engine_packages,
         "machine": last.provenance.hardware.model_dump(mode="json", exclude={"flags", "name"}),
-        "spec": _specification(spec),
+        "suite": _suite_of(spec, suite),
     }
     shown["off"] = _off(shown, limited.reason if limited else None)
     return shown
@@ -222,9 +222,13 @@ def _describe(workload: Workload) -> str:
     return sizes + (", chat" if workload.chat else ", completions")
 
 
-def _specification(spec: PointSpec) -> Json:
-    plain = spec.model_dump(mode="json", exclude_defaults=True, exclude={"replicate", "seed"})
-    return {**plain, "engine": redact.engine(plain["engine"])}
+def _suite_of(spec: PointSpec, suite: Suite) -> Json:
+    """The suite that measures this point again, without what is left to its defaults."""
+    alone = single(spec, suite.accuracy)
+    plain = alone.model_dump(mode="json", exclude_defaults=True)
+    # By default it follows from the parallelism, and is not the default of the field.
+    (engine,) = plain["engines"]
+    return {**plain, "engines": [redact.engine({**engine, "devices": spec.engine.devices})]}
 
 
 def _run(run: Run, points: list[PointResult]) -> Json:

@@ -1,9 +1,10 @@
 // Everything about one point: what was measured, how far it can be trusted, and how to repeat it.
 
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, saveText } from "./dom.js";
 import { bytes, chance, estimate, inUnit, interval, minute, number, percent } from "./format.js";
 import { axes } from "./frame.js";
 import { measure, offReason, seriesName } from "./model.js";
+import { repeatCommand, suiteFile } from "./repeat.js";
 
 const SHOWN = [
   "output_per_device",
@@ -85,9 +86,7 @@ export function details(data, state, point, place) {
       facts(point).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]),
     ),
     h("h3", {}, "Repeat this point"),
-    point.command
-      ? copyButton(point.command, "Command that repeats this point")
-      : h("p", { class: "note" }, `It was imported from ${point.imported_from} and cannot be repeated from here.`),
+    repeat(data, point),
     point.engine_command
       ? [h("h3", {}, "Engine's command line"), copyButton(point.engine_command, "Engine's command line")]
       : null,
@@ -95,9 +94,23 @@ export function details(data, state, point, place) {
       "details",
       { class: "more" },
       h("summary", {}, "Exact specification"),
-      copyButton(JSON.stringify(point.spec, null, 2), "Exact specification"),
+      copyButton(suiteFile(point).text, "Exact specification"),
     ),
     packages(point),
+  ];
+}
+
+function repeat(data, point) {
+  const command = repeatCommand(data, point);
+  if (command === null) {
+    return h("p", { class: "note" }, `It was imported from ${point.imported_from} and cannot be repeated from here.`);
+  }
+  const { name, text } = suiteFile(point);
+  const download = () => saveText(name, text, "application/yaml");
+  return [
+    copyButton(command, "Command that repeats this point"),
+    h("button", { type: "button", class: "quiet", id: "download-suite", onclick: download }, `Download ${name}`),
+    h("p", { class: "note" }, "The suite holds this point, with its accuracy gate. Keys that were left out are ***."),
   ];
 }
 

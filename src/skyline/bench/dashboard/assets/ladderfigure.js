@@ -6,6 +6,7 @@ import { axes, errorBars, layout, title } from "./frame.js";
 import { frontierOf } from "./frontier.js";
 import { ladders, measure, offReason, seriesName, shortLevel, unsure } from "./model.js";
 import { fade, glyph, hollow } from "./palette.js";
+import { configuration, repeatCommand } from "./repeat.js";
 import { skyline } from "./skyline.js";
 
 export function frontierOfGroup(data, state, group) {
@@ -215,5 +216,10 @@ function describe(data, state, point, { x, y }, on) {
   if (place) lines.push(`On the frontier with probability ${chance(place.probability)}`);
   const unknown = unsure(data, state, point, [y, x]);
   if (unknown) lines.push(`No interval: ${unknown}`);
-  return { title: seriesName(data, point.series), lines, warning: offReason(point, y) };
+  const exact = [
+    ["Configuration", configuration(point)],
+    ["Started by", point.engine_command],
+    ["Repeat it by", repeatCommand(data, point)],
+  ].filter(([, text]) => text);
+  return { title: seriesName(data, point.series), lines, exact, warning: offReason(point, y) };
 }

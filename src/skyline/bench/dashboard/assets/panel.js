@@ -1,10 +1,12 @@
-// A chart with its heading, legend and buttons. Pointer, touch and arrow keys reach the same points.
+// A chart with its heading, legend and buttons. Pointer, touch and arrow keys reach the same points, and zoom.
 
 import { announce, h, replace } from "./dom.js";
 import { savePng } from "./files.js";
 import { hideTip, showTip } from "./tooltip.js";
 
 const CONFIG = { displayModeBar: false, doubleClick: false };
+// What is left of an axis by one step.
+const ZOOM_IN = 0.6;
 const coarse = matchMedia("(pointer: coarse)");
 
 // Plotly gives the edges of a date axis as text without a zone, meaning UTC.
@@ -20,6 +22,8 @@ export class Panel {
     this.onZoom = onZoom;
     this.onPick = onPick;
     this.cursor = null;
+    this.told = null;
+    this.whole = null;
     this.drawn = Promise.resolve();
     this.plot = h("div", { class: "plot" });
     // The column grows and shrinks without the window.
@@ -47,12 +51,26 @@ export class Panel {
     this.legend = h("ul", { class: "legend", "aria-label": "Legend" });
     this.strip = h("div", { class: "strip" });
     this.reset = h("button", { type: "button", class: "quiet", onclick: () => this.onZoom(key, null) }, "Reset zoom");
+    this.closer = h(
+      "div",
+      { class: "zooms", role: "group", "aria-label": "Zoom" },
+      [
+        ["+", "Zoom in", ZOOM_IN],
+        ["−", "Zoom out", 1 / ZOOM_IN],
+      ].map(([sign, name, factor]) =>
+        h(
+          "button",
+          { type: "button", class: "quiet", "aria-label": name, title: name, onclick: () => this.scale(factor) },
+          sign,
+        ),
+      ),
+    );
     const png = h("button", { type: "button", class: "quiet png", onclick: () => this.savePng() }, "PNG");
     png.setAttribute("aria-label", `Download ${key} as PNG`);
     this.element = h(
       "article",
       { class: "panel card", "aria-labelledby": `${this.id}-title` },
-      h("header", {}, h("div", {}, this.heading, this.subtitle), h("div", { class: "buttons" }, this.reset, png)),
+      h("header", {}, h("div", {}, this.heading, this.subtitle), h("div", { class: "buttons" }, this.reset, this.closer, png)),
       this.legend,
       this.stage,
       this.strip,
@@ -70,7 +88,7 @@ export class Panel {
     this.stage.setAttribute(
       "aria-label",
       `${figure.title}. ${figure.subtitle}. Arrow keys move through the points, Enter shows details; ` +
-        "the table below holds the same data.",
+        "plus and minus zoom around the point, 0 shows all again; the table below holds the same data.",
     );
     replace(
       this.legend,
@@ -79,6 +97,7 @@ export class Panel {
     replace(this.strip, figure.strip ?? []);
     this.strip.hidden = !figure.strip?.length;
     this.reset.hidden = !zoom;
+    this.zoomed = Boolean(zoom);
     const layout = { ...figure.layout, dragmode: coarse.matches ? false : "zoom" };
     if (zoom) {
       layout.xaxis = { ...layout.xaxis, range: zoom.slice(0, 2), autorange: false };
@@ -89,13 +108,16 @@ export class Panel {
       const first = !this.plot.classList.contains("js-plotly-plot");
       await Plotly.react(this.plot, figure.traces, layout, CONFIG);
       if (first) this.listen();
+      if (!zoom) this.whole = this.ranges();
     });
   }
 
   listen() {
     this.plot.on("plotly_hover", (event) => {
       const point = event.points.find((hit) => hit.customdata !== undefined);
-      if (point) this.show(point.customdata, this.place(point));
+      if (!point) return;
+      this.told = { x: point.x, y: point.y };
+      this.show(point.customdata, this.place(point));
     });
     this.plot.on("plotly_unhover", () => hideTip());
     this.plot.on("plotly_click", (event) => {
@@ -131,6 +153,15 @@ export class Panel {
       if (this.cursor) this.onPick(this.target().id);
       return undefined;
     }
+    const zooms = { "+": ZOOM_IN, "=": ZOOM_IN, "-": 1 / ZOOM_IN };
+    if (event.key === "0") {
+      event.preventDefault();
+      return this.onZoom(this.key, null);
+    }
+    if (zooms[event.key] && !event.ctrlKey && !event.metaKey) {
+      event.preventDefault();
+      return this.scale(zooms[event.key]);
+    }
     const steps = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };
     const step = steps[event.key];
     if (!step || targets.length === 0) return undefined;
@@ -139,7 +170,48 @@ export class Panel {
     else this.cursor = [this.cursor[0] + step[0], this.cursor[1] + step[1]];
     const { title, lines } = this.point();
     announce([title, ...lines].join(", "));
+    this.follow();
     return undefined;
+  }
+
+  // The edges of both axes, [x0, x1, y0, y1], as numbers: of a logarithmic axis the exponents, of dates milliseconds.
+  ranges() {
+    const { xaxis, yaxis } = this.plot._fullLayout;
+    return [...xaxis.range, ...yaxis.range].map(edgeOf);
+  }
+
+  // The point that was last pointed at, on the same scale.
+  focus() {
+    const { xaxis, yaxis } = this.plot._fullLayout;
+    return [xaxis.d2l(this.told.x), yaxis.d2l(this.told.y)];
+  }
+
+  // A smaller or larger part of both axes, around the point that was last pointed at if it is in sight. What would show
+  // more than everything shows everything.
+  async scale(factor) {
+    await this.drawn;
+    const range = this.ranges();
+    const inside = this.told && this.holds(range);
+    const middle = inside ? this.focus() : [(range[0] + range[1]) / 2, (range[2] + range[3]) / 2];
+    const next = range.map((edge, index) => middle[index >> 1] + (edge - middle[index >> 1]) * factor);
+    const { whole } = this;
+    const all = whole && [0, 2].every((low) => next[low] <= whole[low] && next[low + 1] >= whole[low + 1]);
+    if (factor < 1 || (this.zoomed && !all)) this.onZoom(this.key, next);
+    else this.onZoom(this.key, null);
+  }
+
+  holds([left, right, bottom, top]) {
+    const [x, y] = this.focus();
+    return left <= x && x <= right && bottom <= y && y <= top;
+  }
+
+  // Brings the point under the keyboard's cursor into what a zoom shows.
+  follow() {
+    const range = this.ranges();
+    if (!this.zoomed || this.holds(range)) return;
+    const [x, y] = this.focus();
+    const [width, height] = [(range[1] - range[0]) / 2, (range[3] - range[2]) / 2];
+    this.onZoom(this.key, [x - width, x + width, y - height, y + height]);
   }
 
   // Shows the point under the keyboard's cursor; returns what is told of it.
@@ -147,6 +219,7 @@ export class Panel {
     const { curve, index, id } = this.target();
     const { xaxis, yaxis } = this.plot._fullLayout;
     const trace = this.figure.traces[curve];
+    this.told = { x: trace.x[index], y: trace.y[index] };
     this.show(id, this.place({ xaxis, yaxis, x: trace.x[index], y: trace.y[index] }));
     return this.figure.describe(id);
   }

@@ -2,13 +2,15 @@
 
 import { byId, h, replace } from "./dom.js";
 
-// `told`: {title, lines, warning}; `place`: a point of the window.
-export function showTip({ title, lines, warning }, { left, top }) {
+// `told`: {title, lines, exact, warning}; `exact` are pairs of a name and a text to be read letter by letter. `place`: a
+// point of the window.
+export function showTip({ title, lines, exact = [], warning }, { left, top }) {
   const tip = byId("tip");
   replace(
     tip,
     h("strong", {}, title),
     lines.map((line) => h("div", {}, line)),
+    exact.map(([name, text]) => h("div", {}, `${name} `, h("code", {}, text))),
     warning ? h("div", { class: "warning" }, warning) : null,
   );
   tip.hidden = false;

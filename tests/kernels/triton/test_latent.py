@@ -133,8 +133,8 @@ def test_padding_and_unknown_contexts(listed: int | None, splits: int, monkeypat
     assert not got[1].any()
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_write(interleaved: bool) -> None:
+@pytest.mark.parametrize("interleaved,normed", [(True, False), (False, False), (True, True)])
+def test_write(interleaved: bool, normed: bool) -> None:
     batch, dtype = _batch([0, 16, 299], [1, 1, 20]), torch.bfloat16
     cache = LatentCache(96, 24, dtype, torch.ones((_blocks(batch), BLOCK, 120), dtype=dtype))
     wide = torch.randn((22, 8 + 96 + 24), generator=_generator()).to(dtype)
@@ -148,11 +148,14 @@ def test_write(interleaved: bool) -> None:
     inputs = (q, wide[:, 8:104], wide[:, 104:])
     reference = OPS["latent_rope_write"].reference
     _wide_cache = _wide(wanted)
-    want = reference(*(x[kept].float() for x in inputs), positions[kept], table, 64, _wide_cache, real, interleaved)
+    norm = (1 + torch.randn(96, generator=_generator(4)).to(dtype) / 8, 0.1) if normed else (None, 0.0)
+    rows = (*(x[kept].float() for x in inputs), positions[kept])
+    want = reference(*rows, table, 64, _wide_cache, real, interleaved, *(_wide(value) for value in norm))
     batch.tables[0].slot_mapping[[1, 7]] = -1
     wide, q = wide.to(DEVICE), q.to(DEVICE)
     inputs = (q, wide[:, 8:104], wide[:, 104:])
-    got = latent.latent_rope_write(*inputs, moved(positions), moved(table), 64, mine, moved(batch), interleaved)
+    others = (moved(positions), moved(table), 64, mine, moved(batch), interleaved, *(moved(value) for value in norm))
+    got = latent.latent_rope_write(*inputs, *others)
     torch.testing.assert_close(got.float().cpu()[kept], want, rtol=1.6e-2, atol=1e-2)
     torch.testing.assert_close(mine.tensors[0].float().cpu(), _wide_cache.tensors[0], rtol=1.6e-2, atol=1e-2)
 
@@ -182,6 +185,32 @@ def test_index(starts: list[int], lengths: list[int], top_k: int, monkeypatch: p
     got = indexer.index_topk(*mine)
     assert torch.equal(got.cpu(), want)
     torch.testing.assert_close(mine[5].tensors[0].cpu(), arguments[5].tensors[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("size,rotary,heads", [(128, 64, 20), (24, 24, 5), (40, 6, 3)])
+def test_index_norms_its_keys(size: int, rotary: int, heads: int) -> None:
+    """Of keys that are columns of a wider matrix; padding writes none."""
+    batch, dtype, tokens = _batch([0, 16, 70], [1, 1, 20]), torch.bfloat16, 22
+    cache = IndexCache(size, dtype, torch.zeros((_blocks(batch), BLOCK, size), dtype=dtype))
+    wide = torch.randn((tokens, (heads + 1) * size + heads + 8), generator=_generator()).to(dtype)
+    q, k, weights = torch.split(wide[:, 8:], [heads * size, size, heads], dim=1)
+    angles = torch.rand((320, rotary // 2), generator=_generator()) * 6
+    table, positions = torch.cat((angles.cos(), angles.sin()), -1), torch.tensor([0, 16, *range(70, 90)])
+    norm, bias = (torch.randn(size, generator=_generator(seed)).to(dtype) for seed in (5, 6))
+    mine, expected = moved(cache), _wide(copy.deepcopy(cache))
+    # More places than there are tokens, so that no two near scores decide what is compared.
+    options = (100, 0.5, norm, bias, 0.1)
+    rest = [_wide(value) for value in (positions, table, expected, batch, *options)]
+    want = OPS["index_topk"].reference(q.float(), k.float(), weights.float(), *rest)
+    batch.tables[0].slot_mapping[1] = -1
+    on_device = torch.split(wide.to(DEVICE)[:, 8:], [heads * size, size, heads], dim=1)
+    others = [moved(value) for value in (positions, table)]
+    got = indexer.index_topk(*on_device, *others, mine, *(moved(value) for value in (batch, *options)))
+    assert torch.equal(got.cpu().sort(1).values[2:], want.sort(1).values[2:])
+    untouched = expected.tensors[0].clone()
+    table_of = batch.tables[0].block_tables
+    untouched[table_of[1, 1], 0] = 0
+    torch.testing.assert_close(mine.tensors[0].float().cpu(), untouched, rtol=1.6e-2, atol=3e-2)
 
 
 def test_index_of_padding_and_unknown_contexts() -> None:

@@ -69,7 +69,11 @@ def test_experts_at_larger_shapes(choose: Choose, dtype: torch.dtype, shape: tup
     gate_up, down = _weights(experts, h, i, dtype, generator)
     ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.float(), down.float(), weights, ids)
-    _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, dtype)
+    arguments = _on_device(x, gate_up, down, weights, ids)
+    _close(moe.moe_experts(*arguments), expected, dtype)
+    stream = torch.randn((tokens, h + 8), generator=generator).to(dtype)
+    rows = stream.to(DEVICE)[:, 8:]
+    _close(moe.fused_experts(*arguments, rows), expected + stream[:, 8:].float(), dtype)
 
 
 @pytest.mark.parametrize("tokens,top_k", [(1, 3), (6, 3), (50, 3)])
@@ -157,6 +161,9 @@ def test_no_tokens() -> None:
     assert moe.moe_experts_padded(x.view(3, 0, 32), offsets[1:], gate_up, down).shape == (3, 0, 32)
     weights, ids = router.router(x, torch.empty((3, 32), device=DEVICE), None, None, 2, "softmax", True)
     assert weights.shape == ids.shape == (0, 2) and ids.dtype == torch.int64
+    norm, gate = torch.empty(32, device=DEVICE), torch.empty((3, 32), device=DEVICE)
+    normed, weights, ids = router.norm_router(x, norm, 0.1, gate, None, None, 2, "softmax", True)
+    assert normed.shape == (0, 32) and weights.shape == ids.shape == (0, 2)
 
 
 RouterCase = tuple[int, int, int, Scoring, int, int, bool]
@@ -186,6 +193,32 @@ def test_router_at_real_numbers_of_experts(case: RouterCase, dtype: torch.dtype)
     moved = None if correction is None else correction.to(DEVICE)
     weights, ids = router.router(*_on_device(x, weight, bias), moved, *options)
     torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ids.cpu(), want_ids)
+
+
+@pytest.mark.parametrize("case", ROUTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norm_and_router(case: RouterCase, dtype: torch.dtype) -> None:
+    """In float16, of rows whose products with the norm's weight alone do not fit into it."""
+    rows, experts, top_k, scoring, groups, top_groups, correct = case
+    generator = torch.Generator().manual_seed(13)
+    x = torch.where(torch.rand((rows, 1300), generator=generator) < 0.5, 1.0, -1.0).to(dtype)
+    x[:, ::3] *= 2
+    x *= 20000 if dtype == torch.float16 else 1
+    norm = torch.full((1300,), 4.0)
+    norm[::2] = 2
+    weight = torch.randint(-2, 3, (experts, 1300), generator=generator).to(dtype) / 64
+    bias = torch.randn(experts, generator=generator)  # products of whole numbers are often equal
+    correction = torch.randn(experts, generator=generator) / 4 if correct else None
+    wide = (x.float(), norm, 0.01, weight.float(), bias, correction)
+    options = (top_k, scoring, True, 2.5, groups, top_groups)
+    want_normed, want_weights, want_ids = ops.norm_router(*wide, *options)
+    moved = None if correction is None else correction.to(DEVICE)
+    held = torch.empty((rows, 1304), dtype=dtype, device=DEVICE)[:, 4:].copy_(x)
+    others = (norm.to(DEVICE, dtype), 0.01, *_on_device(weight, bias), moved)
+    normed, weights, ids = router.norm_router(held, *others, *options)
+    _close(normed, want_normed, dtype)
+    torch.testing.assert_close(weights.cpu(), want_weights, rtol=1e-3, atol=1e-4)
     assert torch.equal(ids.cpu(), want_ids)
 
 

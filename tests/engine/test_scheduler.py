@@ -109,7 +109,9 @@ def drive(core: EngineCore, runner: SimulatedRunner, arrivals: Sequence[Arrival]
     aborts: dict[int, list[str]] = {}
     # A token takes at most two steps (one under way, one to see it), and the first in order always moves on.
     total = sum(_tokens_at_most(arrival.message, core.scheduler.limits) for arrival in arrivals)
-    deadline = 2 * total + max((arrival.step for arrival in arrivals), default=0) + 10
+    # A step that fails moves nobody on.
+    lost = 2 * len(runner._failing_steps)
+    deadline = 2 * total + max((arrival.step for arrival in arrivals), default=0) + lost + 10
     step = 0
     while pending or core.has_work:
         assert step < deadline, "requests starve"

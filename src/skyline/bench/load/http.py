@@ -122,6 +122,9 @@ class Connection(asyncio.Protocol):
         self._status = 0
         self._stream = False
         self._keeps = False
+        self._answered = False
+        # Closed by the server after an answer, before a byte of the next: it never read that request.
+        self.stale = False
         self._body: list[bytes] = []
         self._reply: Reply | None = None
         self._done: Callable[[Connection, Reply], None] | None = None
@@ -141,7 +144,8 @@ class Connection(asyncio.Protocol):
         self._reply, self._done = reply, done
         self._state, self._buffer, self._event, self._body = _HEAD, b"", b"", []
         self._keep = self._keep_text(reply)
-        reply.start = perf_counter()
+        # One that is sent again began when it was sent first.
+        reply.start = reply.start or perf_counter()
         self._transport.write(b"%b%d\r\n\r\n%b" % (self._address.head, len(body), body))
 
     def abort(self, why: str | None) -> None:
@@ -164,6 +168,7 @@ class Connection(asyncio.Protocol):
         if self._state == _UNTIL_CLOSE and error is None:
             self._complete()
         elif self._state == _HEAD:
+            self.stale = self._answered and not self._buffer
             self._finish(f"the connection was closed before an answer ({error or 'end of stream'})")
         else:
             self._finish(f"the connection was closed in the middle of the answer ({error or 'end of stream'})")
@@ -338,6 +343,7 @@ class Connection(asyncio.Protocol):
         self._state, self._buffer = _IDLE, b""
         reply.end = perf_counter()
         reply.error = error
+        self._answered = True
         if not self._keeps and self._transport is not None:
             self._transport.close()
         done(self, reply)

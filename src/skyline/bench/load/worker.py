@@ -44,6 +44,7 @@ class Worker:
         self._ended = self._failed = self._tokens = 0
         self._last_error: str | None = None
         self._idle: list[Connection] = []
+        self._stale = 0
         self._under_way: dict[Reply, Connection | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -153,13 +154,19 @@ class Worker:
     ) -> None:
         """Sends over `connection` if it is usable, else over a new one. `done` is called when the reply has ended."""
         self._replies.append(reply)
-        if connection is not None and connection.usable:
+        # A server that says it keeps connections, and closes them after each answer all the same (as llama.cpp's does
+        # after streams), costs each request a lost one.
+        kept = self._stale <= 1 + self._ended // 10
+        if connection is not None and connection.usable and kept:
             self._send_over(connection, reply, body, done)
         else:
-            self._under_way[reply] = None
-            task = self._loop.create_task(self._connect_and_send(reply, body, done))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._send_anew(reply, body, done)
+
+    def _send_anew(self, reply: Reply, body: bytes, done: Callable[[Connection | None, Reply], None]) -> None:
+        self._under_way[reply] = None
+        task = self._loop.create_task(self._connect_and_send(reply, body, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _connect_and_send(
         self, reply: Reply, body: bytes, done: Callable[[Connection | None, Reply], None]
@@ -185,6 +192,11 @@ class Worker:
     ) -> None:
         def finished(used: Connection, answered: Reply) -> None:
             timer.cancel()
+            if used.stale and not self._stopping:
+                self._stale += 1
+                answered.end, answered.error = 0.0, None
+                self._send_anew(answered, body, done)
+                return
             self._ended_one(answered)
             if not self._stopping:
                 done(used, answered)

@@ -225,7 +225,7 @@ async def test_a_server_that_keeps_no_connection_though_it_says_so(counter: Toke
     level = closed(4) if load == "closed" else Level(kind="constant", rate=200.0)
     seen = await against(handler, lambda url: plan(url, level), counter)
     assert set(seen.error) == {None}
-    assert next(connections) >= len(seen.error)
+    assert next(connections) > len(seen.error) / 2, "the server did close them"
     assert next(lost) < len(seen.error) / 5
 
 

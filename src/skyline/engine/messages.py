@@ -168,6 +168,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every request computes one token and samples from it."""
+        return bool(self.slots) and all(self.samples) and max(self.lengths) == 1
+
 
 @dataclass(slots=True)
 class StepOutput:
@@ -187,7 +192,7 @@ class StepHandle(Protocol):
 
 @dataclass(slots=True)
 class DecodeCounts:
-    """As in EngineStats. A decode step is one in which every request computes one token and samples from it."""
+    """As in EngineStats; of steps that are `StepPlan.is_decode`."""
 
     recorded: int = 0
     replayed: int = 0

@@ -130,7 +130,7 @@ class DecodeGraphs:
         self._due.clear()
 
     def takes(self, plan: StepPlan) -> bool:
-        return self._compiles and bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1
+        return self._compiles and plan.is_decode
 
     def add_blocks(self, new_blocks: Sequence[tuple[int, int, list[int]]], known: Sequence[int]) -> None:
         """A plan's `new_blocks`, and how many each of them had in its table before."""

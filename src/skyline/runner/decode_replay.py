@@ -65,6 +65,7 @@ class DecodeReplay:
         self._query_starts = torch.arange(requests + 1, dtype=torch.int32)
         self._rows = torch.arange(requests)
         self._known: OrderedDict[int, _Recorded] = OrderedDict()
+        self.replayed = False  # whether the last step was
 
     @property
     def recorded(self) -> list[int]:
@@ -72,7 +73,7 @@ class DecodeReplay:
         return sorted(size for size, known in list(self._known.items()) if known.model.recorded)
 
     def takes(self, plan: StepPlan) -> bool:
-        return bool(plan.slots) and all(plan.samples) and max(plan.lengths) == 1 and not self._program.observed
+        return plan.is_decode and not self._program.observed
 
     def step(self, plan: StepPlan, greedy: bool) -> Decoded:
         """Run a step that `takes` accepts. greedy: its greedy tokens are wanted, and put where the next step reads
@@ -87,6 +88,7 @@ class DecodeReplay:
         known.starts[:] = plan.starts
         if plan.state_writes:
             known.states[:] = plan.state_reads, plan.state_writes
+        self.replayed = known.model.recorded
         known.model()
         if greedy:
             known.greedy()

@@ -155,7 +155,7 @@ class ModelRunner:
             decoded = self._decode(plan)
             if decoded is not None:
                 return decoded
-        if all(plan.samples) and max(plan.lengths) == 1:
+        if plan.is_decode:
             self._decode_counts.eager += 1
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
@@ -194,7 +194,7 @@ class ModelRunner:
             replayed = self.graphs.replayed
         else:
             assert self._replay is not None
-            done, replayed = self._replay.step(plan, greedy), True
+            done, replayed = self._replay.step(plan, greedy), self._replay.replayed
         if replayed:
             self._decode_counts.replayed += 1
         else:

@@ -17,9 +17,12 @@ def inputs(
     library().decode_inputs(ids, positions, context_lens, slots, starts, token_ids)
 
 
-def places(places: Tensor, tables: Tensor, all: Tensor, slots: Tensor, starts: Tensor, block_size: int) -> None:
-    """Fill places int64 [R], where the tokens go in a cache, and tables int32 [R, blocks] from all [slots, blocks]."""
-    library().decode_places(places, tables, all, slots, starts, block_size)
+def places(
+    slot_mapping: Tensor, tables: Tensor, block_tables: Tensor, slots: Tensor, starts: Tensor, block_size: int
+) -> None:
+    """Fill slot_mapping int64 [R], where the tokens go in a cache, and tables int32 [R, blocks] with the slots' rows of
+    block_tables [slots, blocks]."""
+    library().decode_places(slot_mapping, tables, block_tables, slots, starts, block_size)
 
 
 def outputs(token_ids: Tensor, slots: Tensor, starts: Tensor, tokens: Tensor) -> None:

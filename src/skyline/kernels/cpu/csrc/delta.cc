@@ -18,20 +18,13 @@ constexpr int64_t kTokens = 32;  // whose keys and queries are made at a time
 constexpr int kVectors = 4;      // of columns of the memory that are gone through together
 constexpr int64_t kColumns = kVectors * Vec::width;
 
-template <class T>
-const T* list_of(const TensorView& t, int64_t length, bool right_type) {
-  SKYLINE_CHECK(right_type, "takes a vector of another dtype");
-  SKYLINE_CHECK(t.ndim() == 1 && t.shape()[0] == length && (length <= 1 || t.stride(0) == 1), "shapes do not match");
-  return data<T>(t);
-}
-
 // Whose tokens these are, and where each request's state is read (-1: it begins with zeros) and written.
 struct Requests {
   Requests(const TensorView& query_starts, const TensorView& read, const TensorView& write, int64_t tokens, int64_t blocks)
       : count(read.shape()[0]),
-        starts(list_of<int32_t>(query_starts, count + 1, is_int32(query_starts))),
-        reads(list_of<int32_t>(read, count, is_int32(read))),
-        writes(list_of<int32_t>(write, count, is_int32(write))) {
+        starts(list_of<int32_t>(query_starts, count + 1)),
+        reads(list_of<int32_t>(read, count)),
+        writes(list_of<int32_t>(write, count)) {
     SKYLINE_CHECK(starts[0] == 0 && starts[count] == tokens, "requests do not cover the tokens");
     for (int64_t r = 0; r < count; r++) {
       SKYLINE_CHECK(starts[r] <= starts[r + 1], "requests do not cover the tokens");
@@ -151,8 +144,7 @@ void gated_delta_rule(TensorView out, TensorView qkv, TensorView b, TensorView a
   SKYLINE_CHECK(key_heads > 0 && heads % key_heads == 0, "shapes do not match");
   dispatch_float(out, [&]<class T>(T*) {
     auto to = rows_of<T>(out), from = rows_of<T>(qkv), betas = rows_of<T>(b), steps = rows_of<T>(a);
-    const bool right = decay.dtype().bits == 8 * sizeof(T) && dt_bias.dtype().bits == 8 * sizeof(T);
-    const T *rate = list_of<T>(decay, heads, right), *bias = list_of<T>(dt_bias, heads, right);
+    const T *rate = list_of<T>(decay, heads), *bias = list_of<T>(dt_bias, heads);
     SKYLINE_CHECK(to.cols == heads * dv && from.cols == 2 * key_heads * dk + heads * dv && from.rows == to.rows &&
                       betas.rows == to.rows && betas.cols == heads && steps.rows == to.rows && steps.cols == heads,
                   "shapes do not match");

@@ -11,15 +11,8 @@ namespace {
 
 constexpr int64_t kMaxHead = 1024;
 
-template <class T>
-const T* list_of(const TensorView& t, int64_t length, bool right_type) {
-  SKYLINE_CHECK(right_type, "takes a vector of another dtype");
-  SKYLINE_CHECK(t.ndim() == 1 && t.shape()[0] == length && (length <= 1 || t.stride(0) == 1), "shapes do not match");
-  return data<T>(t);
-}
-
 const int64_t* indices_of(const TensorView& t, int64_t length, int64_t end) {
-  const int64_t* list = list_of<int64_t>(t, length, is_int64(t));
+  const int64_t* list = list_of<int64_t>(t, length);
   for (int64_t i = 0; i < length; i++) SKYLINE_CHECK(list[i] >= 0 && list[i] < end, list[i] << " is not below " << end);
   return list;
 }
@@ -138,9 +131,7 @@ struct CachePart {
 
 template <class T>
 const T* norm_of(const ffi::Optional<TensorView>& weight, int64_t head_dim) {
-  if (!weight.has_value()) return nullptr;
-  const TensorView& t = weight.value();
-  return list_of<T>(t, head_dim, t.dtype().bits == 8 * sizeof(T));
+  return weight.has_value() ? list_of<T>(weight.value(), head_dim) : nullptr;
 }
 
 int64_t grain(int64_t cols) { return 1 + 8192 / (cols + 1); }

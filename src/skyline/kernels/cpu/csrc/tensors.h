@@ -6,6 +6,8 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace skyline {
@@ -41,6 +43,15 @@ Rows<T> rows_of(const TensorView& t) {
   SKYLINE_CHECK(t.dtype().bits == 8 * sizeof(T), "takes matrices of one dtype");
   SKYLINE_CHECK(t.ndim() == 2 && (t.stride(1) == 1 || t.shape()[1] <= 1), "takes matrices whose rows are contiguous");
   return {data<T>(t), t.shape()[0], t.shape()[1], t.shape()[0] <= 1 ? t.shape()[1] : t.stride(0)};
+}
+
+// A vector of `length` elements.
+template <class T>
+T* list_of(const TensorView& t, int64_t length) {
+  constexpr bool integer = std::is_integral_v<T> && std::is_signed_v<T>;  // bf16 is stored in unsigned ones
+  SKYLINE_CHECK(t.dtype().bits == 8 * sizeof(T) && (t.dtype().code == kDLInt) == integer, "takes a vector of another dtype");
+  SKYLINE_CHECK(t.ndim() == 1 && t.shape()[0] == length && (length <= 1 || t.stride(0) == 1), "shapes do not match");
+  return data<T>(t);
 }
 
 // Calls body with a null pointer of the tensor's element type: float or bf16.

@@ -39,8 +39,8 @@ def tactics(rows: int) -> list[Any]:
     from skyline.kernels.triton.linear import Tactic
 
     if rows == 1:
-        shapes = [(*shape, 1) for shape in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8))]
-        vectors = [Tactic(*shape) for shape in shapes if 16 <= shape[0] * shape[1] // (32 * shape[2]) <= 32]
+        shapes = itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (1, 2, 4, 8))
+        vectors = [Tactic(*shape) for shape in shapes if 16 <= shape[0] * shape[1] // (32 * shape[2]) <= 128]
         return [*vectors, *(t for t in tactics(16) if t.warps == 4 and t.columns > 128)]
     shapes = itertools.product((64, 128), (128, 256, 512), (4, 8), (3, 4, 5))
     return [Tactic(*shape) for shape in shapes if (2 * shape[0] + rows) * shape[1] * shape[3] <= 220_000]
@@ -67,8 +67,8 @@ def multiply(x: torch.Tensor, product: tuple[Any, ...], chosen: Any) -> Callable
     def run(weight: Any) -> torch.Tensor:
         fp8 = not isinstance(weight, torch.Tensor)
         if x.shape[0] == 1 and (chosen is None or chosen.stages == 1):
-            values, scales = (weight.values, weight.scales) if fp8 else (weight, None)
-            return linear._vector(x, values, scales, None, gated, norm, 1e-6, rest, chosen)
+            vector = linear._fp8_vector if fp8 else linear._vector
+            return vector(x, weight, None, gated, norm, 1e-6, rest, chosen)
         if not fp8:
             return linear.fused_linear(x, weight, None, gated, norm, 1e-6, rest)
         values, scales = linear.quantize_rows(x, False, norm, 1e-6)

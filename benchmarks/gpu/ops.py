@@ -93,11 +93,12 @@ def _moved(value: Any) -> Any:
 
 
 def _wide(value: Any) -> Any:
-    """A copy whose plain floats are float32."""
+    """A copy, for kernels write into some arguments, whose plain floats are float32."""
     from skyline.ops import LayerCache
 
     if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() and value.dtype.itemsize > 1 else value.clone()
+        plain = value.is_floating_point() and value.dtype.itemsize > 1
+        return value.to(torch.float32 if plain else value.dtype, copy=True)
     if isinstance(value, LayerCache):
         fields = _fields(value) or {}
         wide = {name: _wide(part) for name, part in fields.items()}

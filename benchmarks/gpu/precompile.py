@@ -21,12 +21,12 @@ def jobs() -> list[tuple[Any, ...]]:
     from skyline.kernels.triton.knobs import CANDIDATES
 
     found: list[tuple[Any, ...]] = []
-    for fp8 in (False, True):
-        for prefetch in CANDIDATES["prefetch"]:
-            for name in ("bands",) if fp8 else ("vector", "gated"):
-                found += [("linear", fp8, 1, {"prefetch": prefetch, name: value}) for value in CANDIDATES[name]]
-            found.append(("linear", fp8, 1, {"prefetch": prefetch, "one_row_bands": False}))
-            found += [("linear", fp8, rows, {"prefetch": prefetch}) for rows in (16, 64)]
+    for prefetch in CANDIDATES["prefetch"]:
+        for name in ("vector", "gated"):
+            found += [("linear", False, 1, {"prefetch": prefetch, name: value}) for value in CANDIDATES[name]]
+        found += [("linear", True, rows, {"prefetch": prefetch}) for rows in (16, 64)]
+    for name in ("fp8_vector", "fp8_normed", "fp8_gated"):
+        found += [("linear", True, 1, {name: value}) for value in CANDIDATES[name]]
     found += [("linear", True, rows, {"bands": value}) for rows in (16, 64) for value in CANDIDATES["bands"]]
     for splits in CANDIDATES["splits"]:
         for requests in (1, 16, 64, 256):

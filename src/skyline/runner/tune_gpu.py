@@ -105,7 +105,7 @@ def _names(size: int, fp8: bool) -> list[str]:
     """The knobs that such a step has."""
     names = ["splits", "stages", "keys"]
     if size == 1:
-        names += ["prefetch", *(["one_row_bands"] if fp8 else []), "vector", "gated"]
-    if fp8 and size <= 64:
-        names += ["bands"] if size == 1 else ["prefetch", "bands"]
+        names += ["prefetch", *(["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"])]
+    elif fp8 and size <= 64:
+        names += ["prefetch", "bands"]
     return names

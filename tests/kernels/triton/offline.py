@@ -84,6 +84,7 @@ def install(capability: int) -> OfflineDriver:
     devices.capability = lambda device: divmod(capability, 10)  # type: ignore[assignment]
     devices.shared_memory = lambda device: SHARED_MEMORY[capability]
     devices.overlaps = lambda device: capability >= 90
+    devices.has_assembly = lambda device: True
     driver = OfflineDriver(capability)
     triton.runtime.driver.set_active(driver)
     return driver

@@ -21,9 +21,10 @@ def weight(n: int, k: int, kind: str) -> torch.Tensor | Fp8Weight:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "rows", "blocks"])
-@pytest.mark.parametrize("rows", [1, 5, 40, 130])
-def test_several_tiles(kind: str, rows: int) -> None:
-    n, k = 300, 1100
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 300, 1100), (1, 512, 1101), (5, 300, 1100), (40, 300, 1100), (130, 300, 1100)]
+)
+def test_several_tiles(kind: str, rows: int, n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
     name = "fused_linear" if kind == "bf16" else "fused_linear_fp8"
     w, norm = weight(n, k, kind), (1 + 0.1 * torch.randn(k, generator=generator)).bfloat16()
@@ -32,11 +33,21 @@ def test_several_tiles(kind: str, rows: int) -> None:
     for options in ((None, True, norm, 1e-5, None), (bias, False, norm, 0.1, residual), (bias, True, None, 0.0, None)):
         wide = [option.float() if isinstance(option, torch.Tensor) else option for option in options]
         expected = OPS[name].reference(x.float(), w.float() if isinstance(w, torch.Tensor) else w, *wide)
-        for knobs in (Knobs(), Knobs(one_row_bands=False, vector=(2, 256, 4), gated=(8, 256, 4))):
+        other = Knobs(vector=(2, 256, 4), gated=(8, 256, 4), fp8_normed=(4, 512, 1), fp8_gated=(4, 256, 2))
+        for knobs in (Knobs(), other):
             with using(knobs):
                 got = getattr(linear, name)(moved(x), moved(w), *(moved(option) for option in options))
             error = (got.float().cpu() - expected).norm() / expected.norm()
-            assert error < (1e-2 if kind == "bf16" else 6e-2), (options, knobs, error)
+            as_it_is = isinstance(w, torch.Tensor) or (rows == 1 and linear._in_words(w, options[1] is True))
+            assert error < (1e-2 if as_it_is else 6e-2), (options, knobs, error)
+
+
+def test_one_row_of_fp8_is_read_in_words() -> None:
+    assert linear._in_words(fp8_case_weight(384, 1100, False, torch.Generator()), True)
+    assert not linear._in_words(fp8_case_weight(384, 1101, False, torch.Generator()), False)
+    assert linear._in_words(fp8_case_weight(300, 1100, True, torch.Generator()), False)
+    assert linear._in_words(fp8_case_weight(512, 1100, True, torch.Generator()), True)
+    assert not linear._in_words(fp8_case_weight(384, 1100, True, torch.Generator()), True)  # 192 of gate, 192 of up
 
 
 def test_rows_are_quantized_as_the_formula_says() -> None:

@@ -26,3 +26,8 @@ def overlaps(device: torch.device) -> bool:
     A kernel that is launched so touches nothing that others write, or read and it writes, before its `gdc_wait`.
     """
     return device.type == "cuda" and capability(device) >= (9, 0)
+
+
+def has_assembly(device: torch.device) -> bool:
+    """Whether kernels may hold PTX, which Triton's interpreter does not know."""
+    return device.type == "cuda"

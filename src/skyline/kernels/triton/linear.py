@@ -1,9 +1,9 @@
 """Linear layers of bfloat16, float16, float32 and FP8 weights, with the norm before and the residual behind them.
 
-One row of x is bound by reading the weight: `vector_kernel` streams it past the row, which it norms on the way. More
-rows go to cuBLAS, through torch, which was the faster on an H200 from 4 rows on. In FP8, rows are quantized together
-with their norm; up to BAND_ROWS of them are multiplied in `bands_kernel`, more in cuBLAS, or, where scales belong to
-blocks, in `tiles_kernel`.
+One row of x is bound by reading the weight: `vector_kernel`, or `fp8_vector_kernel`, streams it past the row, which it
+norms on the way and does not quantize. More rows go to cuBLAS, through torch, which was the faster on an H200 from 4
+rows on. In FP8, they are quantized together with their norm; up to BAND_ROWS of them are multiplied in `bands_kernel`,
+more in cuBLAS, or, where scales belong to blocks, in `tiles_kernel`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ import triton
 from torch import Tensor
 
 from skyline.kernels.triton.activations import silu_mul as _silu_mul
-from skyline.kernels.triton.device import capability, overlaps, shared_memory
+from skyline.kernels.triton.device import capability, has_assembly, overlaps, shared_memory
 from skyline.kernels.triton.knobs import current
-from skyline.kernels.triton.linear_kernels import bands_kernel, quantize_kernel, tiles_kernel, vector_kernel
+from skyline.kernels.triton.linear_kernels import (
+    bands_kernel,
+    fp8_vector_kernel,
+    quantize_kernel,
+    tiles_kernel,
+    vector_kernel,
+)
 from skyline.kernels.triton.norms import rms_norm
 from skyline.ops.attention import FP8_MAX
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
@@ -35,11 +41,16 @@ class Tactic(NamedTuple):
     stages: int = 1
 
 
-def vector_tactic(k: int, gated: bool, blocks: bool) -> Tactic:
-    """For one row of x, results of k products each; blocks: of weights that have a scale a block."""
-    if blocks:
-        return Tactic(16, BLOCK, 4)
+def vector_tactic(k: int, gated: bool) -> Tactic:
+    """For one row of x, results of k products each."""
     rows, columns, warps = current().gated if gated else current().vector
+    return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
+
+
+def fp8_vector_tactic(k: int, gated: bool, normed: bool) -> Tactic:
+    """The same of an FP8 weight."""
+    knobs = current()
+    rows, columns, warps = knobs.fp8_gated if gated else knobs.fp8_normed if normed else knobs.fp8_vector
     return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
 
 
@@ -118,7 +129,6 @@ def _tiles(values: Tensor, x_scales: Tensor, weight: Fp8Weight, dtype: torch.dty
 def _vector(
     x: Tensor,
     weight: Tensor,
-    scales: Tensor | None,
     bias: Tensor | None,
     silu_mul: bool,
     norm: Tensor | None,
@@ -126,17 +136,15 @@ def _vector(
     residual: Tensor | None,
     chosen: Tactic | None = None,
 ) -> Tensor:
-    """Of one row of x, [1, K], and a weight of any dtype."""
+    """Of one row of x, [1, K]."""
     k, outputs = x.shape[1], weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
     y = torch.empty((1, n), dtype=x.dtype, device=x.device)
-    kind = 0 if scales is None else scales.dim()
-    chosen = chosen or vector_tactic(k, silu_mul, kind == 2)
+    chosen = chosen or vector_tactic(k, silu_mul)
     early = overlaps(x.device)
     vector_kernel[(triton.cdiv(n, chosen.rows),)](
         x,
         weight,
-        x if scales is None else scales,
         x if bias is None else bias,
         x if norm is None else norm,
         x if residual is None else residual,
@@ -144,13 +152,11 @@ def _vector(
         n,
         k,
         weight.stride(0),
-        scales.shape[1] if kind == 2 and scales is not None else 0,
         eps,
         GATED=silu_mul,
         BIAS=bias is not None,
         NORM=norm is not None,
         RESIDUAL=residual is not None,
-        SCALES=kind,
         BAND=chosen.rows,
         STEP=chosen.columns,
         AHEAD=_ahead(k),
@@ -159,6 +165,55 @@ def _vector(
         launch_pdl=early,
     )
     return y
+
+
+def _fp8_vector(
+    x: Tensor,
+    weight: Fp8Weight,
+    bias: Tensor | None,
+    silu_mul: bool,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    chosen: Tactic | None = None,
+) -> Tensor:
+    """Of one row of x, [1, K], and a weight that `_in_words`."""
+    k, outputs = x.shape[1], weight.shape[0]
+    n = outputs // 2 if silu_mul else outputs
+    y = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    chosen = chosen or fp8_vector_tactic(k, silu_mul, norm is not None)
+    early = overlaps(x.device)
+    fp8_vector_kernel[(triton.cdiv(n, chosen.rows),)](
+        x,
+        weight.values.view(torch.int32),
+        weight.scales,
+        x if bias is None else bias,
+        x if norm is None else norm,
+        x if residual is None else residual,
+        y,
+        n,
+        k // 4,
+        weight.scales.shape[1] if weight.blocks else 0,
+        eps,
+        GATED=silu_mul,
+        BIAS=bias is not None,
+        NORM=norm is not None,
+        RESIDUAL=residual is not None,
+        BLOCKS=weight.blocks,
+        BAND=chosen.rows,
+        STEP=max(1, chosen.columns // 4),
+        NATIVE=has_assembly(x.device),
+        EARLY=early,
+        num_warps=chosen.warps,
+        launch_pdl=early,
+    )
+    return y
+
+
+def _in_words(weight: Fp8Weight, silu_mul: bool) -> bool:
+    """Whether `fp8_vector_kernel` can read it: four numbers at a time, and a scale for all rows of a band."""
+    n, k = weight.shape
+    return k % 4 == 0 and not (weight.blocks and silu_mul and n // 2 % BLOCK)
 
 
 def _ahead(k: int) -> int:
@@ -223,7 +278,7 @@ def fused_linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     if x.shape[0] == 1:
-        return _vector(x, weight, None, bias, silu_mul, norm, eps, residual)
+        return _vector(x, weight, bias, silu_mul, norm, eps, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and bias is None and not silu_mul:
@@ -245,8 +300,8 @@ def fused_linear_fp8(
     residual: Tensor | None = None,
 ) -> Tensor:
     rows = x.shape[0]
-    if rows == 1 and (weight.blocks or not current().one_row_bands):
-        return _vector(x, weight.values, weight.scales, bias, silu_mul, norm, eps, residual)
+    if rows == 1 and _in_words(weight, silu_mul):
+        return _fp8_vector(x, weight, bias, silu_mul, norm, eps, residual)
     if rows == 0:
         return x.new_empty((0, weight.shape[0] // 2 if silu_mul else weight.shape[0]))
     values, scales = quantize_rows(x, weight.blocks, norm, eps)

@@ -27,7 +27,6 @@ def _ask(at, mask):
 def vector_kernel(
     x,  # [K]
     weight,  # [N, K]
-    scales,  # of FP8: [N], or [ceil(N / 128), ceil(K / 128)]
     bias,  # [N]
     norm,  # [K]
     residual,  # [columns of y]
@@ -35,13 +34,11 @@ def vector_kernel(
     n,  # columns of y
     k,
     weight_stride,
-    scale_columns,
     eps,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    SCALES: tl.constexpr,  # 0: none, 1: by row, 2: by block, which STEP divides
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     AHEAD: tl.constexpr,  # columns beyond the first tile to ask for, a power of two, or 0
@@ -82,11 +79,6 @@ def vector_kernel(
         part = tl.load(gate_at + first + STEP, mask=left, other=0.0)
         if GATED:
             other = tl.load(up_at + first + STEP, mask=left, other=0.0)
-        if SCALES == 2:
-            at = first // 128
-            mine *= tl.load(scales + (safe // 128) * scale_columns + at)[:, None]
-            if GATED:
-                theirs *= tl.load(scales + ((safe + n) // 128) * scale_columns + at)[:, None]
         gate += mine * values[None, :]
         if GATED:
             up += theirs * values[None, :]
@@ -95,7 +87,125 @@ def vector_kernel(
         root = tl.rsqrt(tl.sum(squares, 0) / k + eps)
         result *= root
         second *= root
-    if SCALES == 1:
+    if BIAS:
+        result += tl.load(bias + safe).to(tl.float32)
+        if GATED:
+            second += tl.load(bias + n + safe).to(tl.float32)
+    if GATED:
+        result = result * tl.sigmoid(result) * second
+    if RESIDUAL:
+        result += tl.load(residual + safe).to(tl.float32)
+    tl.store(y + own, result.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
+    """total + the product of the four FP8 numbers in each word, first in its lowest byte, and four numbers of x."""
+    if NATIVE:  # what a compiler makes of bytes takes twice as many instructions, and they are what bounds this
+        return tl.inline_asm_elementwise(
+            """
+            { .reg .b16 low, high, first, second; .reg .b32 pair; .reg .f32 a, b, sum;
+            mov.b32 {low, high}, $1;
+            cvt.rn.f16x2.e4m3x2 pair, low; mov.b32 {first, second}, pair;
+            cvt.f32.f16 a, first; cvt.f32.f16 b, second;
+            fma.rn.f32 sum, a, $2, $6; fma.rn.f32 sum, b, $3, sum;
+            cvt.rn.f16x2.e4m3x2 pair, high; mov.b32 {first, second}, pair;
+            cvt.f32.f16 a, first; cvt.f32.f16 b, second;
+            fma.rn.f32 sum, a, $4, sum; fma.rn.f32 $0, b, $5, sum; }
+            """,
+            "=f,r,f,f,f,f,f",
+            [word, x0, x1, x2, x3, total],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    total += (word & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * x0
+    total += ((word >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * x1
+    total += ((word >> 16) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * x2
+    total += ((word >> 24) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * x3
+    return total
+
+
+@triton.jit
+def _fours(at, first, words, STEP: tl.constexpr):
+    """4 * STEP numbers from `first` words of four on, float32: each word's first, second, third and fourth [STEP]."""
+    numbers = 4 * first + tl.arange(0, 4 * STEP)
+    values = tl.load(at + numbers, mask=numbers < 4 * words, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (STEP, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def fp8_vector_kernel(
+    x,  # [K]
+    weight,  # [N, K / 4] int32, of float8_e4m3fn
+    scales,  # [N], or [ceil(N / 128), ceil(K / 128)]
+    bias,  # [N]
+    norm,  # [K]
+    residual,  # [columns of y]
+    y,  # [N], or [N / 2]
+    n,  # columns of y
+    words,  # K / 4
+    scale_columns,
+    eps,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BAND: tl.constexpr,  # divides 128; with blocks and GATED also n
+    STEP: tl.constexpr,  # words
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    own = tl.program_id(0) * BAND + tl.arange(0, BAND)
+    inside = own < n
+    safe = tl.where(inside, own, 0)
+    steps = tl.arange(0, STEP)
+    gate_at = weight + safe.to(tl.int64)[:, None] * words + steps[None, :]
+    up_at = gate_at + n.to(tl.int64) * words if GATED else gate_at
+    gate = tl.zeros((BAND, STEP), tl.float32)
+    up = tl.zeros((BAND, STEP), tl.float32)
+    nothing = tl.zeros((BAND, STEP), tl.float32)
+    squares = tl.zeros((STEP,), tl.float32)
+    left = (steps < words)[None, :]
+    part = tl.load(gate_at, mask=left, other=0)  # ahead of the wait, as in vector_kernel
+    other = tl.load(up_at, mask=left, other=0) if GATED else part
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    for first in range(0, words, STEP):
+        x0, x1, x2, x3 = _fours(x, first, words, STEP)
+        if NORM:
+            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
+            w0, w1, w2, w3 = _fours(norm, first, words, STEP)
+            x0, x1, x2, x3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
+        x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
+        left = (first + STEP + steps < words)[None, :]
+        if BLOCKS:
+            block = (first + steps) // 32  # of 128 columns
+            block_row = scales + tl.program_id(0) * BAND // 128 * scale_columns
+            scale = tl.load(block_row + block, mask=first + steps < words, other=0.0)
+            gate += _times_word(part, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
+        else:
+            gate = _times_word(part, x0, x1, x2, x3, gate, NATIVE)
+        part = tl.load(gate_at + first + STEP, mask=left, other=0)
+        if GATED:
+            if BLOCKS:
+                block_row = scales + (n + tl.program_id(0) * BAND) // 128 * scale_columns
+                scale = tl.load(block_row + block, mask=first + steps < words, other=0.0)
+                up += _times_word(other, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
+            else:
+                up = _times_word(other, x0, x1, x2, x3, up, NATIVE)
+            other = tl.load(up_at + first + STEP, mask=left, other=0)
+    result, second = tl.sum(gate, 1), tl.sum(up, 1)
+    if NORM:
+        root = tl.rsqrt(tl.sum(squares, 0) / (4 * words) + eps)
+        result *= root
+        second *= root
+    if not BLOCKS:
         result *= tl.load(scales + safe)
         if GATED:
             second *= tl.load(scales + n + safe)

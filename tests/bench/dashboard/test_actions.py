@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import struct
@@ -39,6 +40,24 @@ def test_the_csv_is_the_data(screen: Screen, data: Data) -> None:
                 assert [row[f"{key}_low"], row[f"{key}_high"]] == ["", ""] or (
                     (float(row[f"{key}_low"]), float(row[f"{key}_high"])) == (low, high)
                 )
+
+
+def test_the_csv_says_what_was_refused(screen: Screen, data: Data) -> None:
+    spoilt = copy.deepcopy(data)
+    short = next(p for p in spoilt["points"] if synthetic.TOO_SHORT in p["metrics"].get("interactivity", []))
+    short["metrics"]["ttft_p99"] = [None, None, None, 64, "p99 needs 662 requests, there are 64"]
+    screen.show(spoilt)
+    screen.view("model=demo&scenario=1k/1k")
+    with screen.page.expect_download() as download:
+        screen.page.click("#csv")
+    rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_bytes().decode(), newline="")))
+    row = next(row for row in rows if row["id"] == short["id"])
+    assert (row["interactivity_low"], row["interactivity_refused"]) == ("", synthetic.TOO_SHORT)
+    assert float(row["interactivity"]) == short["metrics"]["interactivity"][0]
+    assert (row["ttft_p99"], row["ttft_p99_refused"]) == ("", "p99 needs 662 requests, there are 64")
+    assert row["output_per_device_refused"] == ""
+    failed = next(row for row in rows if row["status"] == "failed")
+    assert {failed["interactivity"], failed["interactivity_refused"]} == {""}
 
 
 @pytest.mark.parametrize("view", ["", "view=history", "view=compare"])

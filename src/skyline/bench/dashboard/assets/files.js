@@ -2,7 +2,7 @@
 
 import { save, saveText } from "./dom.js";
 import { escaped } from "./format.js";
-import { measure, offReason } from "./model.js";
+import { measure, offReason, refusal } from "./model.js";
 import { theme } from "./palette.js";
 
 const SIZE = { width: 1200, height: 675 };
@@ -102,15 +102,20 @@ const COLUMNS = [
   ["off_frontier", (point) => offReason(point, "output_per_device") ?? ""],
 ];
 
-// All metrics of the points, full precision, one row each; an interval's ends are NAME_low and NAME_high.
+// All metrics of the points, full precision, one row each; an interval's ends are NAME_low and NAME_high. NAME_refused
+// says why these are empty, and the value if it is too, where there was something to measure and too little of it.
 function csv(data, state, points) {
-  const keys = Object.keys(data.metrics).filter((key) => points.some((point) => measure(data, state, point, key)));
-  const header = [...COLUMNS.map(([name]) => name), ...keys.flatMap((key) => [key, `${key}_low`, `${key}_high`])];
+  const keys = Object.keys(data.metrics).filter((key) =>
+    points.some((point) => measure(data, state, point, key) || refusal(data, state, point, key)),
+  );
+  const columns = (key) => [key, `${key}_low`, `${key}_high`, `${key}_refused`];
+  const header = [...COLUMNS.map(([name]) => name), ...keys.flatMap(columns)];
   const rows = points.map((point) => [
     ...COLUMNS.map(([, read]) => read(point)),
     ...keys.flatMap((key) => {
       const found = measure(data, state, point, key);
-      return [found?.value ?? "", found?.low ?? "", found?.high ?? ""];
+      const why = refusal(data, state, point, key);
+      return [found?.value ?? "", found?.low ?? "", found?.high ?? "", why ?? ""];
     }),
   ]);
   return [header, ...rows].map((row) => `${row.map(cell).join(",")}\r\n`).join("");

@@ -93,6 +93,12 @@ export function measure(data, state, point, key) {
     : null;
 }
 
+// Why there is no interval, or not even a value; null where nothing was refused.
+export function refusal(data, state, point, key) {
+  const found = measure(data, state, point, key);
+  return found ? found.refused : (point.metrics[key]?.[4] ?? null);
+}
+
 // As metrics.cost_per_mtok has it, in the same order of operations. More throughput is less cost: the ends swap.
 function cost(data, state, point) {
   const hourly = price(data, state, point.series.hardware);

@@ -4,7 +4,7 @@ import { byId, h, replace } from "./dom.js";
 import { chance, count, day, interval, number } from "./format.js";
 import { axes } from "./frame.js";
 import { frontierOfGroup } from "./ladderfigure.js";
-import { groups, measure, offReason } from "./model.js";
+import { groups, measure, offReason, refusal } from "./model.js";
 import { glyph } from "./palette.js";
 
 const FIRST = 200;
@@ -17,12 +17,12 @@ const metricColumn = (key, name) => ({
   read: ({ data, state }, point) => measure(data, state, point, key)?.value ?? null,
   show: ({ data, state }, point) => {
     const found = measure(data, state, point, key);
-    const refused = found ? found.refused : point.metrics[key]?.[4];
+    const refused = refusal(data, state, point, key);
     const value = found && number(found.value);
     const told = refused ? `${value}; no interval: ${refused}` : `${value}${interval(found)}`;
     return h(
       "td",
-      { class: "number", title: found ? told : (refused ?? null) },
+      { class: "number", title: found ? told : refused },
       found ? value : refused ? "refused" : "–",
     );
   },

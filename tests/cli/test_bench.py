@@ -90,6 +90,30 @@ def test_from_a_plan_to_a_recommendation(null_url: str, store: Path, tmp_path: P
     assert "first" not in bench("store", "list", "--store", other).stdout
 
 
+def test_a_plan_says_what_stands_against_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = tmp_path / "three.yaml"
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    engines = (
+        "[{engine: url, name: far, url: 'http://127.0.0.1:9', api_key_env: NO_SUCH_KEY}, {engine: skyline}, "
+        "{engine: skyline, name: wide, tensor_parallel: 2}, {engine: llama.cpp, version: installed}]"
+    )
+    text = SUITE % {"url": "http://127.0.0.1:9", "name": "x"}
+    suite.write_text(text.replace("[{engine: url, name: x, url: 'http://127.0.0.1:9'}]", engines))
+    planned = json.loads(bench("plan", suite, "--json").stdout)
+    far, wide, llama = planned["obstacles"]
+    assert "far: the variable NO_SUCH_KEY" in far and "not set" in far
+    assert wide == "wide: skyline has no tensor_parallel here; leave it out or set it to 1"
+    assert "there is no llama-server on PATH" in llama
+    said = bench("plan", suite)
+    assert said.exit_code == 0 and said.output.count("cannot be measured here") == 3
+
+    suite.write_text(suite.read_text().replace("{engine: skyline}", "{engine: vlm}"))
+    unknown = bench("plan", suite)
+    assert unknown.exit_code == 1
+    assert "no engine 'vlm', there are skyline, vllm, sglang, llama.cpp" in " ".join(unknown.output.split())
+
+
 def test_an_endpoint_instead_of_the_suites_engines(null_url: str, store: Path, tmp_path: Path) -> None:
     suite = tmp_path / "small.yaml"
     suite.write_text(SUITE % {"url": "http://127.0.0.1:9", "name": "elsewhere"})

@@ -1,4 +1,4 @@
-"""What a suite would measure and how long that takes. Pure."""
+"""What a suite would measure, how long that takes, and what stands against it here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from skyline.bench.engines import EngineError, check, get
 from skyline.bench.suite import PointSpec, Suite
 
 
@@ -36,8 +37,21 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+def obstacles(suite: Suite) -> list[str]:
+    """Why engines of the suite cannot be measured on this machine, as far as that can be seen before anything is
+    installed or started. Raises EngineError for a name that no engine has."""
+    found = []
+    for spec in {point.engine.name: point.engine for point in suite.points()}.values():
+        get(spec.engine)
+        try:
+            check(spec)
+        except EngineError as error:
+            found.append(str(error))
+    return found
+
+
 def estimate(suite: Suite) -> Plan:
-    """The least is reached by engines that answer quickly; the most is when every point runs into its `max_s`."""
+    """Pure. The least is reached by engines that answer quickly; the most is when every point runs into its `max_s`."""
     groups: dict[tuple[str, str, str], list[PointSpec]] = {}
     for spec in suite.points():
         groups.setdefault((spec.engine.name, spec.model.name, spec.workload.name), []).append(spec)

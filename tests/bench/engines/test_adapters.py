@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from skyline.bench.engines import ENGINES, EngineError, Installation, get
+from skyline.bench.engines import ENGINES, EngineError, Installation, check, get
 from skyline.bench.engines.base import Job
 from skyline.bench.engines.http import counter
 from skyline.bench.engines.registry import any_counters
@@ -118,9 +118,9 @@ def test_llama_cpp_takes_a_gguf_file_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["skyline", "llama.cpp", "transformers"])
-def test_parallelism_that_an_engine_does_not_have_is_refused(tmp_path: Path, engine: str) -> None:
+def test_parallelism_that_an_engine_does_not_have_is_refused(engine: str) -> None:
     with pytest.raises(EngineError, match=f"{engine} has no tensor_parallel here"):
-        _command(tmp_path, "org/model", engine=engine, tensor_parallel=2)
+        get(engine).check(EngineSpec(engine=engine, tensor_parallel=2))
 
 
 def test_a_precision_must_be_made_or_be_the_checkpoints(tmp_path: Path, plain: Path) -> None:
@@ -136,8 +136,9 @@ def test_a_precision_must_be_made_or_be_the_checkpoints(tmp_path: Path, plain: P
 
 def test_speculation_is_a_label_that_flags_must_stand_behind(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="speculation 'ngram' is only a label"):
-        _command(tmp_path, "org/model", engine="vllm", speculation="ngram")
+        get("vllm").check(EngineSpec(engine="vllm", speculation="ngram"))
     flags = ["--speculative-config", '{"method": "ngram"}']
+    get("vllm").check(EngineSpec(engine="vllm", speculation="ngram", args=flags))
     assert _command(tmp_path, "org/model", engine="vllm", speculation="ngram", args=flags)[-2:] == flags
 
 
@@ -175,19 +176,19 @@ def test_a_counter_is_summed_over_labels_and_broken_ones_are_none() -> None:
     assert counter("", "a") is None
 
 
-def test_gpu_engines_say_that_they_need_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_engines_say_that_they_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for engine, why in (("sglang", "built for NVIDIA GPUs"), ("tensorrt-llm", "needs an NVIDIA GPU")):
         with pytest.raises(EngineError, match=why):
-            get(engine).install(EngineSpec(engine=engine), tmp_path)
+            check(EngineSpec(engine=engine))
 
 
 def test_building_llama_cpp_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineError, match=r"no C\+\+ compiler"):
-        get("llama.cpp").install(EngineSpec(engine="llama.cpp", version="1"), tmp_path)
+        check(EngineSpec(engine="llama.cpp", version="1"))
     with pytest.raises(EngineError, match="there is no llama-server on PATH"):
-        get("llama.cpp").install(EngineSpec(engine="llama.cpp", version="installed"), tmp_path)
+        check(EngineSpec(engine="llama.cpp", version="installed"))
 
 
 def test_a_llama_server_on_path_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,16 @@ class Engine(ABC):
     metrics: ClassVar[str | None] = "/metrics"
     # Fields of a request that make it generate exactly as many tokens as asked for.
     ignore_eos: ClassVar[dict[str, Any]] = {"ignore_eos": True}
+    # The most of each kind of parallelism; of those that are not named, any number.
+    parallelism: ClassVar[dict[str, int]] = {}
+
+    def check(self, spec: EngineSpec) -> None:
+        """Raises EngineError for what can be said before anything is installed: an option that the engine does not
+        have, or something that this machine lacks for it."""
+        for name, most in self.parallelism.items():
+            if getattr(spec, name) > most:
+                raise EngineError(f"{spec.name}: {spec.engine} has no {name} here; leave it out or set it to {most}")
+        _check_speculation(spec)
 
     @abstractmethod
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
@@ -141,15 +151,6 @@ def counters_by_name(metrics: str, looked_up: str, hit: str) -> tuple[int, int] 
     return None if total is None else (int(total), int(found or 0))
 
 
-def refuse(job: Job, **limits: int) -> None:
-    """Raises EngineError if the job asks for more parallelism than that: refuse(job, tensor_parallel=1)."""
-    for name, most in limits.items():
-        if getattr(job.spec, name) > most:
-            raise EngineError(
-                f"{job.spec.name}: {job.spec.engine} has no {name} here; leave it out or set it to {most}"
-            )
-
-
 def precision_flags(job: Job, flags: Mapping[str, list[str]]) -> list[str]:
     """The flags that make the engine compute in the spec's precision.
 
@@ -168,7 +169,7 @@ def precision_flags(job: Job, flags: Mapping[str, list[str]]) -> list[str]:
     return []
 
 
-def check_speculation(spec: EngineSpec) -> None:
+def _check_speculation(spec: EngineSpec) -> None:
     """`speculation` labels results; how to speculate is said in `args` or `env`. Raises EngineError if it is not."""
     said = " ".join([*spec.args, *spec.env, *spec.env.values()]).lower()
     if spec.speculation != "none" and not any(word in said for word in ("spec", "draft", "config")):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from skyline.bench.engines import http
-from skyline.bench.engines.base import Engine, EngineError, Installation, Job, Launch, check_speculation, refuse
+from skyline.bench.engines.base import Engine, EngineError, Installation, Job, Launch
 from skyline.bench.engines.environments import Recipe, make, newest, on_path
 from skyline.bench.hardware import cpu_flags, usable_cores, uses_cuda
 from skyline.bench.suite import EngineSpec
@@ -30,6 +30,12 @@ _OFF = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP", "LLAMA_B
 
 class LlamaCpp(Engine):
     name: ClassVar[str] = "llama.cpp"
+    parallelism: ClassVar[dict[str, int]] = {"tensor_parallel": 1, "data_parallel": 1, "expert_parallel": 1}
+
+    def check(self, spec: EngineSpec) -> None:
+        super().check(spec)
+        if spec.version != "installed" and (spec.version is not None or on_path(_PROGRAM) is None):
+            _check_tools(spec)
 
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
         if spec.version in (None, "installed"):
@@ -50,8 +56,6 @@ class LlamaCpp(Engine):
         return Installation((str(program),), recipe.version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        refuse(job, tensor_parallel=1, data_parallel=1, expert_parallel=1)
-        check_speculation(job.spec)
         command = [*job.installation.program, "--model", str(_gguf(job)), "--host", "127.0.0.1"]
         command += ["--port", str(job.port), "--metrics"]
         command += ["--n-gpu-layers", "999"] if job.cuda else ["--threads", str(job.threads)]
@@ -65,20 +69,24 @@ class LlamaCpp(Engine):
         return None if computed is None or cached is None else (int(computed + cached), int(cached))
 
 
-def _recipe(spec: EngineSpec, version: str) -> Recipe:
+def _check_tools(spec: EngineSpec) -> None:
+    """Raises EngineError where a tool is missing that building takes."""
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise EngineError(
             f"{spec.name}: {_PACKAGE} is built from source and there is no C++ compiler (c++) on PATH; install one, or "
             f"put a {_PROGRAM} on PATH"
         )
+    if uses_cuda(spec.env) and shutil.which("nvcc") is None:
+        raise EngineError(
+            f"{spec.name}: building llama.cpp for the GPUs of this machine needs nvcc, which is not on PATH; put a "
+            f"{_PROGRAM} with CUDA on PATH, or set CUDA_VISIBLE_DEVICES to nothing in env to measure the CPU"
+        )
+
+
+def _recipe(spec: EngineSpec, version: str) -> Recipe:
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF"]
     options += [f"-D{option}=OFF" for option in _OFF]
     if uses_cuda(spec.env):
-        if shutil.which("nvcc") is None:
-            raise EngineError(
-                f"{spec.name}: building llama.cpp for the GPUs of this machine needs nvcc, which is not on PATH; put a "
-                f"{_PROGRAM} with CUDA on PATH, or set CUDA_VISIBLE_DEVICES to nothing in env to measure the CPU"
-            )
         options.append("-DGGML_CUDA=ON")
     if "amx_tile" in cpu_flags():
         # GCC before 12.4 and 13.3 drops stores that LDTILECFG reads (GCC bug 114098), which ends in a segmentation

@@ -15,7 +15,7 @@ from skyline.bench.engines.base import Endpoint, Engine, EngineError, Installati
 from skyline.bench.engines.process import GRACE_S, ServerProcess
 from skyline.bench.engines.readiness import PortTaken, Readiness
 from skyline.bench.engines.registry import any_counters, get, ways_to_ignore_eos
-from skyline.bench.engines.url import attach
+from skyline.bench.engines.url import Url, attach
 from skyline.bench.hardware import usable_cores, uses_cuda
 from skyline.bench.suite import EngineSpec, ModelSpec
 
@@ -26,11 +26,24 @@ _PORT_ATTEMPTS = 3
 _SECRETS = ("SKYLINE_API_KEY", "VLLM_API_KEY", "LLAMA_API_KEY")
 
 
+def check(spec: EngineSpec) -> None:
+    """Raises EngineError for what stands against this engine, as far as it can be seen before anything is installed,
+    started or asked for."""
+    engine = get(spec.engine)
+    if spec.url is not None:
+        engine = Url()
+    engine.check(spec)
+    if spec.version == "installed":
+        engine.install(spec, DEFAULT_FOLDER)  # finds it, and puts nothing there
+
+
 def install(spec: EngineSpec, folder: Path = DEFAULT_FOLDER) -> Installation:
     """Finds the engine, or installs it into an environment below `folder`; at once if that was done before.
 
     Raises EngineError with the end of the installer's log."""
-    return get(spec.engine).install(spec, folder.expanduser())
+    engine = get(spec.engine)
+    engine.check(spec)
+    return engine.install(spec, folder.expanduser())
 
 
 @contextlib.contextmanager
@@ -54,10 +67,10 @@ def serve(
     """
     engine = get(spec.engine)
     if spec.url is not None:
-        yield attach(spec, spec.url, any_counters, ways_to_ignore_eos())
+        yield attach(spec, any_counters, ways_to_ignore_eos())
         return
     folder = folder.expanduser().absolute()
-    installation = engine.install(spec, folder)
+    installation = install(spec, folder)
     threads = usable_cores() if threads is None else threads
     for attempt in range(_PORT_ATTEMPTS):
         chosen = _free_port() if port is None else port

@@ -13,7 +13,6 @@ from skyline.bench.engines.base import (
     Installation,
     Job,
     Launch,
-    check_speculation,
     counters_by_name,
     precision_flags,
 )
@@ -32,22 +31,24 @@ _PRECISIONS = {
 class Sglang(Engine):
     name: ClassVar[str] = "sglang"
 
-    def install(self, spec: EngineSpec, folder: Path) -> Installation:
-        if spec.version == "installed":
-            python, packages = program_of(spec, "sglang", "sglang")
-            return Installation((python, "-m", "sglang.launch_server"), packages.get("sglang"), packages)
-        if not uses_cuda(spec.env):
+    def check(self, spec: EngineSpec) -> None:
+        super().check(spec)
+        if spec.version != "installed" and not uses_cuda(spec.env):
             raise EngineError(
                 f"{spec.name}: the package sglang is built for NVIDIA GPUs, and none is visible here; "
                 "for SGLang's CPU build, install it by its own instructions and give version: installed"
             )
+
+    def install(self, spec: EngineSpec, folder: Path) -> Installation:
+        if spec.version == "installed":
+            python, packages = program_of(spec, "sglang", "sglang")
+            return Installation((python, "-m", "sglang.launch_server"), packages.get("sglang"), packages)
         version = spec.version or newest("sglang", folder)
         environment = make(self.name, Recipe("sglang", version, module="sglang"), folder)
         program = (str(environment.python), "-m", "sglang.launch_server")
         return Installation(program, version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        check_speculation(job.spec)
         spec = job.spec
         command = [*job.installation.program, "--model-path", job.source, "--host", "127.0.0.1"]
         command += ["--port", str(job.port), "--enable-metrics", *precision_flags(job, _PRECISIONS)]

@@ -12,10 +12,8 @@ from skyline.bench.engines.base import (
     Installation,
     Job,
     Launch,
-    check_speculation,
     counters_by_name,
     precision_flags,
-    refuse,
 )
 from skyline.bench.engines.environments import Recipe, make, reported
 from skyline.bench.suite import EngineSpec
@@ -33,6 +31,7 @@ _PRECISIONS = {
 
 class Skyline(Engine):
     name: ClassVar[str] = "skyline"
+    parallelism: ClassVar[dict[str, int]] = {"tensor_parallel": 1, "data_parallel": 1, "expert_parallel": 1}
 
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
         if spec.version in (None, "installed"):
@@ -46,8 +45,6 @@ class Skyline(Engine):
         return Installation((str(environment.python), "-m", "skyline"), spec.version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        refuse(job, tensor_parallel=1, data_parallel=1, expert_parallel=1)
-        check_speculation(job.spec)
         command = [*job.installation.program, "serve", job.source, "--host", "127.0.0.1", "--port", str(job.port)]
         command += ["--device", "cuda"] if job.cuda else ["--threads", str(job.threads)]
         command += precision_flags(job, _PRECISIONS)

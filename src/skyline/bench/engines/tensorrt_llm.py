@@ -18,9 +18,7 @@ from skyline.bench.engines.base import (
     Installation,
     Job,
     Launch,
-    check_speculation,
     precision_flags,
-    refuse,
 )
 from skyline.bench.engines.environments import Recipe, make, newest, program_of
 from skyline.bench.hardware import uses_cuda
@@ -32,20 +30,22 @@ _CONFIG_FLAGS = ("--config", "--extra_llm_api_options")
 class TensorrtLlm(Engine):
     name: ClassVar[str] = "tensorrt-llm"
     metrics: ClassVar[str | None] = "/prometheus/metrics"
+    parallelism: ClassVar[dict[str, int]] = {"data_parallel": 1}
+
+    def check(self, spec: EngineSpec) -> None:
+        super().check(spec)
+        if spec.version != "installed" and not uses_cuda(spec.env):
+            raise EngineError(f"{spec.name}: TensorRT-LLM needs an NVIDIA GPU, and none is visible here")
 
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
         if spec.version == "installed":
             python, packages = program_of(spec, "trtllm-serve", "tensorrt_llm")
             return Installation(_program(python), packages.get("tensorrt-llm"), packages)
-        if not uses_cuda(spec.env):
-            raise EngineError(f"{spec.name}: TensorRT-LLM needs an NVIDIA GPU, and none is visible here")
         version = spec.version or newest("tensorrt-llm", folder)
         environment = make(self.name, Recipe("tensorrt-llm", version, module="tensorrt_llm"), folder)
         return Installation(_program(str(environment.python)), version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        refuse(job, data_parallel=1)
-        check_speculation(job.spec)
         spec = job.spec
         command = [*job.installation.program, job.source, "--host", "127.0.0.1", "--port", str(job.port)]
         # The type of computation is the checkpoint's.

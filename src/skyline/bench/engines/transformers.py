@@ -15,9 +15,7 @@ from skyline.bench.engines.base import (
     Installation,
     Job,
     Launch,
-    check_speculation,
     precision_flags,
-    refuse,
 )
 from skyline.bench.engines.environments import TORCH, Recipe, make, newest, program_of
 from skyline.bench.suite import EngineSpec
@@ -32,6 +30,7 @@ _PRECISIONS = {
 class Transformers(Engine):
     name: ClassVar[str] = "transformers"
     metrics: ClassVar[str | None] = None
+    parallelism: ClassVar[dict[str, int]] = {"tensor_parallel": 1, "data_parallel": 1, "expert_parallel": 1}
     ignore_eos: ClassVar[dict[str, Any]] = {"generation_config": json.dumps({"eos_token_id": -1})}
 
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
@@ -44,8 +43,6 @@ class Transformers(Engine):
         return Installation(_program(str(environment.python)), version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        refuse(job, tensor_parallel=1, data_parallel=1, expert_parallel=1)
-        check_speculation(job.spec)
         command = [*job.installation.program, "serve", job.source, "--host", "127.0.0.1", "--port", str(job.port)]
         command += ["--device", "cuda" if job.cuda else "cpu", *precision_flags(job, _PRECISIONS)]
         variables = {} if job.cuda else {"OMP_NUM_THREADS": str(job.threads)}

@@ -22,6 +22,11 @@ _RETRY_S = 0.5
 class Url(Engine):
     name: ClassVar[str] = "url"
 
+    def check(self, spec: EngineSpec) -> None:
+        """Parallelism and speculation are labels here. The server itself is not asked."""
+        _root(spec)
+        _authorization(spec)
+
     def install(self, spec: EngineSpec, folder: Path) -> Installation:
         return Installation((), None)
 
@@ -31,7 +36,6 @@ class Url(Engine):
 
 def attach(
     spec: EngineSpec,
-    url: str,
     read_counters: Callable[[str], tuple[int, int] | None],
     ignoring_eos: Sequence[dict[str, Any]],
 ) -> Endpoint:
@@ -41,9 +45,7 @@ def attach(
     one does not refuse are used; most servers ignore what they do not know.
 
     Raises EngineError where it cannot be reached, refuses the key, or has no model of the name that was asked for."""
-    root = url.rstrip("/").removesuffix("/v1").rstrip("/")
-    if not root.startswith(("http://", "https://")):
-        raise EngineError(f"{spec.name}: {url!r} is not the address of an endpoint, such as http://127.0.0.1:8000")
+    root = _root(spec)
     headers = _authorization(spec)
     try:
         model = _wait(spec, root, lambda left: model_name(spec, root, headers, min(left, _LIST_TIMEOUT_S)))
@@ -84,6 +86,15 @@ def _wait(spec: EngineSpec, root: str, ask: Callable[[float], Any]) -> Any:
             return found
         time.sleep(min(_RETRY_S, left))
     raise EngineError(f"{spec.name}: {root} still says after {spec.start_timeout_s:g} s that it is loading")
+
+
+def _root(spec: EngineSpec) -> str:
+    """The endpoint's address without /v1."""
+    url = spec.url or ""
+    root = url.rstrip("/").removesuffix("/v1").rstrip("/")
+    if not root.startswith(("http://", "https://")):
+        raise EngineError(f"{spec.name}: {url!r} is not the address of an endpoint, such as http://127.0.0.1:8000")
+    return root
 
 
 def _authorization(spec: EngineSpec) -> dict[str, str]:

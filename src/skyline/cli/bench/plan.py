@@ -16,15 +16,17 @@ def plan(
     """Print what a suite would measure, and how long that takes, before anything runs."""
     import json
 
+    from rich.markup import escape
     from rich.table import Table
 
-    from skyline.bench.plan import estimate
+    from skyline.bench.plan import estimate, obstacles
 
     with clear_errors():
         spec = suite_of(suite, engine)
         found = estimate(spec)
+        against = obstacles(spec)
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps({**found.as_dict(), "obstacles": against}))
         return
     screen = console.screen()
     screen.print(f"[bold]{spec.name}[/bold]  {spec.description}")
@@ -49,6 +51,8 @@ def plan(
     )
     for gate in found.gates:
         screen.print(gate)
+    for line in against:
+        screen.print(f"[red]cannot be measured here[/red]  {escape(line)}", highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -49,6 +49,20 @@ def _fused(
 
 
 @oracle
+def moe_experts_fp8(
+    x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+) -> list[Tensor]:
+    result = torch.zeros(x.shape, dtype=torch.float64) if residual is None else residual.double().clone()
+    for token in range(x.shape[0]):
+        for weight, expert in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+            first, second = (Fp8Weight(each.values[expert], each.scales[expert]) for each in (gate_up, down))
+            (hidden,) = linear_fp8(x[token : token + 1], first, None, True)
+            (added,) = linear_fp8(hidden.to(x.dtype), second)
+            result[token] += weight * added[0]
+    return [result]
+
+
+@oracle
 def norm_router(x: Tensor, norm: Tensor, eps: float, *rest: Any) -> list[Tensor]:
     (normed,) = ORACLES["rms_norm"](x, norm, eps)
     return [normed, *ORACLES["router"](normed, *rest)]

@@ -34,6 +34,9 @@ NORMING: tuple[tuple[Op, Op, tuple[str, ...]], ...] = (
 # Linears whose kernels can norm what they read and add to the residual stream what they give.
 WHOLE_LINEARS: dict[Op, Op] = {ops.linear: ops.fused_linear, ops.linear_fp8: ops.fused_linear_fp8}
 
+# Experts whose kernels can add to the residual stream what they give.
+WHOLE_EXPERTS: dict[Any, Op] = {ops.moe_experts: ops.fused_experts, ops.moe_experts_fp8: ops.moe_experts_fp8}
+
 
 def fuse_add_rms_norm(graph: fx.Graph) -> int:
     """rms_norm(add(x, residual)) -> add_rms_norm; whoever else reads the sum takes it from there."""
@@ -159,11 +162,13 @@ def fuse_linear_add(graph: fx.Graph) -> int:
 def fuse_experts_add(graph: fx.Graph) -> int:
     """add(residual, moe_experts(x)), the experts' sum read by nothing else -> fused_experts(x, residual=residual).
 
+    Experts in FP8 take the residual themselves.
+
     Where shared experts stand beside them, residual + (experts + shared) is made (residual + experts) + shared, so that
     `fuse_linear_add` can follow.
     """
     matches = 0
-    for experts in graph.find_nodes(op="call_function", target=ops.moe_experts):
+    for experts in [node for node in graph.nodes if node.target in WHOLE_EXPERTS]:
         total = _only_reader(experts)
         residual = _other_addend(total, experts)
         if total is not None and residual is not None and not _before(residual, experts):
@@ -175,7 +180,7 @@ def fuse_experts_add(graph: fx.Graph) -> int:
         if total is None or not _before(residual, experts):
             continue
         with graph.inserting_before(experts):
-            fused = graph.call_function(ops.fused_experts, (*_arguments(experts), residual))
+            fused = graph.call_function(WHOLE_EXPERTS[experts.target], (*_arguments(experts)[:5], residual))
         total.replace_all_uses_with(fused)
         graph.erase_node(total)
         graph.erase_node(experts)

@@ -22,7 +22,7 @@ def quantize_linears(
     group: int = DEFAULT_GROUP,
     stored: Mapping[int, IntegerFormat] | None = None,
 ) -> dict[str, int]:
-    """Rewrite `linear` and `moe_experts` to ops on integers; the result is how often each was put in, by name.
+    """Rewrite `linear` and `moe_experts` to ops on integers or FP8; the result is how often each was put in, by name.
 
     With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
     such integers: `stored`, by the parameter's id. Arguments stay as they are: the weight is still the attribute of the
@@ -57,7 +57,7 @@ def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, Integer
         op = scheme.head if any(user.op == "output" for user in node.users) else scheme.linear
     if op is node.target:
         return None
-    if op is ops.linear_fp8:
+    if op in (ops.linear_fp8, ops.moe_experts_fp8):
         return op, IntegerFormat(8, fp8=True)
     return op, IntegerFormat(4, group) if op in (ops.linear_int4, ops.moe_experts_int4) else IntegerFormat(8)
 
@@ -71,7 +71,7 @@ def _as_stored(
         return None
     experts = node.target is ops.moe_experts
     if format.fp8:
-        return None if experts else (ops.linear_fp8, format)
+        return ops.moe_experts_fp8 if experts else ops.linear_fp8, format
     if format.bits == 8:
         return ops.moe_experts_int8 if experts else ops.linear_int8, format
     return ops.moe_experts_int4 if experts else ops.linear_int4, format

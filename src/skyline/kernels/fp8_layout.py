@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,11 @@ class Fp8Layout:
 FP8_ROWS, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)
 
 
-def fp8_layout(arguments: tuple[Any, ...]) -> Layout:
-    """Of the weight of a linear, with the blocks that were decided for it."""
-    decided = integers_of(arguments[1])
-    return FP8_ROWS if decided is None or decided.group is None else FP8_BLOCKS
+def fp8_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
+    """Of the weight among a call's arguments, with the blocks that were decided for it."""
+
+    def choose(arguments: tuple[Any, ...]) -> Layout:
+        decided = integers_of(arguments[index])
+        return FP8_ROWS if decided is None or decided.group is None else FP8_BLOCKS
+
+    return choose

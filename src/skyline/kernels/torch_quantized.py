@@ -23,6 +23,7 @@ from skyline.ops import (
     linear_int4,
     linear_int8,
     linear_int8_weight_only,
+    moe_experts_fp8,
     moe_experts_int4,
     moe_experts_int8,
     moe_experts_int8_weight_only,
@@ -142,4 +143,13 @@ _provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT
 _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})
 
 for _op in (linear_fp8, fused_linear_fp8):
-    register(Kernel(_op.name, "torch", _op.reference, _any_device, layouts={1: fp8_layout}))
+    register(Kernel(_op.name, "torch", _op.reference, _any_device, layouts={1: fp8_layout(1)}))
+register(
+    Kernel(
+        moe_experts_fp8.name,
+        "torch",
+        moe_experts_fp8.reference,
+        _any_device,
+        layouts={1: fp8_layout(1), 2: fp8_layout(2)},
+    )
+)

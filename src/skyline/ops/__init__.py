@@ -8,6 +8,7 @@ from skyline.ops.delta import causal_conv, gated_delta_rule
 from skyline.ops.dense import add, embedding, head_rms_norm, linear, rms_norm, select_rows, silu_mul, split
 from skyline.ops.fp4 import Fp4Weight, linear_fp4
 from skyline.ops.fp8 import Fp8Weight, linear_fp8
+from skyline.ops.fp8_moe import moe_experts_fp8
 from skyline.ops.fused import add_rms_norm, rope_kv_write
 from skyline.ops.fused_linear import fused_linear, fused_linear_fp8
 from skyline.ops.gates import (
@@ -65,6 +66,7 @@ __all__ = [
     "moe_combine",
     "moe_experts",
     "moe_experts_clamped",
+    "moe_experts_fp8",
     "moe_experts_int4",
     "moe_experts_int8",
     "moe_experts_int8_weight_only",

@@ -21,7 +21,7 @@ class Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "fp8": Scheme(ops.linear_fp8, ops.linear, ops.moe_experts),
+    "fp8": Scheme(ops.linear_fp8, ops.linear, ops.moe_experts_fp8),
     "int8": Scheme(ops.linear_int8, ops.linear_int8, ops.moe_experts_int8),
     "int8-weight-only": Scheme(
         ops.linear_int8_weight_only, ops.linear_int8_weight_only, ops.moe_experts_int8_weight_only

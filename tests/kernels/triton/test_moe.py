@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skyline import ops
-from skyline.kernels.triton import moe, moe_tiles, router
+from skyline.kernels.triton import moe, moe_fp8, moe_tiles, router
+from skyline.ops.fp8 import Fp8Weight, fp8_case_weight
 from skyline.ops.router import Scoring
-from tests.kernels.triton.test_ops import DEVICE
+from tests.kernels.triton.test_ops import DEVICE, moved
 
 Choose = Callable[[int, int, int, torch.Generator], Tensor]
 
@@ -74,6 +75,30 @@ def test_experts_at_larger_shapes(choose: Choose, dtype: torch.dtype, shape: tup
     stream = torch.randn((tokens, h + 8), generator=generator).to(dtype)
     rows = stream.to(DEVICE)[:, 8:]
     _close(moe.fused_experts(*arguments, rows), expected + stream[:, 8:].float(), dtype)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("choose,shape", [(how, shape) for how, dtype, shape in SHAPES if dtype == BF16])
+def test_experts_in_fp8_at_larger_shapes(choose: Choose, shape: tuple[int, ...], blocks: bool) -> None:
+    tokens, top_k, experts, h, i = shape
+    h, i = 4 * h, (128 if tokens == 1 else 3 * i)  # several blocks, streamed ones whole
+    generator = torch.Generator().manual_seed(5)
+    x, residual = (torch.randn((tokens, h), generator=generator).to(BF16) for _ in range(2))
+    gate_up, down = (
+        fp8_case_weight(experts * n, k, blocks and n % 128 == 0, generator) for n, k in ((2 * i, h), (h, i))
+    )
+    gate_up, down = (
+        Fp8Weight(
+            each.values.view(torch.uint8).view(experts, n, -1).view(each.values.dtype),
+            each.scales.view(experts, -1, each.scales.shape[1]) if each.blocks else each.scales.view(experts, n),
+        )
+        for each, n in ((gate_up, 2 * i), (down, h))
+    )
+    ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids) + residual.float()
+    got = moe_fp8.moe_experts_fp8(*(moved(each) for each in (x, gate_up, down, weights, ids, residual)))
+    error = (got.float().cpu() - expected).norm() / expected.norm()
+    assert error < (1e-2 if tokens == 1 else 8e-2)  # one token is not quantized
 
 
 @pytest.mark.parametrize("tokens,top_k", [(1, 3), (6, 3), (50, 3)])

@@ -152,7 +152,8 @@ for _module, _ops in _MODULES.items():
         provide(_op, _module)
 
 for _op in ("linear_fp8", "fused_linear_fp8"):
-    provide(_op, "linear", {1: fp8_layout}, supports_fp8)
+    provide(_op, "linear", {1: fp8_layout(1)}, supports_fp8)
+provide("moe_experts_fp8", "moe_fp8", {1: fp8_layout(1), 2: fp8_layout(2)}, supports_fp8)
 
 provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})

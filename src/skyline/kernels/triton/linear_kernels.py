@@ -99,7 +99,7 @@ def vector_kernel(
 
 
 @triton.jit
-def _times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
+def times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
     """total + the product of the four FP8 numbers in each word, first in its lowest byte, and four numbers of x."""
     if NATIVE:  # what a compiler makes of bytes takes twice as many instructions, and they are what bounds this
         return tl.inline_asm_elementwise(
@@ -127,7 +127,7 @@ def _times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _fours(at, first, words, STEP: tl.constexpr):
+def fours(at, first, words, STEP: tl.constexpr):
     """4 * STEP numbers from `first` words of four on, float32: each word's first, second, third and fourth [STEP]."""
     numbers = 4 * first + tl.arange(0, 4 * STEP)
     values = tl.load(at + numbers, mask=numbers < 4 * words, other=0.0).to(tl.float32)
@@ -177,10 +177,10 @@ def fp8_vector_kernel(
         gdc_wait()
         gdc_launch_dependents()
     for first in range(0, words, STEP):
-        x0, x1, x2, x3 = _fours(x, first, words, STEP)
+        x0, x1, x2, x3 = fours(x, first, words, STEP)
         if NORM:
             squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-            w0, w1, w2, w3 = _fours(norm, first, words, STEP)
+            w0, w1, w2, w3 = fours(norm, first, words, STEP)
             x0, x1, x2, x3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         left = (first + STEP + steps < words)[None, :]
@@ -188,17 +188,17 @@ def fp8_vector_kernel(
             block = (first + steps) // 32  # of 128 columns
             block_row = scales + tl.program_id(0) * BAND // 128 * scale_columns
             scale = tl.load(block_row + block, mask=first + steps < words, other=0.0)
-            gate += _times_word(part, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
+            gate += times_word(part, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
         else:
-            gate = _times_word(part, x0, x1, x2, x3, gate, NATIVE)
+            gate = times_word(part, x0, x1, x2, x3, gate, NATIVE)
         part = tl.load(gate_at + first + STEP, mask=left, other=0)
         if GATED:
             if BLOCKS:
                 block_row = scales + (n + tl.program_id(0) * BAND) // 128 * scale_columns
                 scale = tl.load(block_row + block, mask=first + steps < words, other=0.0)
-                up += _times_word(other, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
+                up += times_word(other, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
             else:
-                up = _times_word(other, x0, x1, x2, x3, up, NATIVE)
+                up = times_word(other, x0, x1, x2, x3, up, NATIVE)
             other = tl.load(up_at + first + STEP, mask=left, other=0)
     result, second = tl.sum(gate, 1), tl.sum(up, 1)
     if NORM:

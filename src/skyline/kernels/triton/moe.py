@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.moe_tiles import Groups, activated, grouped_experts, tile_for
+from skyline.kernels.triton.device import overlaps
+from skyline.kernels.triton.moe_tiles import Groups, Tile, activated, grouped_experts, tile_for
 
 _FEW_PAIRS = 128  # up to so many are grouped without a sort
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
@@ -42,7 +44,11 @@ def _stream_gate_up_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     pair = tl.program_id(1)
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
     safe = tl.where(own < n, own, 0)
@@ -97,7 +103,11 @@ def _stream_down_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(1).to(tl.int64)
     each = tl.arange(0, CHOICES * BAND)  # the band's rows of the first choice, of the second, ...
     choice = each // BAND
@@ -138,6 +148,7 @@ def _stream(
     residual: Tensor | None,
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
+    early = overlaps(x.device)
     hidden = torch.empty((tokens * top_k, i), dtype=x.dtype, device=x.device)
     step = min(2048 // x.element_size(), triton.next_power_of_2(h))
     _stream_gate_up_kernel[(triton.cdiv(i, _GATE_UP_BAND), tokens * top_k)](
@@ -159,6 +170,8 @@ def _stream(
         BAND=_GATE_UP_BAND,
         STEP=step,
         STAGES=_STREAM_STAGES,
+        EARLY=early,
+        launch_pdl=early,
     )
     y = torch.empty((tokens, h), dtype=x.dtype, device=x.device)
     step = min(512 // x.element_size(), triton.next_power_of_2(i))
@@ -183,6 +196,8 @@ def _stream(
         BAND=_DOWN_BAND,
         STEP=step,
         STAGES=_STREAM_STAGES,
+        EARLY=early,
+        launch_pdl=early,
     )
     return y
 
@@ -197,7 +212,11 @@ def _sort_kernel(
     ORDER: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.program_id(0)
     each = tl.arange(0, BLOCK)
     lower = tl.zeros((BLOCK,), tl.int32)
@@ -224,6 +243,7 @@ def _sort(ids: Tensor, experts: int, order: Tensor | None, places: Tensor | None
     """Fill order [pairs] or places [pairs], as given -> offsets [E + 1] int32. Pairs of one expert keep their order."""
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     block = min(_SORT_BLOCK, max(128, triton.next_power_of_2(ids.numel())))
+    early = overlaps(ids.device)
     _sort_kernel[(experts,)](
         ids,
         offsets if order is None else order,
@@ -233,7 +253,9 @@ def _sort(ids: Tensor, experts: int, order: Tensor | None, places: Tensor | None
         ORDER=order is not None,
         PLACES=places is not None,
         BLOCK=block,
+        EARLY=early,
         num_warps=min(8, block // 128),
+        launch_pdl=early,
     )
     return offsets
 
@@ -271,7 +293,11 @@ def _combine_kernel(
     PLACES: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
@@ -287,11 +313,22 @@ def _combine_kernel(
     tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=inside)
 
 
-def _combine(rows: Tensor, places: Tensor | None, weights: Tensor, residual: Tensor | None = None) -> Tensor:
+def groups_of(ids: Tensor, experts: int, tile: Tile) -> Groups:
+    """Of ids [T, k], contiguous."""
+    pairs = ids.numel()
+    if pairs <= _FEW_PAIRS:
+        return Groups("ids", ids, None, pairs, tile, pairs, experts)
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    offsets = _sort(ids, experts, order, None)
+    return Groups("offsets", offsets, order, pairs // tile.rows + experts, tile, pairs, experts)
+
+
+def combine(rows: Tensor, places: Tensor | None, weights: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Sum of weight [T, k] * row over a token's choices, in float32, plus residual [T, H] -> [T, H]."""
     (tokens, top_k), size = weights.shape, rows.shape[1]
     y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if tokens:
-        block = min(1024, triton.next_power_of_2(size))
+        block, early = min(1024, triton.next_power_of_2(size)), overlaps(rows.device)
         _combine_kernel[(tokens, triton.cdiv(size, block))](
             rows,
             weights if places is None else places,
@@ -305,12 +342,14 @@ def _combine(rows: Tensor, places: Tensor | None, weights: Tensor, residual: Ten
             PLACES=places is not None,
             TOP_K=top_k,
             BLOCK=block,
+            EARLY=early,
+            launch_pdl=early,
         )
     return y
 
 
 def moe_combine(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    return _combine(rows, places.contiguous(), weights.contiguous())
+    return combine(rows, places.contiguous(), weights.contiguous())
 
 
 def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,21 +376,14 @@ def _experts(
     residual: Tensor | None = None,
 ) -> Tensor:
     (tokens, top_k), experts = ids.shape, gate_up.shape[0]
-    pairs = tokens * top_k
     weights, ids = weights.contiguous(), ids.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
     if tokens <= _STREAM_TOKENS:
         return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
-    tile = tile_for(pairs, experts, x)
-    if pairs <= _FEW_PAIRS:
-        groups = Groups("ids", ids, None, pairs, tile, pairs, experts)
-    else:
-        order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-        offsets = _sort(ids, experts, order, None)
-        groups = Groups("offsets", offsets, order, pairs // tile.rows + experts, tile, pairs, experts)
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x))
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
-    return _combine(rows, None, weights, residual)
+    return combine(rows, None, weights, residual)
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

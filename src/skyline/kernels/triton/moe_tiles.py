@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import capability, shared_memory
+from skyline.kernels.triton.device import capability, overlaps, shared_memory
 
 
 class Tile(NamedTuple):
@@ -44,6 +45,12 @@ _FLOAT32_TILES: tuple[tuple[float, Tile], ...] = (
     (16, Tile(16, 64, 32, 4, 3)),
     (float("inf"), Tile(64, 64, 32, 4, 3)),
 )
+_FP8_TILES: tuple[tuple[float, Tile], ...] = (
+    (8, Tile(16, 64, 128, 4, 5)),
+    (24, Tile(32, 64, 128, 4, 5)),
+    (64, Tile(64, 128, 128, 4, 4)),
+    (float("inf"), Tile(128, 128, 128, 8, 4)),
+)
 _TOGETHER = 8  # tiles of rows that go by before the next band of the weights is read
 
 
@@ -60,9 +67,9 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-def tile_for(rows: int, experts: int, x: Tensor) -> Tile:
-    """For so many rows of x's dtype and device in all."""
-    tiles = _FLOAT32_TILES if x.dtype == torch.float32 else _TILES
+def tile_for(rows: int, experts: int, x: Tensor, fp8: bool = False) -> Tile:
+    """For so many rows of x's device and, but for FP8 products, dtype in all."""
+    tiles = _FP8_TILES if fp8 else _FLOAT32_TILES if x.dtype == torch.float32 else _TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
     if capability(x.device)[0] in (9, 10):
         return tile
@@ -130,6 +137,8 @@ def _grouped_kernel(
     x,  # [rows // DIVISOR, K]
     weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first
     bias,  # [E, N or 2 N], contiguous, or unused
+    x_scales,  # of FP8: [rows // DIVISOR, 1], or [rows // DIVISOR, ceil(K / 128)]
+    scales,  # [E, N or 2 N], or [E, ceil(N or 2 N / 128), ceil(K / 128)]
     y,  # [rows, N], contiguous
     index,
     order,
@@ -150,13 +159,18 @@ def _grouped_kernel(
     DIVISOR: tl.constexpr,  # so many rows of y belong to one of x
     GATED: tl.constexpr,  # the result is the activation, clamped if there is a bias
     BIAS: tl.constexpr,
+    SCALES: tl.constexpr,  # 0: none, 1: by row, 2: by block, and STEP is 128
     EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     WIDTH: tl.constexpr = BAND // 2 if GATED else BAND
     bands = tl.cdiv(n, WIDTH)
     program = tl.program_id(0)
@@ -178,7 +192,8 @@ def _grouped_kernel(
     if GATED:
         safe += each % 2 * n
     steps = tl.arange(0, STEP)
-    x_at = x + (row // DIVISOR).to(tl.int64)[:, None] * x_stride + steps[None, :]
+    x_row = (row // DIVISOR).to(tl.int64)
+    x_at = x + x_row[:, None] * x_stride + steps[None, :]
     weight_at = (
         weight + expert.to(tl.int64) * expert_stride + safe.to(tl.int64)[None, :] * weight_stride + steps[:, None]
     )
@@ -192,7 +207,18 @@ def _grouped_kernel(
             left = first + steps < k
             a = tl.load(x_at + first, mask=there[:, None] & left[None, :], other=0.0)
             b = tl.load(weight_at + first, mask=left[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+        if SCALES == 2:
+            blocks = tl.cdiv(k, 128)
+            mine = tl.load(x_scales + x_row * blocks + first // 128, mask=there, other=0.0)
+            block_row = expert.to(tl.int64) * tl.cdiv(2 * n if GATED else n, 128) + safe // 128
+            theirs = tl.load(scales + block_row * blocks + first // 128)
+            total += tl.dot(a, b) * (mine[:, None] * theirs[None, :])
+        else:
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    if SCALES == 1:
+        mine = tl.load(x_scales + x_row, mask=there, other=0.0)
+        theirs = tl.load(scales + expert.to(tl.int64) * (2 * n if GATED else n) + safe)
+        total *= mine[:, None] * theirs[None, :]
     if BIAS:
         biases = bias + expert.to(tl.int64) * (2 * n if GATED else n)
         total += tl.load(biases + safe).to(tl.float32)[None, :]
@@ -207,29 +233,39 @@ def _grouped_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=there[:, None] & (column < n)[None, :])
 
 
-def _product(
+def product(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     groups: Groups,
     divisor: int,
     gated: bool,
-    alpha: float,
-    limit: float,
+    bias: Tensor | None = None,
+    alpha: float = 0.0,
+    limit: float = 0.0,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """Each row's expert's matrix [N, K], or [2 N, K] if gated, times the row, activated if gated: [groups.rows, N].
+
+    x [rows // divisor, K], weight [E, N, K]. scales: of x and of the weight, in FP8, and dtype of the result.
+    """
     n, k = weight.shape[1] // 2 if gated else weight.shape[1], weight.shape[2]
-    y = torch.empty((groups.rows, n), dtype=x.dtype, device=x.device)
+    y = torch.empty((groups.rows, n), dtype=dtype or x.dtype, device=x.device)
     tile = groups.tile
-    step = min(tile.columns, triton.next_power_of_2(k))
-    while step > 64 and k % step:
-        step //= 2
-    step = max(16, step)
+    step = tile.columns
+    if scales is None:
+        step = min(tile.columns, triton.next_power_of_2(k))
+        while step > 64 and k % step:
+            step //= 2
+        step = max(16, step)
     stage = (tile.rows + tile.band) * step * x.element_size()
+    early = overlaps(x.device)
     grid = (groups.tiles * triton.cdiv(n, tile.band // 2 if gated else tile.band),)
     _grouped_kernel[grid](
         x,
         weight,
         x if bias is None else bias,
+        *((x, x) if scales is None else scales),
         y,
         groups.where,
         groups.where if groups.order is None else groups.order,
@@ -250,12 +286,15 @@ def _product(
         DIVISOR=divisor,
         GATED=gated,
         BIAS=bias is not None,
+        SCALES=0 if scales is None else scales[1].dim() - 1,
         EVEN_K=k % step == 0,
         ROWS=tile.rows,
         BAND=tile.band,
         STEP=step,
         TOGETHER=_TOGETHER,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        EARLY=early,
+        launch_pdl=early,
         num_warps=tile.warps,
         num_stages=max(1, min(tile.stages, shared_memory(x.device) // stage)),
     )
@@ -274,5 +313,5 @@ def grouped_experts(
     limit: float = 0.0,
 ) -> Tensor:
     """The experts on their rows, [groups.rows, H]. Row r is of x's row r // divisor."""
-    hidden = _product(x, gate_up, gate_up_bias, groups, divisor, True, alpha, limit)
-    return _product(hidden, down, down_bias, groups, 1, False, alpha, limit)
+    hidden = product(x, gate_up, groups, divisor, True, gate_up_bias, alpha, limit)
+    return product(hidden, down, groups, 1, False, down_bias, alpha, limit)

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.device import multiprocessors, overlaps
 from skyline.ops.router import Scoring
 
 _TAKEN = tl.constexpr(-(2**63))  # below the key of any float
@@ -58,7 +59,11 @@ def _logits_kernel(
     ROWS: tl.constexpr,
     BAND: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = tl.program_id(1) * BAND + tl.arange(0, BAND)
     part = tl.program_id(2)
@@ -154,7 +159,11 @@ def _choose_kernel(
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     if NORM:
         square = tl.zeros((), tl.float32)
@@ -241,7 +250,7 @@ def _choose(
     ids = torch.empty((rows, top_k), dtype=torch.int64, device=logits.device)
     if rows == 0:
         return weights, ids
-    size = experts // groups
+    size, early = experts // groups, overlaps(logits.device)
     k = 0 if norm is None else norm.x.shape[1]
     _choose_kernel[(rows, 1 + triton.cdiv(k, _NORMED))](
         logits,
@@ -275,7 +284,9 @@ def _choose(
         GROUPS=triton.next_power_of_2(groups),
         SIZE=triton.next_power_of_2(size),
         BLOCK=_NORMED,
+        EARLY=early,
         num_warps=1,
+        launch_pdl=early,
     )
     return weights, ids
 
@@ -310,6 +321,7 @@ def _router(
         squares = torch.empty((slices, rows), dtype=torch.float32, device=x.device)
         whole = _Norm(x, *norm, squares, normed)
     if rows:
+        early = overlaps(x.device)
         _logits_kernel[(row_tiles, bands, slices)](
             x,
             weight,
@@ -328,8 +340,10 @@ def _router(
             ROWS=tile.rows,
             BAND=tile.experts,
             STEP=step,
+            EARLY=early,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            launch_pdl=early,
         )
     found = _choose(logits, bias, correction, top_k, scoring, renormalize, factor, groups, top_groups, whole)
     return normed, *found

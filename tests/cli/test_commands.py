@@ -123,6 +123,7 @@ def test_a_port_in_use(tiny_checkpoint: Path) -> None:
 def test_explain_for_a_gpu(tiny_checkpoint: Path) -> None:
     done = skyline("explain", str(tiny_checkpoint), "--hardware", "l4", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
+    assert "Kernel launches a layer" in done.stdout
     assert "NVIDIA L4, 0.30 TB/s" in done.stdout and done.stdout.count("on NVIDIA L4: memory takes") == 2
 
 

@@ -90,6 +90,21 @@ def test_fusions_and_launches(tiny_checkpoint: Path) -> None:
     assert per_layer == {"linear": 4, "rope_kv_write": 1, "paged_attention": 1, "add_rms_norm": 2}
 
 
+def test_kernels_that_calls_launch_on_a_gpu(tiny_checkpoint: Path) -> None:
+    """Of one request, a linear takes in the norm, silu_mul and the residual; of more, cuBLAS leaves the first two."""
+    config = EngineConfig(model=str(tiny_checkpoint), dtype="bfloat16")
+    facts = explain(config, batch=4, context=33, prefill=17, hardware="h200")
+    told = [(step["step"], step["requests"], step["tokens"]) for step in facts["kernel_launches"]]
+    assert told == [("decode", 1, 1), ("decode", 4, 4), ("decode", 64, 64), ("prefill", 1, 17)]
+    one, *more, prompt = facts["kernel_launches"]
+    assert facts["launches"]["layer"] == one["layer"] == 6 and facts["launches"]["step"] == one["all"]
+    for step in more:
+        assert step["layer_by_op"] == {"fused_linear": 4 + 3, "rope_kv_write": 1, "paged_attention": 1}
+        assert step["layer"] == 9 and step["all"] == 9 * LAYERS + 4, "embedding, select_rows, norm, output head"
+    assert prompt["all"] == 9 * LAYERS + 3, "one row of logits"
+    assert explain(config)["kernel_launches"] is None
+
+
 def test_launches_of_layers_that_differ(tmp_path: Path) -> None:
     moe = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     save_tiny(tmp_path, "Qwen3Moe", **moe, mlp_only_layers=[1], num_hidden_layers=3)

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skyline.cli import console, options
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _STEPS = "Steps"
 
@@ -122,7 +125,7 @@ def _show(facts: dict[str, Any]) -> None:
         "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
         f"{_size(facts['kv_bytes_per_request'])} for a context of {facts['max_model_len']:,}",
         **_decoding(facts["decode_call_by_call"]),
-        "launches": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
+        "calls of kernels": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
         "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():
         summary.add_row(f"[bold]{name}[/bold]", value)
@@ -159,13 +162,16 @@ def _show(facts: dict[str, Any]) -> None:
         fusions.add_row(name, str(matches))
     out.print(fusions)
     out.print(
-        f"Launches a layer: {launches['unfused_layer']} -> {launches['layer']}; "
+        f"Calls a layer: {launches['unfused_layer']} -> {launches['layer']}; "
         f"a step: {launches['unfused_step']} -> {launches['step']}"
     )
 
+    if facts["kernel_launches"] is not None:
+        out.print(_launches_a_layer(facts))
+
     ops = Table(title="Kernels", title_justify="left")
-    for column in ("op", "kernel", "launches", "why, and why not the others"):
-        ops.add_column(column, justify="right" if column == "launches" else "left")
+    for column in ("op", "kernel", "calls", "why, and why not the others"):
+        ops.add_column(column, justify="right" if column == "calls" else "left")
     for op in facts["ops"]:
         others = [f"{other['provider']}: {other['reason']}" for other in op["rejected"]]
         ops.add_row(op["op"], op["provider"], str(op["launches"]), "\n".join([op["reason"], *others]))
@@ -193,6 +199,38 @@ def _show(facts: dict[str, Any]) -> None:
             out.print(
                 f"At least {_time(floor['seconds'])} on {gpu['name']}: memory takes {moving}, compute {computing}"
             )
+
+
+def _launches_a_layer(facts: dict[str, Any]) -> Table:
+    """Kernels that a layer's calls launch on a GPU."""
+    from rich.table import Table
+
+    table = Table(
+        title="Kernel launches a layer",
+        title_justify="left",
+        caption="At the least: cuBLAS may cut a product in two; sampling and a step's inputs come on top.",
+        caption_justify="left",
+    )
+    steps = facts["kernel_launches"]
+    titles = [_of_step(step) for step in steps]
+    table.add_column("op")
+    for column in ("calls", *titles):
+        table.add_column(column, justify="right")
+    for op in facts["ops"]:
+        if op["launches_per_layer"]:
+            launched = (str(step["layer_by_op"][op["op"]]) for step in steps)
+            table.add_row(op["op"], str(op["launches_per_layer"]), *launched)
+    table.add_section()
+    launches = facts["launches"]
+    table.add_row("all of a layer", str(launches["layer"]), *(str(step["layer"]) for step in steps), style="bold")
+    table.add_row("all of a step", str(launches["step"]), *(str(step["all"]) for step in steps), style="bold")
+    return table
+
+
+def _of_step(step: dict[str, Any]) -> str:
+    if step["step"] == "prefill":
+        return f"prefill, {step['tokens']:,} tokens"
+    return f"decode, {step['requests']:,} request{'s' if step['requests'] > 1 else ''}"
 
 
 def _figures(cost: dict[str, Any]) -> tuple[str, ...]:

@@ -66,6 +66,8 @@ class Kernel:
     `any_layout` are positions where a layout that some other op wants of the same weight is understood. `tactics`, of a
     kernel whose first arguments are rows and a weight, are what `into` takes as its keyword `tactic` for a number of
     rows, the default first: ways to the same bits, of which measuring tells the fastest (skyline.kernels.tuning).
+    `launches(gpu, *arguments)` is the least number of kernels that a call launches on a GPU, told from shapes, the
+    host's numbers and descriptions of weights; without it, one.
     """
 
     op: str
@@ -76,6 +78,7 @@ class Kernel:
     layouts: Mapping[int, Layout | Callable[[tuple[Any, ...]], Layout]] = field(default_factory=dict)
     any_layout: frozenset[int] = frozenset()
     tactics: Callable[[int], tuple[Any, ...]] | None = None
+    launches: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

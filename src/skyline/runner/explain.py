@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -30,6 +30,7 @@ from skyline.runner.memory import KV_DTYPES, set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
 _MIXERS = ("paged_attention", "latent_attention", "gated_delta_rule")  # one in each layer
+_DECODES = (1, 64)  # requests of the steps in which a GPU's launches are counted
 
 
 def explain(
@@ -45,6 +46,9 @@ def explain(
 
     The steps are a decode of `batch` requests with `context` tokens each, and a prefill of `prefill` tokens. Their cost
     is the least that must be done (skyline.ops.Cost), with perfect reuse inside each op and none between ops.
+    `launches` counts calls of kernels. A call on a GPU can be several kernels: `kernel_launches` counts those, of a
+    decode of 1 request, of 64 and of `batch`, and of the prefill, at the least (Kernel.launches): what cuBLAS adds to
+    a product, the sampler and a step's inputs are not in it.
     isa: instruction set of the CPU kernels, as in skyline.kernels.cpu.isa; None is this machine's. Nothing is built, so
     that it is not known here whether there is a compiler. hardware: one of skyline.kernels.gpu.GPUS; it need not be
     there, and means device "cuda". None is this machine's GPU, or an H200 where there is none.
@@ -83,10 +87,19 @@ def explain(
         kv_dtype = KV_DTYPES.get(config.kv_cache_dtype)
         return Request(OPS[name], device_type, dtype, config.batch_invariant, kv_dtype, isa, gpu, config.prefer_kernels)
 
-    steps = {
-        "decode": _cost(program, [context - 1] * batch, [1] * batch, config.block_size),
-        "prefill": _cost(program, [0], [prefill], config.block_size),
+    decodes = {
+        requests: _followed(program, [context - 1] * requests, [1] * requests, config.block_size, gpu)
+        for requests in sorted({batch, *(() if gpu is None else _DECODES)})
     }
+    prefilled = _followed(program, [0], [prefill], config.block_size, gpu)
+    steps = {"decode": decodes[batch].costs, "prefill": prefilled.costs}
+    kernel_launches = [
+        {"step": step, "requests": requests, "tokens": tokens, **_kernel_launches(fused, followed.launches)}
+        for step, requests, tokens, followed in (
+            *(("decode", requests, requests, decoded) for requests, decoded in decodes.items()),
+            ("prefill", 1, prefill, prefilled),
+        )
+    ]
     return {
         "model": config.model,
         "architecture": model_config.architecture,
@@ -116,6 +129,7 @@ def explain(
             "unfused_step": len(unfused),
             "unfused_layer": _rounded(sum(_per_layer(unfused).values())),
         },
+        "kernel_launches": None if gpu is None else kernel_launches,
         "steps": {
             "decode": {"requests": batch, "context": context, **_figures(steps["decode"], gpu)},
             "prefill": {"requests": 1, "context": prefill, **_figures(steps["prefill"], gpu)},
@@ -174,16 +188,25 @@ def _launched(graph: fx.Graph) -> list[str]:
     return [target.name for target in targets if isinstance(target, Op) and target is not view]
 
 
-def _per_layer(launched: list[str]) -> dict[str, float]:
+def _per_layer(launched: list[str], counts: list[int] | None = None) -> dict[str, float]:
     """Launches by op from one layer's attention to the next's, on average: a layer's worth, whatever was fused there.
 
-    A model of one layer has no next, so that there all of its step counts.
+    counts: how many kernels each call launches, where that is not one. A model of one layer has no next, so that there
+    all of its step counts.
     """
     attention = [index for index, name in enumerate(launched) if name in _MIXERS]
-    if len(attention) < 2:
-        return {name: float(count) for name, count in Counter(launched).items()}
-    between = Counter(launched[attention[0] : attention[-1]])
-    return {name: count / (len(attention) - 1) for name, count in between.items()}
+    first, last, layers = (attention[0], attention[-1], len(attention) - 1) if len(attention) > 1 else (0, None, 1)
+    between: Counter[str] = Counter()
+    for name, count in zip(launched[first:last], (counts or [1] * len(launched))[first:last], strict=True):
+        between[name] += count
+    return {name: count / layers for name, count in between.items()}
+
+
+def _kernel_launches(launched: list[str], counts: list[int]) -> dict[str, Any]:
+    """Of a step, of a layer, and of a layer by op."""
+    by_op = _per_layer(launched, counts)
+    ops = {name: _rounded(count) for name, count in by_op.items()}
+    return {"all": sum(counts), "layer": _rounded(sum(by_op.values())), "layer_by_op": ops}
 
 
 def _rounded(count: float) -> float:
@@ -203,20 +226,30 @@ def _rejected(request: Request, choice: Choice) -> list[dict[str, str]]:
     return before + after
 
 
-def _cost(program: Program, starts: list[int], lengths: list[int], block_size: int) -> dict[str, Cost]:
-    """By op: what one step costs that computes these tokens of each request and samples from its last."""
+class _Followed(NamedTuple):
+    """A step's cost by op, and of each call that is no view how many kernels it launches on a GPU."""
+
+    costs: dict[str, Cost]
+    launches: list[int]
+
+
+def _followed(program: Program, starts: list[int], lengths: list[int], block_size: int, gpu: Gpu | None) -> _Followed:
+    """The step that computes these tokens of each request and samples from its last."""
     blocks = [[0] * -(-(start + length) // block_size) for start, length in zip(starts, lengths, strict=True)]
     batch = AttentionBatch.build(blocks, starts, lengths, block_size, torch.device("cpu"))
     ids = torch.empty(sum(lengths), dtype=torch.int64, device="meta")
     rows = torch.empty(len(lengths), dtype=torch.int64, device="meta")
-    costs: defaultdict[str, Cost] = defaultdict(lambda: Cost(0, 0))
+    found = _Followed(defaultdict(lambda: Cost(0, 0)), [])
 
     def visit(call: Call, arguments: tuple[Any, ...], results: tuple[Any, ...]) -> None:
-        costs[call.op.name] += call.op.cost(*arguments)
+        found.costs[call.op.name] += call.op.cost(*arguments)
+        if not call.is_view:
+            count = call.kernel.launches
+            found.launches.append(1 if gpu is None or count is None else count(gpu, *arguments))
 
     with torch.inference_mode():
         program.trace(ids, ids, batch, rows, visit=visit)
-    return costs
+    return found
 
 
 def _gpu(device: str, hardware: str | None) -> Gpu:

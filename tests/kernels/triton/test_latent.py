@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skyline.kernels.triton import indexer, latent, latent_absorbed, latent_expanded
+from skyline.kernels.triton import indexer, latent, latent_absorbed, latent_tactics
 from skyline.ops import OPS, AttentionBatch, IndexCache, LatentCache
 from tests.kernels.test_kernels import _wide
 from tests.kernels.triton.test_ops import DEVICE, moved
@@ -94,15 +94,15 @@ def _compare(arguments: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> 
 )
 def test_attention(starts: list[int], lengths: list[int], splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_absorbed, "num_splits", lambda *_: splits)
-    monkeypatch.setattr(latent_expanded, "_EXPANDED_BYTES", 90 * 2 * (24 + 40) * 4)  # two of the heads at a time
+    monkeypatch.setattr(latent_tactics, "EXPANDED_BYTES", 90 * 2 * (24 + 40) * 4)  # two of the heads at a time
     _compare(_arguments(starts, lengths))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_chosen(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_absorbed, "num_splits", lambda *_: splits)
-    monkeypatch.setattr(latent_absorbed, "_LEAST_KEYS", 16)
-    monkeypatch.setattr(latent, "_TOKENS_AT_ONCE", 7)  # cuts a request in two
+    monkeypatch.setattr(latent_absorbed, "LEAST_KEYS", 16)
+    monkeypatch.setattr(latent_tactics, "TOKENS_AT_ONCE", 7)  # cuts a request in two
     _compare(_arguments([0, 16, 299, 60], [1, 1, 1, 9], listed=40))
 
 
@@ -177,7 +177,7 @@ def _index_arguments(starts: list[int], lengths: list[int], top_k: int) -> tuple
 @pytest.mark.parametrize("top_k", [1, 40, 130])
 @pytest.mark.parametrize("starts,lengths", [([0, 16, 299], [1, 1, 1]), ([0, 280, 60, 7], [1, 30, 1, 5])])
 def test_index(starts: list[int], lengths: list[int], top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexer, "_SCORE_BYTES", 4 * 320 * 10)  # ten queries at a time
+    monkeypatch.setattr(latent_tactics, "SCORE_BYTES", 4 * 320 * 10)  # ten queries at a time
     monkeypatch.setattr(indexer, "_TILE", 128)
     arguments = _index_arguments(starts, lengths, top_k)
     mine = [moved(value) for value in arguments]

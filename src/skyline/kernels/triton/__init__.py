@@ -17,6 +17,7 @@ import torch
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.gpu import OLDEST
 from skyline.kernels.registry import Kernel, Layout, Request, register
+from skyline.kernels.triton.launches import LAUNCHES
 from skyline.kernels.triton.layouts import INT8, Int4Weight, int4_layout, unpack_int4
 from skyline.ops import OPS, AttentionBatch
 
@@ -114,7 +115,7 @@ def provide(
                 raise
             return _by_reference(op, arguments, error)
 
-    register(Kernel(op, provider, run, check, layouts=layouts or {}))
+    register(Kernel(op, provider, run, check, layouts=layouts or {}, launches=LAUNCHES.get(op)))
 
 
 _MODULES = {

@@ -19,10 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_absorbed import request_of
+from skyline.kernels.triton.latent_tactics import queries_at_once
 from skyline.ops import AttentionBatch, IndexCache
 
 _LANES = 8  # heads of a token that are rotated together
-_SCORE_BYTES = 128 << 20  # that are held at once
 _ROWS = 128  # of queries' heads in a product, where there are several queries
 _KEYS = 128  # in a product
 _TILE = 4096  # scores that are looked at together
@@ -296,7 +296,7 @@ def index_topk(
     requests, capacity = tables.shape[0], tables.shape[1] * keys.shape[1]
     # A step of single queries may be recorded, and replayed for any contexts.
     width = capacity if longest == 1 else max(batch.host_context_lens)
-    at_once = min(tokens, max(1, _SCORE_BYTES // (4 * width)))
+    at_once = queries_at_once(tokens, width)
     wide_heads, wide_size = (max(16, triton.next_power_of_2(number)) for number in (heads, size))
     item = q.element_size()
     queries = 1 if longest == 1 or item == 4 else max(1, _ROWS // wide_heads)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.latent_absorbed import Heads, absorbed
 from skyline.kernels.triton.latent_expanded import expanded
 from skyline.ops import AttentionBatch, LatentCache
-
-# Queries of a request that are absorbed. In operations, with DeepSeek's sizes, that is less work for up to 170.
-_ABSORBED_QUERIES = 64
-_TOKENS_AT_ONCE = 2048  # that are absorbed: each takes heads * rank numbers twice
 
 
 @triton.jit
@@ -163,28 +157,6 @@ def latent_rope_write(
     return out
 
 
-class _Part(NamedTuple):
-    """Neighbouring requests that are computed together, and their tokens. longest: the most queries of one."""
-
-    requests: slice
-    tokens: slice
-    longest: int
-
-
-def _parts(lengths: list[int]) -> Iterator[_Part]:
-    """Each request with many queries alone, those with few together."""
-    first = token = longest = 0  # of the part that is not finished
-    end = 0
-    for request, length in enumerate(lengths):
-        if request > first and (max(length, longest) > _ABSORBED_QUERIES or end + length - token > _TOKENS_AT_ONCE):
-            yield _Part(slice(first, request), slice(token, end), longest)
-            first, token, longest = request, end, 0
-        end += length
-        longest = max(longest, length)
-    if end > token:
-        yield _Part(slice(first, len(lengths)), slice(token, end), longest)
-
-
 def latent_attention(
     q: Tensor,
     kv_b: Tensor,
@@ -200,12 +172,12 @@ def latent_attention(
     shape = Heads(kv_b.view(heads, plain + value_dim, cache.rank), plain, scale, cache)
     if chosen is not None:
         everyone = slice(0, len(batch.host_query_lens))
-        for first in range(0, q.shape[0], _TOKENS_AT_ONCE):
-            some = slice(first, first + _TOKENS_AT_ONCE)
+        for first in range(0, q.shape[0], latent_tactics.TOKENS_AT_ONCE):
+            some = slice(first, first + latent_tactics.TOKENS_AT_ONCE)
             absorbed(q[some], out[some], shape, batch, everyone, first, 1, chosen[some])
         return out
-    for requests, tokens, longest in _parts(batch.host_query_lens):
-        if longest <= _ABSORBED_QUERIES:
+    for requests, tokens, longest in latent_tactics.parts(batch.host_query_lens):
+        if longest <= latent_tactics.ABSORBED_QUERIES:
             absorbed(q[tokens], out[tokens], shape, batch, requests, tokens.start, longest, None)
         else:
             expanded(q[tokens], out[tokens], shape, batch, requests.start)

@@ -7,7 +7,6 @@ into splits that a second launch merges in their order. The softmax is online (a
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -18,45 +17,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import capability, multiprocessors, overlaps, shared_memory
+from skyline.kernels.triton.latent_tactics import LEAST_KEYS, absorbed_tactic, num_splits
 from skyline.ops import AttentionBatch, LatentCache
 
 LOG2E = math.log2(math.e)
-_MOST_SPLITS = 64
-_LEAST_KEYS = 64  # of a split
-_SPLIT_KEYS = 256  # in whose time a split begins, ends and is merged
-_EXPECTED_KEYS = 8192  # of a context of which no more is known than its upper bound
-
-
-class Tactic(NamedTuple):
-    """Rows of queries and keys in a tile, warps, stages of the pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def absorbed_tactic(rows: int, width: int, item: int, shared: int, hopper: bool, chosen: bool) -> Tactic:
-    """rows: pairs of a query and a head that share keys; width: numbers of a token, padded; item: bytes of one."""
-    if item == 4:
-        return Tactic(16, 16, 8, 1)
-    if hopper and width > 128:
-        # Products of fewer rows have instructions for which Triton does not load ahead what is used twice.
-        tactic = Tactic(64, 32, 8, 3) if chosen else Tactic(64, 64, 8, 2)
-        if (tactic.rows + 2 * tactic.keys) * width * item + 8192 <= shared:
-            return tactic
-    return Tactic(16, 32, 4, 2) if rows <= 16 else Tactic(32, 32, 8, 2)
-
-
-@functools.cache
-def num_splits(programs: int, capacity: int, processors: int) -> int:
-    """Into how many parts contexts are cut of which no more is known than that they are at most `capacity` long."""
-    expected = min(capacity, _EXPECTED_KEYS)
-
-    def time(splits: int) -> float:
-        return math.ceil(programs * splits / processors) * (expected / splits + _SPLIT_KEYS)
-
-    return min(range(1, max(1, min(_MOST_SPLITS, capacity // _LEAST_KEYS)) + 1), key=time)
 
 
 @triton.jit
@@ -279,7 +243,7 @@ def absorbed(
         WIDE_ROPE=wide_rope,
         WIDE_REQUESTS=1 if chosen is None else triton.next_power_of_2(tables.shape[0]),
         BLOCK=data.shape[1],
-        LEAST=_LEAST_KEYS,
+        LEAST=LEAST_KEYS,
         ROWS=tactic.rows,
         KEYS=tactic.keys,
         STAGES=tactic.stages,

@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import shared_memory
-from skyline.kernels.triton.latent_absorbed import LOG2E, Heads, Tactic, softmax_step
+from skyline.kernels.triton.latent_absorbed import LOG2E, Heads, softmax_step
+from skyline.kernels.triton.latent_tactics import Tactic, heads_at_once
 from skyline.ops import AttentionBatch
-
-_EXPANDED_BYTES = 512 << 20  # keys and values that are held at once
 
 
 def expanded_tactic(head_dim: int, value_dim: int, item: int, shared: int) -> Tactic:
@@ -115,7 +114,7 @@ def expanded(q: Tensor, out: Tensor, heads: Heads, batch: AttentionBatch, reques
     sizes = (plain, cache.rope_dim, rows - plain)
     wide_plain, wide_rope, wide_value = (max(16, triton.next_power_of_2(size)) for size in sizes)
     tactic = expanded_tactic(wide_plain + wide_rope, wide_value, q.element_size(), shared_memory(q.device))
-    at_once = max(1, min(count, _EXPANDED_BYTES // (context * rows * q.element_size())))
+    at_once = heads_at_once(count, context, rows, q.element_size())
     for first in range(0, count, at_once):
         some = w[first : first + at_once]
         made = known[:, :rank] @ some.flatten(0, 1).T

@@ -118,7 +118,7 @@ FINISH_WITH_USAGE = b'data: {"choices":[{"text":"","finish_reason":"stop"}],"usa
         ([ROLE, FINISH, event(usage=USAGE)], 2),
         ([event(usage=USAGE)], 1),
         ([event("", usage=USAGE), event("", usage=USAGE), FINISH_WITH_USAGE], 3),
-        ([ROLE], None),
+        ([ROLE, b"data: [DONE]\n\n"], None),
     ],
     ids=["finish reason", "usage alone", "usage with every event", "neither"],
 )
@@ -138,6 +138,15 @@ def test_an_answer_until_the_connection_closes() -> None:
     reply, connection = received([head + b"".join(EVENTS)], closes=True)
     check_whole(reply)
     assert not connection.usable
+
+
+def test_a_stream_that_only_its_connection_delimits_must_say_that_it_ended() -> None:
+    """A server that died would else have answered, in fewer tokens."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    reply, _ = received([head + b"".join(EVENTS[:3])], closes=True)
+    assert reply.error is not None and "ended before the answer did" in reply.error and len(reply.times) == 2
+    for end in (FINISH, event(usage=USAGE), b"data: [DONE]\n\n"):
+        assert received([head + event("a") + end], closes=True)[0].error is None
 
 
 def test_a_server_that_does_not_stream() -> None:
@@ -163,6 +172,7 @@ def test_a_server_that_does_not_stream() -> None:
         ([HEAD + chunked(b'data: {"choices": 5}\n\n')], "not a completion chunk"),
         ([HEAD + chunked(b'data: {"error": {"message": "out of memory"}}\n\n')], "out of memory"),
         ([HEAD + chunked(b"data: [DONE]\n\n")], "holds no token"),
+        ([HEAD + chunked(*EVENTS[:3])], "ended before the answer did"),
         ([b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n[]"], "not a completion"),
     ],
 )

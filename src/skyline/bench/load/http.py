@@ -121,6 +121,7 @@ class Connection(asyncio.Protocol):
         self._length = 0
         self._status = 0
         self._stream = False
+        self._ended = False
         self._keeps = False
         self._answered = False
         # Closed by the server after an answer, before a byte of the next: it never read that request.
@@ -142,7 +143,7 @@ class Connection(asyncio.Protocol):
         """Sends a request; `done` is called once, when the answer is complete or has failed."""
         assert self._transport is not None
         self._reply, self._done = reply, done
-        self._state, self._buffer, self._event, self._body = _HEAD, b"", b"", []
+        self._state, self._buffer, self._event, self._body, self._ended = _HEAD, b"", b"", [], False
         self._keep = self._keep_text(reply)
         # One that is sent again began when it was sent first.
         reply.start = reply.start or perf_counter()
@@ -282,6 +283,7 @@ class Connection(asyncio.Protocol):
             if not payload:
                 return  # a comment, as servers send to keep a connection alive
         if payload == b"[DONE]":
+            self._ended = True
             return
         try:
             read = _decode(payload)
@@ -333,8 +335,15 @@ class Connection(asyncio.Protocol):
                 self._note(_decode(b"".join(self._body)), now)
             except msgspec.MsgspecError as error:
                 self._finish(f"the answer is not a completion: {error}")
-        if self._reply is not None:
-            self._finish(None if self._reply.times or self._reply.output is not None else "the answer holds no token")
+        if self._reply is None:
+            return
+        if not self._reply.times and self._reply.output is None:
+            self._finish("the answer holds no token")
+        elif self._stream and not self._ended and not self._reply.finished:
+            # One that is delimited by its connection, or passed on by a proxy, looks complete to HTTP when it is not.
+            self._finish("the stream ended before the answer did: no finish_reason, no usage and no [DONE]")
+        else:
+            self._finish(None)
 
     def _finish(self, error: str | None) -> None:
         reply, done = self._reply, self._done

@@ -296,7 +296,7 @@ async def answer(writer: asyncio.StreamWriter, texts: list[str], usage: bool = T
     events: list[dict[str, object]] = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in texts]
     if usage:
         events.append({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": len(texts)}})
-    body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+    body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
     writer.write(HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
     await writer.drain()
 

@@ -42,6 +42,17 @@ def test_several_tiles(kind: str, rows: int, n: int, k: int) -> None:
             assert error < (1e-2 if as_it_is else 6e-2), (options, knobs, error)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_bands_fit_into_shared_memory(gated: bool) -> None:
+    for shared in (101_376, 166_912, 232_448):
+        for rows in range(1, linear.BAND_ROWS + 1):
+            for blocks in (False, True):
+                tactic = linear.band_tactic(rows, gated, blocks, shared)
+                wide = 16 if rows <= 16 else 32 if rows <= 32 else 64
+                stage = ((2 if gated else 1) * tactic.rows + wide) * tactic.columns
+                assert tactic.stages * stage <= shared or tactic.stages == 2, (rows, blocks, tactic)
+
+
 def test_one_row_of_fp8_is_read_in_words() -> None:
     assert linear._in_words(fp8_case_weight(384, 1100, False, torch.Generator()), True)
     assert not linear._in_words(fp8_case_weight(384, 1101, False, torch.Generator()), False)
@@ -50,19 +61,23 @@ def test_one_row_of_fp8_is_read_in_words() -> None:
     assert not linear._in_words(fp8_case_weight(384, 1100, True, torch.Generator()), True)  # 192 of gate, 192 of up
 
 
+def _quantized_alike(values: torch.Tensor, scales: torch.Tensor, wanted: Fp8Weight) -> None:
+    torch.testing.assert_close(scales.cpu(), wanted.scales, rtol=1e-6, atol=0)
+    off = values.cpu().contiguous().view(torch.uint8) != wanted.values.view(torch.uint8)
+    # A GPU's division is one unit off at times, and what lies between two numbers of FP8 can then go either way.
+    assert off.float().mean() <= (0.0 if DEVICE.type == "cpu" else 0.005)
+
+
 def test_rows_are_quantized_as_the_formula_says() -> None:
     x = torch.randn((3, 300), generator=torch.Generator().manual_seed(0)).bfloat16()
     x[1] = 0
     values, scales = linear.quantize_rows(moved(x))
-    wanted = quantize_fp8(x)
-    assert torch.equal(values.cpu().view(torch.uint8), wanted.values.view(torch.uint8))
-    assert torch.equal(scales.cpu()[:, 0], wanted.scales)
+    _quantized_alike(values, scales[:, 0], quantize_fp8(x))
     values, scales = linear.quantize_rows(moved(x), blocks=True)
     for first in range(0, 300, 128):
-        part = quantize_fp8(x[:, first : first + 128])
-        assert torch.equal(scales.cpu()[:, first // 128], part.scales)
-        mine = values.cpu()[:, first : first + 128]
-        assert torch.equal(mine.contiguous().view(torch.uint8), part.values.view(torch.uint8))
+        _quantized_alike(
+            values[:, first : first + 128], scales[:, first // 128], quantize_fp8(x[:, first : first + 128])
+        )
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (2, 140, 200)], ids=str)
@@ -74,7 +89,7 @@ def test_rows_come_into_memory_in_pieces(shape: tuple[int, ...]) -> None:
     for first, last in ((100, len(rows)), (0, 37), (37, 100)):
         FP8_ROWS.write(target, first, rows[first:last])
     assert target.shape == shape
-    torch.testing.assert_close(target.dequantize().cpu(), quantize_fp8(plain).dequantize())
+    torch.testing.assert_close(target.dequantize(), quantize_fp8(plain.to(DEVICE)).dequantize())
     with pytest.raises(ValueError, match="NaN"):
         FP8_ROWS.write(target, 0, torch.full((2, k), float("nan")))
 

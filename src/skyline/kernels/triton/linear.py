@@ -54,11 +54,17 @@ def fp8_vector_tactic(k: int, gated: bool, normed: bool) -> Tactic:
     return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
 
 
+def _padded(rows: int) -> int:
+    """Rows of x as the matrix units take them."""
+    wide: int = triton.next_power_of_2(rows)
+    return max(16, wide)
+
+
 def band_tactic(rows: int, gated: bool, blocks: bool, shared: int) -> Tactic:
     """For a few rows of x and weights of FP8."""
     band, columns, warps, stages = current().bands
     columns = BLOCK if blocks else columns
-    tile = ((2 if gated else 1) * band + max(16, rows)) * columns
+    tile = ((2 if gated else 1) * band + _padded(rows)) * columns
     return Tactic(band, columns, warps, max(2, min(stages, (shared - 8192) // tile)))
 
 
@@ -256,7 +262,7 @@ def _bands(
         RESIDUAL=residual is not None,
         BLOCKS=weight.blocks,
         EVEN_K=k % chosen.columns == 0,
-        ROWS=max(16, triton.next_power_of_2(rows)),
+        ROWS=_padded(rows),
         BAND=chosen.rows,
         STEP=chosen.columns,
         AHEAD=_ahead(k),

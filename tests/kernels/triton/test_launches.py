@@ -111,6 +111,14 @@ def _experts(tokens: int) -> tuple[Any, ...]:
                            weights, ids)  # fmt: skip
 
 
+def _experts_fp8(tokens: int, blocks: bool) -> tuple[Any, ...]:
+    x, _, _, weights, ids = _experts(tokens)[1]
+    gate_up, down = (quantize_fp8(torch.ones(shape)) for shape in ((8, 48, 32), (8, 32, 24)))
+    if blocks:  # that hold rows of gate and of up
+        gate_up = Fp8Weight(gate_up.values, torch.ones((8, 1, 1)))
+    return "moe_experts_fp8", (x, gate_up, down, weights, ids)
+
+
 def _attention(starts: list[int], lengths: list[int]) -> tuple[Any, ...]:
     cache = KVCache(2, 16, BFLOAT16)
     return "paged_attention", (_rows(sum(lengths), 64), cache, _batch(starts, lengths, cache), 0.25)
@@ -158,6 +166,10 @@ FP8_BLOCKS = Fp8Weight(FP8.values, torch.ones((2, 1)))
         (_experts(1), 2),
         (_experts(32), 3),
         (_experts(33), 4),
+        (_experts_fp8(1, False), 2),
+        (_experts_fp8(1, True), 5),
+        (_experts_fp8(32, True), 5),
+        (_experts_fp8(33, False), 6),
         (_attention([99], [1]), 1),
         (_attention([99_999] * 64, [1] * 64), 1),
         (_attention([0], [300]), 1),

@@ -96,6 +96,15 @@ def _moe_experts_clamped(
     return _experts(gpu, ids)
 
 
+def _moe_experts_fp8(
+    gpu: Gpu, x: Tensor, gate_up: Fp8Weight | Tensor, down: Fp8Weight | Tensor, weights: Tensor, ids: Tensor, *_: Any
+) -> int:
+    """Rows are quantized before each product, but for one token's, if its weights can be read in words of four."""
+    h, i = down.shape[1:]
+    in_words = h % 4 == 0 and i % 4 == 0 and not (_has_blocks(gate_up) and i % BLOCK)
+    return 2 if ids.shape[0] == 1 and in_words else 5 + (ids.numel() > _FEW_PAIRS)
+
+
 def _by_expert(of_linear: int) -> Callable[..., int]:
     """Two linears of each expert: how many there are only the device knows, but not fewer than one token chooses."""
 
@@ -198,6 +207,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "moe_sort": _two,
     "moe_experts": _moe_experts,
     "fused_experts": _moe_experts,
+    "moe_experts_fp8": _moe_experts_fp8,
     "moe_experts_clamped": _moe_experts_clamped,
     "moe_experts_ragged": _two,
     "moe_experts_padded": _two,

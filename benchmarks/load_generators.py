@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 
 from skyline.bench.hardware import detect
-from skyline.bench.load.generator import LoadPlan, Observed, generate
+from skyline.bench.load.generator import LoadPlan, generate
 from skyline.bench.load.null import null_server
+from skyline.bench.load.observed import Observed
 from skyline.bench.load.prompts import TokenCounter
 from skyline.bench.suite import Level, Measure, Workload
 from skyline.demo import DEMO_PATH

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from skyline.bench.load.generator import LoadPlan, Observed
+from skyline.bench.load.generator import LoadPlan
+from skyline.bench.load.observed import Observed
 from skyline.bench.suite import Level, Measure, Workload
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from skyline.bench.analysis import analyse
 from skyline.bench.checks import cache_verdict, client_health, objections, token_check
-from skyline.bench.load.generator import Observed
+from skyline.bench.load.observed import Observed
 from skyline.bench.suite import Level, Sessions
 from tests.bench.observed import load_plan, observed
 

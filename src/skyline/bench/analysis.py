@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skyline.bench.estimate import Estimate
-from skyline.bench.load.generator import Observed
+from skyline.bench.load.observed import Observed
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import RequestTable, Timeline, Window
 from skyline.bench.stats.goodput import meets

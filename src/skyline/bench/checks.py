@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from skyline.bench.analysis import LITTLE_TOLERANCE, Analysis
-from skyline.bench.load.generator import LoadPlan, Observed
+from skyline.bench.load.generator import LoadPlan
+from skyline.bench.load.observed import Observed
 from skyline.bench.results import ClientHealth, TokenCheck, Verdict
 
 MIN_HEADROOM = 1.5

@@ -19,9 +19,11 @@ from skyline.bench.checks import cache_verdict, client_health, objections, token
 from skyline.bench.energy import EnergyMeter
 from skyline.bench.engines.base import Endpoint
 from skyline.bench.estimate import Estimate
-from skyline.bench.load.generator import Live, LoadError, LoadPlan, Observed, default_workers, generate
+from skyline.bench.load.generator import Live, LoadPlan, default_workers, generate
 from skyline.bench.load.http import Reply, ask
 from skyline.bench.load.null import null_server
+from skyline.bench.load.observed import Observed
+from skyline.bench.load.processes import LoadError
 from skyline.bench.load.prompts import PromptSource, TokenCounter
 from skyline.bench.metrics import cost_per_mtok, tokens_per_mw
 from skyline.bench.results import Energy, PointResult, Provenance, Verdict, now

@@ -13,8 +13,10 @@ import pytest
 
 from skyline.bench.analysis import analyse
 from skyline.bench.checks import objections, token_check
-from skyline.bench.load.generator import LoadError, LoadPlan, Observed, generate
+from skyline.bench.load.generator import LoadPlan, generate
 from skyline.bench.load.null import null_server
+from skyline.bench.load.observed import Observed
+from skyline.bench.load.processes import LoadError
 from skyline.bench.load.prompts import TokenCounter
 from skyline.bench.results import Verdict
 from skyline.bench.suite import Level, Measure, Sessions, SuiteError, Workload

@@ -1,40 +1,30 @@
-"""Starts the workers, decides when there is enough, and puts together what they saw."""
+"""A load from its plan to what was seen of it: sets up the workers and decides when there is enough."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import os
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from skyline.bench.load import messages
 from skyline.bench.load.arrivals import lengths, read_trace, schedule
+from skyline.bench.load.observed import Array, Observed, merge
+from skyline.bench.load.processes import LoadError, WorkerProcess, started
 from skyline.bench.load.prompts import PromptSource, TokenCounter
 from skyline.bench.suite import Level, Measure, Workload
-
-Array = npt.NDArray[np.float64]
 
 # Clients that one worker serves before a second one helps, where cores allow it.
 _CLIENTS_PER_WORKER = 64
 _KEPT_TEXTS = 32
 _LENGTHS = 1 << 16
 _START_S = 0.2
-_READY_TIMEOUT_S = 120.0
 _TICK_S = 0.1
 _SHARED_PREFIX = 1 << 40  # request number of the sessions' common opening
-
-
-class LoadError(RuntimeError):
-    """The load could not be generated, or nothing came of it; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -76,42 +66,6 @@ class Live:
     last_error: str | None
 
 
-@dataclass
-class Observed:
-    """What the workers saw, merged in order of sending; `index` is the request's number in the load. Times are
-    seconds since the load's begin; `end` is NaN where a request was under way when the load ended, `finished` (when the
-    server said that it had generated the last token) where it did not say so. `texts` are those of every k-th request.
-    `event_times[offsets[i]:offsets[i + 1]]` are request i's events."""
-
-    index: npt.NDArray[np.int64]
-    intended: Array
-    start: Array
-    end: Array
-    finished: Array
-    input: npt.NDArray[np.int64]
-    target: npt.NDArray[np.int64]
-    usage: Array  # output tokens as usage reports them, NaN where it does not
-    cached: Array  # prompt tokens from a prefix cache as usage reports them, NaN where it does not
-    error: list[str | None]
-    event_times: Array
-    offsets: npt.NDArray[np.int64]
-    texts: dict[int, str]
-    planned_input: Array  # tokens meant to be sent, NaN for what follows a session's first turn
-    lags: Array
-    lag_times: Array
-    cpu: list[list[tuple[float, float]]]  # (time, CPU seconds) of each worker
-    repeated_prompts: int
-    workers: int
-    warm_s: float
-    stop_s: float
-    stopped: str | None  # why before there was enough, or None
-    began: float  # on perf_counter's clock
-
-    @property
-    def events(self) -> npt.NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-
 def default_workers(level: Level) -> int:
     """One for every 64 clients, on at most half of the cores: the server may need the others."""
     cores = len(os.sched_getaffinity(0))
@@ -134,7 +88,7 @@ async def generate(
         workers = min(workers, plan.level.concurrency)
     setups = _setups(plan, counter, workers, all_texts)
     arrivals = sum(len(setup.starts or []) for setup in setups)
-    async with _started(setups) as processes:
+    async with started(setups) as processes:
         begin = perf_counter() + _START_S
         for process in processes:
             process.write(begin)
@@ -143,7 +97,7 @@ async def generate(
         for process in processes:
             process.write(0.0)
         reports = [await process.report() for process in processes]
-    return _merge(reports, begin, warm_s, stop_s, stopped)
+    return merge(reports, begin, warm_s, stop_s, stopped)
 
 
 def _setups(plan: LoadPlan, counter: TokenCounter, workers: int, all_texts: bool) -> list[messages.Setup]:
@@ -210,95 +164,9 @@ def _body(fields: dict[str, Any], chat: bool) -> messages.Body:
     return messages.Body(head.encode(), middle.encode(), tail.encode())
 
 
-class _WorkerProcess:
-    """A worker and the last it said."""
-
-    def __init__(self, process: asyncio.subprocess.Process, setup: messages.Setup) -> None:
-        self._process = process
-        self.progress = messages.Progress(0, 0, 0, 0)
-        self._ready = asyncio.Event()
-        self._report: asyncio.Future[messages.Report] = asyncio.get_running_loop().create_future()
-        self.failure: str | None = None
-        self.write(setup)
-        self._reader = asyncio.create_task(self._read())
-
-    def write(self, message: object) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):
-            self._process.stdin.write(messages.frame(message))
-
-    async def _read(self) -> None:
-        assert self._process.stdout is not None
-        try:
-            while True:
-                match messages.decode_from_worker(await messages.read_frame(self._process.stdout)):
-                    case messages.Ready():
-                        self._ready.set()
-                    case messages.Progress() as progress:
-                        self.progress = progress
-                    case messages.Report() as report:
-                        self._report.set_result(report)
-                        return
-                    case messages.Failed(reason):
-                        self._fail(reason)
-                        return
-        except asyncio.IncompleteReadError:
-            assert self._process.stderr is not None
-            said = (await self._process.stderr.read()).decode("utf-8", "replace").strip()
-            self._fail(f"a worker of the load generator ended: {said[-2000:] or 'it said nothing'}")
-
-    def _fail(self, reason: str) -> None:
-        self.failure = reason
-        self._ready.set()
-        if not self._report.done():
-            self._report.set_exception(LoadError(reason))
-            self._report.exception()  # whoever asks for the report hears of it; nobody has to
-
-    async def ready(self) -> None:
-        try:
-            await asyncio.wait_for(self._ready.wait(), _READY_TIMEOUT_S)
-        except TimeoutError:
-            raise LoadError(f"a worker of the load generator was not ready after {_READY_TIMEOUT_S:g} s") from None
-        if self.failure is not None:
-            raise LoadError(self.failure)
-
-    async def report(self) -> messages.Report:
-        return await self._report
-
-    async def end(self) -> None:
-        self._reader.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        self._process._transport.close()  # type: ignore[attr-defined]  # pipes outlive the process otherwise
-
-
-@contextlib.asynccontextmanager
-async def _started(setups: list[messages.Setup]) -> AsyncIterator[list[_WorkerProcess]]:
-    processes: list[_WorkerProcess] = []
-    try:
-        for setup in setups:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "skyline.bench.load.worker",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=2**30,
-            )
-            processes.append(_WorkerProcess(process, setup))
-        for worker in processes:
-            await worker.ready()
-        yield processes
-    finally:
-        for worker in processes:
-            await worker.end()
-
-
 async def _wait_until_enough(
     plan: LoadPlan,
-    processes: list[_WorkerProcess],
+    processes: list[WorkerProcess],
     arrivals: int,
     begin: float,
     watch: Callable[[Live], None],
@@ -354,55 +222,3 @@ async def _wait_until_enough(
                 f"only {ended - failed} requests ended well within {now:.0f} s, too few to measure "
                 f"({failed} failed{why}); raise `max_s`, or lower the load or the lengths"
             )
-
-
-def _merge(
-    reports: list[messages.Report],
-    begin: float,
-    warm_s: float,
-    stop_s: float,
-    stopped: str | None,
-) -> Observed:
-    def column(name: str, dtype: type = np.float64) -> Any:
-        return np.concatenate([np.array(getattr(report, name), dtype=dtype) for report in reports])
-
-    start = column("start")
-    order = np.argsort(start, kind="stable")
-    counts = column("events", np.int64)
-    events = np.frombuffer(b"".join(report.event_times for report in reports))
-    ends = np.cumsum(counts)
-    first = ends - counts
-    pieces = [events[first[i] : ends[i]] for i in order]
-    texts: dict[int, str] = {}
-    base = 0
-    for report in reports:
-        texts |= {base + position: text for position, text in report.texts.items()}
-        base += len(report.start)
-    place = np.argsort(order)
-    end, finished = column("end")[order], column("finished")[order]
-    errors = [error for report in reports for error in report.error]
-    return Observed(
-        index=column("index", np.int64)[order],
-        intended=column("intended")[order] - begin,
-        start=start[order] - begin,
-        end=np.where(end > 0, end - begin, np.nan),
-        finished=np.where(finished > 0, finished - begin, np.nan),
-        input=column("input", np.int64)[order],
-        target=column("target", np.int64)[order],
-        usage=column("output")[order],
-        cached=column("cached")[order],
-        error=[errors[i] for i in order],
-        event_times=(np.concatenate(pieces) if pieces else np.empty(0)) - begin,
-        offsets=np.concatenate([[0], np.cumsum(counts[order])]),
-        texts={int(place[position]): text for position, text in texts.items()},
-        planned_input=column("planned")[order],
-        lags=np.frombuffer(b"".join(report.lags for report in reports)),
-        lag_times=np.frombuffer(b"".join(report.lag_times for report in reports)) - begin,
-        cpu=[[(at - begin, used) for at, used in report.cpu_times] for report in reports],
-        repeated_prompts=sum(report.repeated_prompts for report in reports),
-        workers=len(reports),
-        warm_s=warm_s,
-        stop_s=stop_s,
-        stopped=stopped,
-        began=begin,
-    )

@@ -185,9 +185,12 @@ def _renamed(name: str) -> str:
 
 
 def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
-    """Whether what shares a scale in the checkpoint also does where it goes."""
+    """Whether what shares a scale in the checkpoint also does where it goes: in the rows of one matrix."""
+    if format.group is None:
+        return True
     parts = (place.tensor, *place.others)
-    return format.group is None or all(part.storage_offset() // part.shape[-1] % format.group == 0 for part in parts)
+    rows = [part.storage_offset() // part.shape[-1] % _whole(part).shape[-2] for part in parts]
+    return all(row % format.group == 0 for row in rows)
 
 
 def _described(format: IntegerFormat) -> str:

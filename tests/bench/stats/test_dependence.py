@@ -118,8 +118,11 @@ def test_rare_hits_are_worth_less_in_clusters() -> None:
     spread[places[:40]] = True
     for start in places[:4]:
         clustered[start : start + 10] = True
-    assert effective_size(clustered, 0.95, memory(clustered)) < 0.2 * effective_size(spread, 0.95, memory(spread))
-    assert effective_size(np.zeros(n, dtype=bool), 0.95, Memory(n, 0.0)) == n
+    near, far = effective_size(clustered, 0.95, memory(clustered))
+    assert near < 0.2 * min(effective_size(spread, 0.95, memory(spread)))
+    # Four clusters say little of how large others are, which matters where these may have been small ones.
+    assert far < 0.9 * near
+    assert effective_size(np.zeros(n, dtype=bool), 0.95, Memory(n, 0.0)) == (n, n)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=60), st.floats(0.01, 100), st.floats(-1e6, 1e6))

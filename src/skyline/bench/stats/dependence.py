@@ -41,6 +41,9 @@ LEAST_OF_SUM = 0.5
 LEAST_WORTH = 15.0
 # With so many independent samples expected on the sparser side, nothing is moved out.
 MANY = 100.0
+# What clusters of hits add to 1 / df, times their number where that is taken to be hits / effect. Exponential sizes
+# make it 1.5 (E X⁴ is 6 E² X², and the effect is twice the mean size); those of congested queues have longer tails.
+OF_CLUSTERS = 2.0
 # How much more skewed than by the central limit theorem the mean of a queue with a long memory is taken to be, and the
 # most that is corrected for.
 QUEUE_SKEW, MOST_SKEW = 5.0, 0.45
@@ -117,23 +120,27 @@ def long_run(x: Floats, memory: Memory) -> LongRun:
     return LongRun(found * variance, df, found)
 
 
-def effective_size(hits: npt.NDArray[np.bool_], confidence: float, memory: Memory) -> float:
-    """How many independent samples would tell the share of hits as well as these do in order of time.
+def effective_size(hits: npt.NDArray[np.bool_], confidence: float, memory: Memory) -> tuple[float, float]:
+    """How many independent samples would tell the share of hits as well as these do in order of time: for the end of
+    its interval away from the excursions, and for the end towards them.
 
     The design effect's own uncertainty is in it, by the factor (z / t)² of Korn & Graubard (1998), Confidence Intervals
     for Proportions with Small Expected Number of Positive Counts Estimated from Survey Data, Survey Methodology 24.
     Rare hits that come in clusters tell less about S than its cosines seem to: a few clusters' sizes are all there is.
-    Their number therefore limits the degrees of freedom too (the factor 2 is from simulated queues).
+    Where there are N of them with sizes X, that adds E X⁴ / (N E² X²) to the relative variance of S, which is 2 / df.
+    This threatens the end towards the excursions only. A run whose clusters happen to be few or small makes S too small
+    and has the truth on that side; one that has the truth on the other side has more than usual, and S is too large.
     """
     n = hits.size
     rarer = min(int(np.count_nonzero(hits)), n - int(np.count_nonzero(hits)))
     if n < 2 or rarer == 0:
-        return float(n)
+        return float(n), float(n)
     found = long_run(hits.astype(np.float64), memory)
     clusters = rarer / max(found.effect, 1.0)
-    df = 1 / (1 / found.df + 2 * max(0.0, 1 - 1 / found.effect) / clusters)
+    df = 1 / (1 / found.df + OF_CLUSTERS * max(0.0, 1 - 1 / found.effect) / clusters)
     z = float(special.ndtri(1 - tail(confidence)))
-    return n / found.effect * (z / critical(confidence, df)) ** 2
+    near, far = (n / found.effect * (z / critical(confidence, each)) ** 2 for each in (found.df, df))
+    return near, far
 
 
 def skewness_of_mean(x: Floats, found: LongRun, memory: Memory) -> float:

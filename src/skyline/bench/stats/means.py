@@ -80,12 +80,13 @@ def share(hits: Samples, confidence: float = 0.95) -> Estimate:
     found: npt.NDArray[np.bool_] = array.astype(np.bool_)
     p = float(found.mean())
     kept = memory(found.astype(np.float64))
-    effective = effective_size(found, confidence, kept)
-    near, far = tail(confidence), far_tail(confidence, kept, min(p, 1 - p))
-    below, above = (near, far) if p < 0.5 else (far, near)
+    sizes = effective_size(found, confidence, kept)
+    near, far = zip(sizes, (tail(confidence), far_tail(confidence, kept, min(p, 1 - p))), strict=True)
+    (size_below, below), (size_above, above) = (near, far) if p < 0.5 else (far, near)
     # At 0 and 1 rounding would leave an end a hair beside the value.
-    low = min(_wilson(p, effective, float(special.ndtri(below))), p)
-    return Estimate(value=p, low=max(low, 0.0), high=max(_wilson(p, effective, -float(special.ndtri(above))), p), n=n)
+    low = min(_wilson(p, size_below, float(special.ndtri(below))), p)
+    high = max(_wilson(p, size_above, -float(special.ndtri(above))), p)
+    return Estimate(value=p, low=max(low, 0.0), high=high, n=n)
 
 
 def rate(bins: Samples, bin_s: float, confidence: float = 0.95) -> Estimate:

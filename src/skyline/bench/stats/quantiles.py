@@ -85,11 +85,11 @@ def quantile(samples: Samples, q: float, confidence: float = 0.95) -> Estimate:
             f"these {n}, which are worth {kept.worth:.0f} independent ones",
         )
     level = float(np.clip(q, min(0.5, SEEN_BEYOND / n), max(0.5, 1 - SEEN_BEYOND / n)))
-    effective = effective_size(x <= np.quantile(ordered, level), confidence, kept)
-    far = far_tail(confidence, kept, beyond)
-    below, above = (outside, far) if q >= 0.5 else (far, outside)
-    low = _order_statistic(ordered, effective, q, below)
-    high = _order_statistic(ordered, effective, q, 1 - above)
+    sizes = effective_size(x <= np.quantile(ordered, level), confidence, kept)
+    near, far = zip(sizes, (outside, far_tail(confidence, kept, beyond)), strict=True)
+    (size_below, below), (size_above, above) = (near, far) if q >= 0.5 else (far, near)
+    low = _order_statistic(ordered, size_below, q, below)
+    high = _order_statistic(ordered, size_above, q, 1 - above)
     return Estimate(value=value, low=min(low, value), high=max(high, value), n=n)
 
 

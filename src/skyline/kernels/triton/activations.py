@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiprocessors, overlaps
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 
 _SILU, _GELU, _SIGMOID = (tl.constexpr(kind) for kind in range(3))
 _WIDE, _NARROW = 2048, 512  # columns a program, where there are programs for all processors, and where not
@@ -51,12 +51,12 @@ def _gate_kernel(
 def _gate(gate: Tensor, x: Tensor, kind: tl.constexpr) -> Tensor:
     """gate [T, H] or [T, 1], x [T, H] -> activation(gate) * x, [T, H]."""
     rows, columns = x.shape
-    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    y = x.new_empty((rows, columns))
     if rows:
-        busy = rows * triton.cdiv(columns, _WIDE) >= multiprocessors(x.device)
+        busy = rows * cdiv(columns, _WIDE) >= multiprocessors(x.device)
         early = overlaps(x.device)
-        block = min(_WIDE if busy else _NARROW, triton.next_power_of_2(columns))
-        _gate_kernel[(rows, triton.cdiv(columns, block))](
+        block = min(_WIDE if busy else _NARROW, next_power_of_2(columns))
+        _gate_kernel[(rows, cdiv(columns, block))](
             gate,
             x,
             y,

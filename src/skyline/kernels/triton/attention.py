@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from skyline.kernels.triton.attention_decode import decode_kernel
 from skyline.kernels.triton.attention_prefill import prefill_kernel
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.knobs import current
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, KVCache
 
 _LEAST_KEYS = 512  # of a context's upper bound that a split is worth
@@ -35,15 +35,15 @@ class Tactic(NamedTuple):
 
 def decode_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
     """item: bytes of a cached number."""
-    wide = triton.next_power_of_2(head_dim)
+    wide = next_power_of_2(head_dim)
     keys = max(16, min(current().keys, 32768 // (wide * item)))
     stages = max(1, min(current().stages, shared // (2 * keys * wide * item)))
-    return Tactic(max(16, triton.next_power_of_2(group)), keys, 4, stages)
+    return Tactic(max(16, next_power_of_2(group)), keys, 4, stages)
 
 
 def prefill_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
-    wide = triton.next_power_of_2(head_dim)
-    rows = max(128 if wide * item <= 256 else 64, triton.next_power_of_2(group))
+    wide = next_power_of_2(head_dim)
+    rows = max(128 if wide * item <= 256 else 64, next_power_of_2(group))
     keys = 64 if wide * item <= 512 else 32
     stages = max(1, min(3, (shared - rows * wide * item) // (2 * keys * wide * item)))
     return Tactic(rows, keys, 8 if rows >= 128 else 4, stages)
@@ -82,7 +82,7 @@ def paged_attention(
     group = q.shape[1] // (heads * size)
     tables = batch.of(cache).block_tables
     requests = len(batch.host_query_lens)
-    out = torch.empty((q.shape[0], q.shape[1]), dtype=q.dtype, device=q.device)
+    out = q.new_empty((q.shape[0], q.shape[1]))
     kind = {torch.float8_e4m3fn: 1, torch.int8: 2}.get(cache.dtype, 0)
     k_scale, v_scale = cache.scales or (out, out)
     item, shared = k.element_size() if kind == 0 else q.element_size(), shared_memory(q.device)
@@ -99,12 +99,13 @@ def paged_attention(
         out,
     )
     numbers = (q.stride(0), tables.stride(0), scale, softcap or 1.0, window or 0)
+    wide = max(16, next_power_of_2(size))
     options = {
         "HEADS": heads,
         "GROUP": group,
         "SIZE": size,
         "BLOCK": block,
-        "WIDE": max(16, triton.next_power_of_2(size)),
+        "WIDE": wide,
         "KIND": kind,
         "WINDOW": window is not None,
         "SINKS": sinks is not None,
@@ -115,7 +116,7 @@ def paged_attention(
     if min(batch.host_query_lens, default=0) == 1:
         chosen = decode_tactic(group, size, item, shared)
         splits = num_splits(requests, heads, tables.shape[1] * block, multiprocessors(q.device))
-        wide, real = options["WIDE"], triton.next_power_of_2(group)
+        real = next_power_of_2(group)
         pairs = requests * heads
         parts = out if splits == 1 else torch.empty((pairs, splits, real, wide), device=q.device)
         sums = out if splits == 1 else torch.empty((pairs, splits, 2, real), device=q.device)
@@ -140,7 +141,7 @@ def paged_attention(
         )
     if longest > 1:
         chosen = prefill_tactic(group, size, item, shared)
-        prefill_kernel[(requests * heads, triton.cdiv(longest * group, chosen.rows))](
+        prefill_kernel[(requests * heads, cdiv(longest * group, chosen.rows))](
             *common,
             *numbers,
             ROWS=chosen.rows,

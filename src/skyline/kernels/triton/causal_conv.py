@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, StateCache
 
 
@@ -97,13 +97,13 @@ def _conv_kernel(
 def causal_conv(x: Tensor, weight: Tensor, cache: StateCache, batch: AttentionBatch) -> Tensor:
     conv, _ = cache.tensors
     (rows, channels), requests = x.shape, len(batch.host_query_lens)
-    y = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
+    y = x.new_empty((rows, channels))
     if not rows:
         return y
     decode = max(batch.host_query_lens) == 1
     tokens, block = (1, 256) if decode else (32, 128)
     programs = requests if decode else tiles(rows, requests, tokens)
-    _conv_kernel[(programs, triton.cdiv(channels, block))](
+    _conv_kernel[(programs, cdiv(channels, block))](
         x,
         weight.contiguous(),
         conv,
@@ -115,7 +115,7 @@ def causal_conv(x: Tensor, weight: Tensor, cache: StateCache, batch: AttentionBa
         channels,
         DECODE=decode,
         TAPS=cache.taps,
-        ROWS=triton.next_power_of_2(cache.taps),
+        ROWS=next_power_of_2(cache.taps),
         TOKENS=tokens,
         BLOCK=block,
         num_warps=2 if decode else 4,

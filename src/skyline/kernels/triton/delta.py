@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skyline.kernels.triton.causal_conv import request_of, tiles
 from skyline.kernels.triton.device import shared_memory
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, StateCache
 
 _CHUNK = tl.constexpr(64)
@@ -269,17 +270,17 @@ def gated_delta_rule(
     _, state = cache.tensors
     heads, key_dim, value_dim = cache.shape
     rows, requests = qkv.shape[0], len(batch.host_query_lens)
-    y = torch.empty((rows, heads * value_dim), dtype=qkv.dtype, device=qkv.device)
+    y = qkv.new_empty((rows, heads * value_dim))
     if not rows:
         return y
     blocks, starts = batch.device_states(), batch.query_starts
-    keys, values = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
+    keys, values = (max(16, next_power_of_2(dim)) for dim in (key_dim, value_dim))
     values = min(values, _VALUES)
     most, fewest = max(batch.host_query_lens), min(batch.host_query_lens)
     longest = _LONGEST if keys <= _LARGEST_KEY and qkv.dtype != torch.float32 else most
     shape = {"KEY": key_dim, "KEYS": keys}
     columns = {"VALUE": value_dim, "VALUES": values}
-    grid = (requests, heads, triton.cdiv(value_dim, values))
+    grid = (requests, heads, cdiv(value_dim, values))
 
     def recurrent(longest: int) -> None:
         _recurrent_kernel[grid](
@@ -311,9 +312,7 @@ def gated_delta_rule(
         if fewest <= longest and case not in _compiled:
             recurrent(-1)  # nobody's tokens are so few
             _compiled.add(case)
-        solutions, mixes = (
-            torch.empty((rows, heads, _CHUNK.value), dtype=qkv.dtype, device=qkv.device) for _ in range(2)
-        )
+        solutions, mixes = (qkv.new_empty((rows, heads, _CHUNK.value)) for _ in range(2))
         factors = torch.empty((rows, heads, 4), dtype=torch.float32, device=qkv.device)
         roomy = shared_memory(qkv.device) >= _ROOMY
         _chunk_kernel[(tiles(rows, requests, _CHUNK.value), heads)](

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_absorbed import request_of
 from skyline.kernels.triton.latent_tactics import queries_at_once
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, IndexCache
 
 _LANES = 8  # heads of a token that are rotated together
@@ -264,10 +265,10 @@ def index_topk(
     chosen = torch.empty((tokens, top_k), dtype=torch.int32, device=q.device)
     if not tokens:
         return chosen
-    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    turned = q.new_empty(q.shape)
     places, early = batch.of(cache), overlaps(q.device)
-    half, lanes = table.shape[1] // 2, min(_LANES, triton.next_power_of_2(heads))
-    _turn_kernel[(tokens, triton.cdiv(heads, lanes) + 1)](
+    half, lanes = table.shape[1] // 2, min(_LANES, next_power_of_2(heads))
+    _turn_kernel[(tokens, cdiv(heads, lanes) + 1)](
         q,
         k,
         q if norm is None else norm,
@@ -285,8 +286,8 @@ def index_topk(
         SIZE=size,
         HALF=half,
         LANES=lanes,
-        WIDTH=triton.next_power_of_2(half),
-        REST=triton.next_power_of_2(max(1, size - 2 * half)),
+        WIDTH=next_power_of_2(half),
+        REST=next_power_of_2(max(1, size - 2 * half)),
         EARLY=early,
         num_warps=2,
         launch_pdl=early,
@@ -297,15 +298,15 @@ def index_topk(
     # A step of single queries may be recorded, and replayed for any contexts.
     width = capacity if longest == 1 else max(batch.host_context_lens)
     at_once = queries_at_once(tokens, width)
-    wide_heads, wide_size = (max(16, triton.next_power_of_2(number)) for number in (heads, size))
+    wide_heads, wide_size = (max(16, next_power_of_2(number)) for number in (heads, size))
     item = q.element_size()
     queries = 1 if longest == 1 or item == 4 else max(1, _ROWS // wide_heads)
-    groups = triton.cdiv(min(longest, at_once), queries)
+    groups = cdiv(min(longest, at_once), queries)
     rows, tile = queries * wide_heads, _KEYS if item == 2 else 16
     # Beside the stages of keys there are the queries, and products that threads exchange to add them up.
     free = shared_memory(q.device) - rows * (wide_size * item + 4 * tile)
     stages = max(1, min(3, free // (tile * wide_size * item)))
-    splits = max(1, min(triton.cdiv(width, tile), triton.cdiv(4 * multiprocessors(q.device), requests * groups)))
+    splits = max(1, min(cdiv(width, tile), cdiv(4 * multiprocessors(q.device), requests * groups)))
     scores = torch.empty((at_once, width), device=q.device)
     counts = torch.empty((at_once,), dtype=torch.int32, device=q.device)
     found = torch.empty((at_once, top_k), dtype=torch.int32, device=q.device)
@@ -350,11 +351,11 @@ def index_topk(
             requests,
             width,
             top_k,
-            WIDE_REQUESTS=triton.next_power_of_2(requests),
+            WIDE_REQUESTS=next_power_of_2(requests),
             TILE=_TILE,
             num_warps=16,
         )
-        _rank_kernel[(last - first, triton.cdiv(top_k, _RANKED))](
+        _rank_kernel[(last - first, cdiv(top_k, _RANKED))](
             counts, found, values, chosen[first:last], top_k, RANKED=_RANKED, num_warps=4
         )
     return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +11,7 @@ from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.latent_absorbed import Heads, absorbed
 from skyline.kernels.triton.latent_expanded import expanded
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache
 
 
@@ -121,12 +121,12 @@ def latent_rope_write(
     eps: float = 0.0,
 ) -> Tensor:
     (data,) = cache.tensors
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     rows, heads, plain = q.shape[0], q.shape[1] // head_dim, head_dim - cache.rope_dim
     if rows:
-        lanes = min(8, triton.next_power_of_2(heads))
+        lanes = min(8, next_power_of_2(heads))
         early = overlaps(q.device)
-        _rope_write_kernel[(rows, triton.cdiv(heads, lanes) + 1)](
+        _rope_write_kernel[(rows, cdiv(heads, lanes) + 1)](
             q,
             latent,
             k,
@@ -147,9 +147,9 @@ def latent_rope_write(
             INTERLEAVED=interleaved,
             NORM=norm is not None,
             LANES=lanes,
-            WIDE_PLAIN=triton.next_power_of_2(max(1, plain)),
-            WIDE_RANK=triton.next_power_of_2(cache.rank),
-            WIDTH=triton.next_power_of_2(cache.rope_dim // 2),
+            WIDE_PLAIN=next_power_of_2(max(1, plain)),
+            WIDE_RANK=next_power_of_2(cache.rank),
+            WIDTH=next_power_of_2(cache.rope_dim // 2),
             EARLY=early,
             num_warps=2,
             launch_pdl=early,
@@ -168,7 +168,7 @@ def latent_attention(
     chosen: Tensor | None = None,
 ) -> Tensor:
     plain = q.shape[1] // heads - cache.rope_dim
-    out = torch.empty((q.shape[0], heads * value_dim), dtype=q.dtype, device=q.device)
+    out = q.new_empty((q.shape[0], heads * value_dim))
     shape = Heads(kv_b.view(heads, plain + value_dim, cache.rank), plain, scale, cache)
     if chosen is not None:
         everyone = slice(0, len(batch.host_query_lens))

@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import capability, multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_tactics import LEAST_KEYS, absorbed_tactic, num_splits
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache
 
 LOG2E = math.log2(math.e)
@@ -202,16 +203,16 @@ def absorbed(
     turned = q.view(tokens, count, -1)
     q_latent = torch.bmm(turned[..., :plain].transpose(0, 1), w[:, :plain])
     tables = batch.of(cache).block_tables[requests]
-    wide_rank, wide_rope = (max(16, triton.next_power_of_2(size)) for size in (rank, cache.rope_dim))
+    wide_rank, wide_rope = (max(16, next_power_of_2(size)) for size in (rank, cache.rope_dim))
     rows = count if chosen is not None else count * longest
     hopper = capability(q.device)[0] == 9
     shared = shared_memory(q.device)
     tactic = absorbed_tactic(rows, wide_rank + wide_rope, q.element_size(), shared, hopper, chosen is not None)
-    tiles = triton.cdiv(rows, tactic.rows)
+    tiles = cdiv(rows, tactic.rows)
     programs = (tokens if chosen is not None else tables.shape[0]) * tiles
     capacity = tables.shape[1] * data.shape[1] if chosen is None else chosen.shape[1]
     splits = num_splits(programs, capacity, multiprocessors(q.device))
-    mixed = torch.empty((tokens, count, rank), dtype=q.dtype, device=q.device)
+    mixed = q.new_empty((tokens, count, rank))
     parts = mixed if splits == 1 else torch.empty((tokens * count, splits, rank), device=q.device)
     sums = mixed if splits == 1 else torch.empty((tokens * count, splits, 2), device=q.device)
     early = overlaps(q.device)
@@ -241,7 +242,7 @@ def absorbed(
         ROPE=cache.rope_dim,
         WIDE_RANK=wide_rank,
         WIDE_ROPE=wide_rope,
-        WIDE_REQUESTS=1 if chosen is None else triton.next_power_of_2(tables.shape[0]),
+        WIDE_REQUESTS=1 if chosen is None else next_power_of_2(tables.shape[0]),
         BLOCK=data.shape[1],
         LEAST=LEAST_KEYS,
         ROWS=tactic.rows,
@@ -262,8 +263,8 @@ def absorbed(
             RANK=rank,
             WIDE_RANK=wide_rank,
             SPLITS=splits,
-            WIDE_SPLITS=triton.next_power_of_2(splits),
-            AT_ONCE=min(8, triton.next_power_of_2(splits)),
+            WIDE_SPLITS=next_power_of_2(splits),
+            AT_ONCE=min(8, next_power_of_2(splits)),
             EARLY=early,
             num_warps=4,
             launch_pdl=early,

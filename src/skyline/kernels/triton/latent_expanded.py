@@ -10,6 +10,7 @@ from torch import Tensor
 from skyline.kernels.triton.device import shared_memory
 from skyline.kernels.triton.latent_absorbed import LOG2E, Heads, softmax_step
 from skyline.kernels.triton.latent_tactics import Tactic, heads_at_once
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch
 
 
@@ -107,18 +108,18 @@ def expanded(q: Tensor, out: Tensor, heads: Heads, batch: AttentionBatch, reques
     w, plain, scale, cache = heads
     (data,) = cache.tensors
     tokens, context = q.shape[0], batch.host_context_lens[request]
-    blocks = batch.of(cache).block_tables[request, : triton.cdiv(context, data.shape[1])]
+    blocks = batch.of(cache).block_tables[request, : cdiv(context, data.shape[1])]
     known = data.index_select(0, blocks).flatten(0, 1)[:context].to(q.dtype)
     shared = known[:, cache.rank :]
     count, rows, rank = w.shape
     sizes = (plain, cache.rope_dim, rows - plain)
-    wide_plain, wide_rope, wide_value = (max(16, triton.next_power_of_2(size)) for size in sizes)
+    wide_plain, wide_rope, wide_value = (max(16, next_power_of_2(size)) for size in sizes)
     tactic = expanded_tactic(wide_plain + wide_rope, wide_value, q.element_size(), shared_memory(q.device))
     at_once = heads_at_once(count, context, rows, q.element_size())
     for first in range(0, count, at_once):
         some = w[first : first + at_once]
         made = known[:, :rank] @ some.flatten(0, 1).T
-        _expanded_kernel[(triton.cdiv(tokens, tactic.rows), some.shape[0])](
+        _expanded_kernel[(cdiv(tokens, tactic.rows), some.shape[0])](
             q[:, first * (plain + cache.rope_dim) :],
             made,
             shared,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skyline.kernels.gpu import Gpu
 from skyline.kernels.triton import latent_tactics
+from skyline.kernels.triton.sizes import next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache, StateCache
 from skyline.ops.fp8 import BLOCK, Fp8Weight
 from skyline.ops.quantized import integers_of
@@ -135,7 +136,7 @@ def _latent_attention(
     Contexts may be as long as the longest one is: where a step is recorded, they are cut as if they were the longest
     that there can be.
     """
-    item, width = q.element_size(), sum(max(16, _power_of_2(size)) for size in (cache.rank, cache.rope_dim))
+    item, width = q.element_size(), sum(max(16, next_power_of_2(size)) for size in (cache.rank, cache.rope_dim))
 
     def absorbed(units: int, rows: int, capacity: int) -> int:
         hopper = gpu.capability[0] == 9
@@ -185,14 +186,10 @@ def _gated_delta_rule(
     batch: AttentionBatch,
 ) -> int:
     """Requests of a few tokens go to one kernel, those of more to two."""
-    chunked = _power_of_2(cache.shape[1]) <= _LARGEST_KEY and qkv.element_size() < 4
+    chunked = next_power_of_2(cache.shape[1]) <= _LARGEST_KEY and qkv.element_size() < 4
     lengths = batch.host_query_lens
     longest = _LONGEST if chunked else max(lengths)
     return (min(lengths) <= longest) + 2 * (max(lengths) > longest)
-
-
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 LAUNCHES: dict[str, Callable[..., int]] = {

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from skyline.kernels.triton.activations import silu_mul as _silu_mul
@@ -26,6 +25,7 @@ from skyline.kernels.triton.linear_kernels import (
     vector_kernel,
 )
 from skyline.kernels.triton.norms import rms_norm
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops.attention import FP8_MAX
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
 
@@ -44,19 +44,19 @@ class Tactic(NamedTuple):
 def vector_tactic(k: int, gated: bool) -> Tactic:
     """For one row of x, results of k products each."""
     rows, columns, warps = current().gated if gated else current().vector
-    return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
+    return Tactic(rows, min(next_power_of_2(k), columns), warps)
 
 
 def fp8_vector_tactic(k: int, gated: bool, normed: bool) -> Tactic:
     """The same of an FP8 weight."""
     knobs = current()
     rows, columns, warps = knobs.fp8_gated if gated else knobs.fp8_normed if normed else knobs.fp8_vector
-    return Tactic(rows, min(triton.next_power_of_2(k), columns), warps)
+    return Tactic(rows, min(next_power_of_2(k), columns), warps)
 
 
 def _padded(rows: int) -> int:
     """Rows of x as the matrix units take them."""
-    wide: int = triton.next_power_of_2(rows)
+    wide: int = next_power_of_2(rows)
     return max(16, wide)
 
 
@@ -76,11 +76,11 @@ def quantize_rows(
     Scales are [T, 1], or, with blocks, [T, ceil(K / 128)] of each 128 neighbours.
     """
     rows, k = x.shape
-    groups = triton.cdiv(k, BLOCK) if blocks else 1
+    groups = cdiv(k, BLOCK) if blocks else 1
     values = torch.empty((rows, k), dtype=FP8, device=x.device)
     scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
     early = overlaps(x.device)
-    size = triton.next_power_of_2(k)
+    size = next_power_of_2(k)
     quantize_kernel[(rows,)](
         x,
         x if norm is None else norm,
@@ -92,7 +92,7 @@ def quantize_rows(
         eps,
         MAX=FP8_MAX,
         NORM=norm is not None,
-        GROUPS=triton.next_power_of_2(groups),
+        GROUPS=next_power_of_2(groups),
         GROUP=BLOCK if blocks else size,
         EARLY=early,
         num_warps=max(1, min(16, size // 512)),
@@ -109,7 +109,7 @@ def _tiles(values: Tensor, x_scales: Tensor, weight: Fp8Weight, dtype: torch.dty
         scales = weight.scales.view(1, -1)
         return torch._scaled_mm(values, weight.values.t(), x_scales, scales, out_dtype=dtype, use_fast_accum=True)
     y = torch.empty((rows, n), dtype=dtype, device=values.device)
-    grid = (triton.cdiv(rows, 128) * triton.cdiv(n, 128),)
+    grid = (cdiv(rows, 128) * cdiv(n, 128),)
     tiles_kernel[grid](
         values,
         x_scales,
@@ -119,7 +119,7 @@ def _tiles(values: Tensor, x_scales: Tensor, weight: Fp8Weight, dtype: torch.dty
         rows,
         n,
         k,
-        triton.cdiv(k, BLOCK),
+        cdiv(k, BLOCK),
         BLOCKS=weight.blocks,
         EVEN_K=k % BLOCK == 0,
         ROWS=128,
@@ -145,10 +145,10 @@ def _vector(
     """Of one row of x, [1, K]."""
     k, outputs = x.shape[1], weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
-    y = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    y = x.new_empty((1, n))
     chosen = chosen or vector_tactic(k, silu_mul)
     early = overlaps(x.device)
-    vector_kernel[(triton.cdiv(n, chosen.rows),)](
+    vector_kernel[(cdiv(n, chosen.rows),)](
         x,
         weight,
         x if bias is None else bias,
@@ -186,10 +186,10 @@ def _fp8_vector(
     """Of one row of x, [1, K], and a weight that `_in_words`."""
     k, outputs = x.shape[1], weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
-    y = torch.empty((1, n), dtype=x.dtype, device=x.device)
+    y = x.new_empty((1, n))
     chosen = chosen or fp8_vector_tactic(k, silu_mul, norm is not None)
     early = overlaps(x.device)
-    fp8_vector_kernel[(triton.cdiv(n, chosen.rows),)](
+    fp8_vector_kernel[(cdiv(n, chosen.rows),)](
         x,
         weight.values.view(torch.int32),
         weight.scales,
@@ -224,7 +224,7 @@ def _in_words(weight: Fp8Weight, silu_mul: bool) -> bool:
 
 def _ahead(k: int) -> int:
     """Columns to ask for ahead; at least a line."""
-    columns: int = min(current().prefetch, triton.next_power_of_2(k))
+    columns: int = min(current().prefetch, next_power_of_2(k))
     return columns // BLOCK * BLOCK
 
 
@@ -244,7 +244,7 @@ def _bands(
     y = torch.empty((rows, n), dtype=dtype, device=values.device)
     chosen = chosen or band_tactic(rows, silu_mul, weight.blocks, shared_memory(values.device))
     early = overlaps(values.device)
-    bands_kernel[(triton.cdiv(n, chosen.rows),)](
+    bands_kernel[(cdiv(n, chosen.rows),)](
         values,
         x_scales,
         weight.values,
@@ -255,7 +255,7 @@ def _bands(
         rows,
         n,
         k,
-        triton.cdiv(k, BLOCK),
+        cdiv(k, BLOCK),
         0 if residual is None else residual.stride(0),
         GATED=silu_mul,
         BIAS=bias is not None,

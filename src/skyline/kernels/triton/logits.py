@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skyline.kernels.triton.sizes import cdiv
+
 _TILE = 4096
 _BLOCK = 256
 _IN_PROMPT = tl.constexpr(1 << 30)  # in a count of generated tokens: the token is in the prompt as well
@@ -64,7 +66,7 @@ def token_statistics(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Te
             logits.stride(0),
             vocab,
             TILE=_TILE,
-            TILES=triton.cdiv(vocab, _TILE),
+            TILES=cdiv(vocab, _TILE),
             num_warps=8,
         )
     return own, sums, ranks
@@ -117,7 +119,7 @@ def penalize(logits: Tensor, counts: Tensor, token_ids: Tensor, numbers: Tensor,
     number of tokens. counts [N or more, V] int32 contiguous must be zero, and is zero again afterwards.
     """
     rows, vocab = numbers.shape[1], logits.shape[1]
-    grid = (triton.cdiv(longest, _BLOCK), rows)
+    grid = (cdiv(longest, _BLOCK), rows)
     if not grid[0] or not rows:
         return
     stride = token_ids.stride(0)

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.moe_tiles import Groups, Tile, activated, grouped_experts, tile_for
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 
 _FEW_PAIRS = 128  # up to so many are grouped without a sort
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
@@ -149,9 +150,9 @@ def _stream(
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early = overlaps(x.device)
-    hidden = torch.empty((tokens * top_k, i), dtype=x.dtype, device=x.device)
-    step = min(2048 // x.element_size(), triton.next_power_of_2(h))
-    _stream_gate_up_kernel[(triton.cdiv(i, _GATE_UP_BAND), tokens * top_k)](
+    hidden = x.new_empty((tokens * top_k, i))
+    step = min(2048 // x.element_size(), next_power_of_2(h))
+    _stream_gate_up_kernel[(cdiv(i, _GATE_UP_BAND), tokens * top_k)](
         x,
         gate_up,
         x if gate_up_bias is None else gate_up_bias,
@@ -173,9 +174,9 @@ def _stream(
         EARLY=early,
         launch_pdl=early,
     )
-    y = torch.empty((tokens, h), dtype=x.dtype, device=x.device)
-    step = min(512 // x.element_size(), triton.next_power_of_2(i))
-    _stream_down_kernel[(triton.cdiv(h, _DOWN_BAND), tokens)](
+    y = x.new_empty((tokens, h))
+    step = min(512 // x.element_size(), next_power_of_2(i))
+    _stream_down_kernel[(cdiv(h, _DOWN_BAND), tokens)](
         hidden,
         down,
         x if down_bias is None else down_bias,
@@ -189,7 +190,7 @@ def _stream(
         down.stride(1),
         0 if residual is None else residual.stride(0),
         TOP_K=top_k,
-        CHOICES=triton.next_power_of_2(top_k),
+        CHOICES=next_power_of_2(top_k),
         BIAS=down_bias is not None,
         RESIDUAL=residual is not None,
         EVEN_K=i % step == 0,
@@ -242,7 +243,7 @@ def _sort_kernel(
 def _sort(ids: Tensor, experts: int, order: Tensor | None, places: Tensor | None) -> Tensor:
     """Fill order [pairs] or places [pairs], as given -> offsets [E + 1] int32. Pairs of one expert keep their order."""
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
-    block = min(_SORT_BLOCK, max(128, triton.next_power_of_2(ids.numel())))
+    block = min(_SORT_BLOCK, max(128, next_power_of_2(ids.numel())))
     early = overlaps(ids.device)
     _sort_kernel[(experts,)](
         ids,
@@ -326,10 +327,10 @@ def groups_of(ids: Tensor, experts: int, tile: Tile) -> Groups:
 def combine(rows: Tensor, places: Tensor | None, weights: Tensor, residual: Tensor | None = None) -> Tensor:
     """Sum of weight [T, k] * row over a token's choices, in float32, plus residual [T, H] -> [T, H]."""
     (tokens, top_k), size = weights.shape, rows.shape[1]
-    y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
+    y = rows.new_empty((tokens, size))
     if tokens:
-        block, early = min(1024, triton.next_power_of_2(size)), overlaps(rows.device)
-        _combine_kernel[(tokens, triton.cdiv(size, block))](
+        block, early = min(1024, next_power_of_2(size)), overlaps(rows.device)
+        _combine_kernel[(tokens, cdiv(size, block))](
             rows,
             weights if places is None else places,
             weights,
@@ -354,12 +355,12 @@ def moe_combine(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 
 def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, top_k), size = ids.shape, x.shape[1]
-    rows = torch.empty((tokens * top_k, size), dtype=x.dtype, device=x.device)
+    rows = x.new_empty((tokens * top_k, size))
     places = torch.empty(ids.shape, dtype=torch.int32, device=x.device)
     offsets = _sort(ids.contiguous(), experts, None, places)
     if tokens:
-        block = min(1024, triton.next_power_of_2(size))
-        _spread_kernel[(tokens, triton.cdiv(size, block))](x, places, rows, size, x.stride(0), TOP_K=top_k, BLOCK=block)
+        block = min(1024, next_power_of_2(size))
+        _spread_kernel[(tokens, cdiv(size, block))](x, places, rows, size, x.stride(0), TOP_K=top_k, BLOCK=block)
     return rows, offsets, places
 
 
@@ -423,6 +424,6 @@ def moe_experts_padded(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tens
         return torch.empty_like(rows)
     # How full the experts are is known on the device alone: as if all were.
     tile = tile_for(experts * capacity, experts, rows)
-    tiles = experts * triton.cdiv(capacity, tile.rows)
+    tiles = experts * cdiv(capacity, tile.rows)
     groups = Groups("counts", counts, None, tiles, tile, experts * capacity, experts, capacity)
     return grouped_experts(rows.view(-1, size), groups, gate_up, down).view(rows.shape)

@@ -18,6 +18,7 @@ from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
 from skyline.kernels.triton.moe import combine, groups_of
 from skyline.kernels.triton.moe_tiles import Groups, product, tile_for
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops.fp8 import BLOCK, Fp8Weight
 
 _GATE_UP_BAND, _GATE_UP_COLUMNS = 2, 1024  # rows of gate and of up, and columns, that a program streams at a time
@@ -145,7 +146,7 @@ def _down_kernel(
 
 def _step(k: int, columns: int) -> int:
     """Words a tile."""
-    words: int = min(triton.next_power_of_2(k), columns) // 4
+    words: int = min(next_power_of_2(k), columns) // 4
     return max(1, words)
 
 
@@ -159,8 +160,8 @@ def _stream(
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early, native = overlaps(x.device), has_assembly(x.device)
-    hidden = torch.empty((tokens * top_k, i), dtype=x.dtype, device=x.device)
-    _gate_up_kernel[(triton.cdiv(i, _GATE_UP_BAND), tokens * top_k)](
+    hidden = x.new_empty((tokens * top_k, i))
+    _gate_up_kernel[(cdiv(i, _GATE_UP_BAND), tokens * top_k)](
         x,
         gate_up.values.view(torch.int32),
         gate_up.scales,
@@ -179,8 +180,8 @@ def _stream(
         num_warps=_WARPS,
         launch_pdl=early,
     )
-    y = torch.empty((tokens, h), dtype=x.dtype, device=x.device)
-    _down_kernel[(triton.cdiv(h, _DOWN_BAND), tokens)](
+    y = x.new_empty((tokens, h))
+    _down_kernel[(cdiv(h, _DOWN_BAND), tokens)](
         hidden,
         down.values.view(torch.int32),
         down.scales,

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import capability, overlaps, shared_memory
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -254,13 +255,13 @@ def product(
     tile = groups.tile
     step = tile.columns
     if scales is None:
-        step = min(tile.columns, triton.next_power_of_2(k))
+        step = min(tile.columns, next_power_of_2(k))
         while step > 64 and k % step:
             step //= 2
         step = max(16, step)
     stage = (tile.rows + tile.band) * step * x.element_size()
     early = overlaps(x.device)
-    grid = (groups.tiles * triton.cdiv(n, tile.band // 2 if gated else tile.band),)
+    grid = (groups.tiles * cdiv(n, tile.band // 2 if gated else tile.band),)
     _grouped_kernel[grid](
         x,
         weight,
@@ -282,7 +283,7 @@ def product(
         limit,
         LAYOUT=groups.layout,
         ORDER=groups.order is not None,
-        INDEX=triton.next_power_of_2(groups.rows if groups.layout == "ids" else groups.experts),
+        INDEX=next_power_of_2(groups.rows if groups.layout == "ids" else groups.experts),
         DIVISOR=divisor,
         GATED=gated,
         BIAS=bias is not None,

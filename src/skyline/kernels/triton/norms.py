@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
+from skyline.kernels.triton.sizes import next_power_of_2
 
 
 @triton.jit
@@ -68,11 +69,11 @@ def _norm(
     """Norm of each run of len(weight) columns of x [..., n], and x + residual, or x itself."""
     size = weight.shape[0]
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(rows.shape)
     total = torch.empty_like(y) if residual is not None else y
     groups = rows.shape[1] // size
     if rows.shape[0]:
-        block = triton.next_power_of_2(size)
+        block = next_power_of_2(size)
         early = overlaps(x.device)
         _norm_kernel[(rows.shape[0], groups)](
             rows,
@@ -95,7 +96,7 @@ def _norm(
             launch_pdl=early,
             num_warps=max(1, min(16, block // 512)),
         )
-    return y.view(x.shape), total.view(x.shape)
+    return (y, total) if x.dim() == 2 else (y.view(x.shape), total.view(x.shape))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -145,9 +146,9 @@ def _layer_norm_kernel(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     size = weight.shape[0]
     rows = x if x.dim() == 2 else x.reshape(-1, size)
-    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(rows.shape)
     if rows.shape[0]:
-        block = triton.next_power_of_2(size)
+        block = next_power_of_2(size)
         warps = max(1, min(16, block // 512))
         _layer_norm_kernel[(rows.shape[0],)](
             rows, weight, bias, y, rows.stride(0), size, eps, BLOCK=block, num_warps=warps

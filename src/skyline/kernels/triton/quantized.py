@@ -20,6 +20,7 @@ from torch import Tensor
 
 from skyline.kernels.triton.device import multiprocessors
 from skyline.kernels.triton.layouts import SYMMETRIC_ZERO, Int4Weight, pack_int4
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp4Weight, QuantizedWeight
 
 FEW_ROWS = 16  # up to so many rows of x the warps of a program share a band by columns
@@ -103,13 +104,13 @@ def _quantize(x: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
     group None: of whole rows, int8, without sums. Otherwise of each `group` neighbours, in bfloat16.
     """
     rows, k = x.shape
-    groups = 1 if group is None else triton.cdiv(k, group)
+    groups = 1 if group is None else cdiv(k, group)
     levels = torch.empty((rows, k), dtype=torch.int8 if group is None else torch.bfloat16, device=x.device)
     scales = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
     sums = scales if group is None else torch.empty_like(scales)
-    size = triton.next_power_of_2(k if group is None else group)
-    count = max(1, min(1024 // size, triton.next_power_of_2(groups)))
-    _quantize_kernel[(rows, triton.cdiv(groups, count))](
+    size = next_power_of_2(k if group is None else group)
+    count = max(1, min(1024 // size, next_power_of_2(groups)))
+    _quantize_kernel[(rows, cdiv(groups, count))](
         x,
         levels,
         scales,
@@ -378,7 +379,7 @@ def _launch(
         wide = widen or x.dtype == torch.float32
         chosen = tactic(rows, n, width, bool(kind == _INT4), silu_mul, wide, multiprocessors(x.device))
     x_scales, x_sums = (x, x) if quantized is None else quantized
-    _linear_kernel[(triton.cdiv(rows, chosen.rows) * triton.cdiv(n, chosen.band),)](
+    _linear_kernel[(cdiv(rows, chosen.rows) * cdiv(n, chosen.band),)](
         x,
         x_scales,
         x_sums,

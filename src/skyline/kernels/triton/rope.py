@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiprocessors, overlaps
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, KVCache
 
 _HEADS = 8  # a program
@@ -233,16 +234,16 @@ def launch(
         return
     q_heads = 0 if q is None else q.shape[1] // head_dim
     q, v = (k if x is None else x for x in (q, v))
-    groups = triton.cdiv(q_heads, _HEADS) + (1 if outputs[2] is None else 2) * triton.cdiv(kv_heads, _HEADS)
+    groups = cdiv(q_heads, _HEADS) + (1 if outputs[2] is None else 2) * cdiv(kv_heads, _HEADS)
     half = (head_dim if table is None else table.shape[1]) // 2
-    tokens = max(1, _ELEMENTS // (_HEADS * triton.next_power_of_2(head_dim)))
-    if triton.cdiv(rows, tokens) * groups < 4 * multiprocessors(k.device):
+    tokens = max(1, _ELEMENTS // (_HEADS * next_power_of_2(head_dim)))
+    if cdiv(rows, tokens) * groups < 4 * multiprocessors(k.device):
         tokens = 1
     q_norm, k_norm = (k if norm is None else norm for norm in norms)
     q_out, k_out, v_out = (outputs[1] if out is None else out for out in outputs)
     k_scale, v_scale = (k, k) if scales is None else scales
     early = overlaps(k.device)
-    _heads_kernel[(triton.cdiv(rows, tokens), groups)](
+    _heads_kernel[(cdiv(rows, tokens), groups)](
         q,
         k,
         v,
@@ -269,7 +270,7 @@ def launch(
         SCALED=scales is not None,
         D=head_dim,
         HALF=half,
-        WIDTH=triton.next_power_of_2(half),
+        WIDTH=next_power_of_2(half),
         TOKENS=tokens,
         HEADS=_HEADS,
         EARLY=early,
@@ -292,7 +293,7 @@ def rope_kv_write(
 ) -> Tensor:
     kv_size = cache.num_kv_heads * cache.head_dim
     q, k, v = torch.split(qkv, [qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=-1)
-    rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rotated = q.new_empty(q.shape)
     norms = (None, None) if q_norm is None or k_norm is None else (q_norm, k_norm)
     slots = batch.of(cache).slot_mapping
     outputs = (rotated, *cache.tensors)
@@ -302,8 +303,8 @@ def rope_kv_write(
 
 def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     outputs = (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
     )
     launch(q, k, None, head_dim, (*outputs, None), positions=positions, table=table)
     return outputs

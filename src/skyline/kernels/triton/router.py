@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiprocessors, overlaps
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops.router import Scoring
 
 _TAKEN = tl.constexpr(-(2**63))  # below the key of any float
@@ -252,7 +253,7 @@ def _choose(
         return weights, ids
     size, early = experts // groups, overlaps(logits.device)
     k = 0 if norm is None else norm.x.shape[1]
-    _choose_kernel[(rows, 1 + triton.cdiv(k, _NORMED))](
+    _choose_kernel[(rows, 1 + cdiv(k, _NORMED))](
         logits,
         logits if norm is None else norm.squares,
         logits if norm is None else norm.x,
@@ -280,9 +281,9 @@ def _choose(
         SCORING=scoring,
         RENORMALIZE=renormalize,
         TOP_K=top_k,
-        CHOICES=triton.next_power_of_2(top_k),
-        GROUPS=triton.next_power_of_2(groups),
-        SIZE=triton.next_power_of_2(size),
+        CHOICES=next_power_of_2(top_k),
+        GROUPS=next_power_of_2(groups),
+        SIZE=next_power_of_2(size),
         BLOCK=_NORMED,
         EARLY=early,
         num_warps=1,
@@ -309,15 +310,15 @@ def _router(
     # A product with the norm's weight alone can be too large for float16.
     wide = x.dtype == torch.float32 or x.dtype != weight.dtype or (norm is not None and x.dtype == torch.float16)
     tile = _WIDE if wide else _FEW if rows <= _FEW_ROWS else _MANY
-    row_tiles, bands = triton.cdiv(rows, tile.rows), triton.cdiv(experts, tile.experts)
-    step = max(16, min(tile.columns, triton.next_power_of_2(k)))
+    row_tiles, bands = cdiv(rows, tile.rows), cdiv(experts, tile.experts)
+    step = max(16, min(tile.columns, next_power_of_2(k)))
     wanted = max(1, min(_SLICES, multiprocessors(x.device) // max(1, row_tiles * bands)))
-    slice_columns = triton.cdiv(triton.cdiv(k, step), wanted) * step
-    slices = triton.cdiv(k, slice_columns)
+    slice_columns = cdiv(cdiv(k, step), wanted) * step
+    slices = cdiv(k, slice_columns)
     logits = torch.empty((slices, rows, experts), dtype=torch.float32, device=x.device)
     normed, whole = x, None
     if norm is not None:
-        normed = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+        normed = x.new_empty((rows, k))
         squares = torch.empty((slices, rows), dtype=torch.float32, device=x.device)
         whole = _Norm(x, *norm, squares, normed)
     if rows:

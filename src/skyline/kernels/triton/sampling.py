@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 
 _BINS = 512
 _CANDIDATES = 2048
@@ -384,7 +385,7 @@ def _choose_kernel(
 
 def _chunk(rows: int, vocab: int, device: torch.device) -> int:
     """Logits of a row for one program: fewer where there would not be enough programs."""
-    return 8192 if rows * triton.cdiv(vocab, 8192) >= 2 * multiprocessors(device) else 2048
+    return 8192 if rows * cdiv(vocab, 8192) >= 2 * multiprocessors(device) else 2048
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,13 +399,13 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     if not rows:
         return tokens, tops
     chunk = _chunk(rows, vocab, logits.device)
-    chunks = triton.cdiv(vocab, chunk)
+    chunks = cdiv(vocab, chunk)
     best = torch.empty((rows, chunks), dtype=torch.int64, device=logits.device)
     stride = logits.stride(0)
     _max_kernel[(chunks, rows)](
         best, best, logits, best, stride, rows, vocab, SCALED=False, CHUNK=chunk, BINS=_BINS, num_warps=chunk // 1024
     )
-    _merge_kernel[(rows,)](tokens, tops, best, chunks, CHUNKS=triton.next_power_of_2(chunks), num_warps=1)
+    _merge_kernel[(rows,)](tokens, tops, best, chunks, CHUNKS=next_power_of_2(chunks), num_warps=1)
     return tokens, tops
 
 
@@ -422,7 +423,7 @@ def choose_tokens(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     if not rows:
         return tokens, tops
     chunk = _chunk(rows, vocab, device)
-    chunks = triton.cdiv(vocab, chunk)
+    chunks = cdiv(vocab, chunk)
     best = torch.empty((rows, chunks), dtype=torch.int64, device=device)
     sums = torch.empty((rows, chunks), dtype=torch.int64, device=device)
     counts = torch.empty((rows, _BINS + 1), dtype=torch.int32, device=device)
@@ -430,7 +431,7 @@ def choose_tokens(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     exponent = min(40, 53 - (max(vocab, 2) - 1).bit_length())
     scale, limit = 2.0**exponent, (exponent + 1) * math.log(2)
     row_of = (logits, numbers, logits.stride(0), rows, vocab)
-    grid, warps, count = (chunks, rows), chunk // 1024, triton.next_power_of_2(chunks)
+    grid, warps, count = (chunks, rows), chunk // 1024, next_power_of_2(chunks)
     _max_kernel[grid](best, counts, *row_of, SCALED=True, CHUNK=chunk, BINS=_BINS, num_warps=warps)
     _sum_kernel[grid](sums, counts, best, *row_of, scale, limit, CHUNK=chunk, CHUNKS=count, BINS=_BINS, num_warps=warps)
     _gather_kernel[grid](
@@ -459,7 +460,7 @@ def choose_tokens(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         BINS=_BINS,
         CANDIDATES=_CANDIDATES,
         TILE=_TILE,
-        TILES=triton.cdiv(vocab, _TILE),
+        TILES=cdiv(vocab, _TILE),
         num_warps=8,
     )
     return tokens, tops

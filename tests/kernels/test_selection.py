@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from skyline.models.registry import MODELS
 from tests.kernels import selection_table
 
 
@@ -15,3 +16,7 @@ def test_selection_is_as_recorded() -> None:
         assert found[section].keys() == recorded[section].keys(), f"write it anew: {selection_table.COMMAND}"
         for name, entry in found[section].items():
             assert entry == recorded[section][name], f"{name} has changed; if that is meant: {selection_table.COMMAND}"
+
+
+def test_every_architecture_is_in_the_table() -> None:
+    assert {f"{name}ForCausalLM" for name in selection_table.ARCHITECTURES} == MODELS.keys()

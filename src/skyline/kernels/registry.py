@@ -118,3 +118,12 @@ def choose(request: Request) -> Choice:
         rejected.append((kernel.provider, why_not))
     tried = "; ".join(f"{provider}: {why}" for provider, why in rejected) or "none is registered"
     raise NoKernelError(f"no kernel for op {request.op.name} on {request.device} ({tried})")
+
+
+def others(request: Request, choice: Choice) -> list[tuple[str, str]]:
+    """Every candidate that was not chosen, and why: those that could not serve, then those that were not needed."""
+    behind = []
+    for kernel in candidates(request.op.name, request.prefer)[len(choice.rejected) + 1 :]:
+        why_not = kernel.supports(request)
+        behind.append((kernel.provider, why_not or f"supported, but {choice.kernel.provider} goes first"))
+    return [*choice.rejected, *behind]

@@ -17,7 +17,7 @@ from torch import fx, nn
 from skyline.checkpoint import CheckpointError, ModelConfig, load_config
 from skyline.engine.config import EngineConfig
 from skyline.graph import Call, Program, capture
-from skyline.kernels import Choice, Request, candidates
+from skyline.kernels import Request, others
 from skyline.kernels.cpu.isa import REQUIRES, detect
 from skyline.kernels.gpu import GPUS, Gpu
 from skyline.kernels.gpu import detect as detect_gpu
@@ -139,7 +139,7 @@ def explain(
                 "op": name,
                 "provider": choice.kernel.provider,
                 "reason": choice.reason,
-                "rejected": _rejected(request(name), choice),
+                "rejected": [{"provider": who, "reason": why} for who, why in others(request(name), choice)],
                 "launches": launches[name],
                 "launches_per_layer": _rounded(per_layer.get(name, 0.0)),
                 "decode": _figures({name: steps["decode"][name]}, gpu),
@@ -212,18 +212,6 @@ def _kernel_launches(launched: list[str], counts: list[int]) -> dict[str, Any]:
 def _rounded(count: float) -> float:
     """A whole number as one, where all layers are alike."""
     return int(count) if count.is_integer() else round(count, 2)
-
-
-def _rejected(request: Request, choice: Choice) -> list[dict[str, str]]:
-    """Every other candidate: those that could not serve, then those that were not needed."""
-    before = [{"provider": provider, "reason": reason} for provider, reason in choice.rejected]
-    after = []
-    for kernel in candidates(request.op.name, request.prefer)[len(before) + 1 :]:
-        why_not = kernel.supports(request)
-        after.append(
-            {"provider": kernel.provider, "reason": why_not or f"supported, but {choice.kernel.provider} goes first"}
-        )
-    return before + after
 
 
 class _Followed(NamedTuple):

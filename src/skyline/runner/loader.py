@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from skyline.runner.model_runner import ModelRunner
 from skyline.runner.sampler import Sampler
 from skyline.runner.weight_cache import WeightCache
 from skyline.runner.weight_store import WeightStore
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -116,7 +119,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     began = time.perf_counter()
     model = create_model(model_config, dtype, device, config.max_model_len, allocate=False)
     checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, model_config)
-    takes_fp8 = device.type == "cuda" and detect(device.index or 0).fp8
+    gpu = detect(device.index or 0) if device.type == "cuda" else None
+    takes_fp8 = gpu is not None and gpu.fp8
+    if gpu is not None and (slow := why_slow(config, gpu)):
+        _LOG.warning("%s", slow)
     program = build_program(config, model, dtype, stored=checkpoint.integers(model, takes_fp8) if checkpoint else None)
     capture_seconds = time.perf_counter() - began
 
@@ -205,6 +211,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
         report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
+
+
+def why_slow(config: EngineConfig, gpu: Gpu) -> str:
+    """What to say of FP8 on a GPU that does not know it; "" where there is nothing to say."""
+    asked = [option for option in ("quantization", "kv_cache_dtype") if getattr(config, option) == "fp8"]
+    if gpu.fp8 or not asked:
+        return ""
+    options = " and ".join(f"--{option.replace('_', '-')} int8" for option in asked)
+    return f"{gpu.name} does not know FP8, so torch computes it, far slower; for {options} there are kernels"
 
 
 def why_call_by_call(config: EngineConfig, program: Program) -> str:

@@ -24,6 +24,22 @@ def _ask(at, mask):
 
 
 @triton.jit
+def _finish(
+    result, second, bias, residual, y, own, safe, n, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """What comes behind the products of one row, and where it goes: own, of which those below n are there, as safe."""
+    if BIAS:
+        result += tl.load(bias + safe).to(tl.float32)
+        if GATED:
+            second += tl.load(bias + n + safe).to(tl.float32)
+    if GATED:
+        result = result * tl.sigmoid(result) * second
+    if RESIDUAL:
+        result += tl.load(residual + safe).to(tl.float32)
+    tl.store(y + own, result.to(y.dtype.element_ty), mask=own < n)
+
+
+@triton.jit
 def vector_kernel(
     x,  # [K]
     weight,  # [N, K]
@@ -87,15 +103,7 @@ def vector_kernel(
         root = tl.rsqrt(tl.sum(squares, 0) / k + eps)
         result *= root
         second *= root
-    if BIAS:
-        result += tl.load(bias + safe).to(tl.float32)
-        if GATED:
-            second += tl.load(bias + n + safe).to(tl.float32)
-    if GATED:
-        result = result * tl.sigmoid(result) * second
-    if RESIDUAL:
-        result += tl.load(residual + safe).to(tl.float32)
-    tl.store(y + own, result.to(y.dtype.element_ty), mask=inside)
+    _finish(result, second, bias, residual, y, own, safe, n, GATED, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -209,15 +217,7 @@ def fp8_vector_kernel(
         result *= tl.load(scales + safe)
         if GATED:
             second *= tl.load(scales + n + safe)
-    if BIAS:
-        result += tl.load(bias + safe).to(tl.float32)
-        if GATED:
-            second += tl.load(bias + n + safe).to(tl.float32)
-    if GATED:
-        result = result * tl.sigmoid(result) * second
-    if RESIDUAL:
-        result += tl.load(residual + safe).to(tl.float32)
-    tl.store(y + own, result.to(y.dtype.element_ty), mask=inside)
+    _finish(result, second, bias, residual, y, own, safe, n, GATED, BIAS, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["rows"])

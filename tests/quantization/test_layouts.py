@@ -24,6 +24,13 @@ def _quantized(layout: object, weight: torch.Tensor) -> QuantizedWeight:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_room_is_made_on_the_device(layout: Int4Layout) -> None:
+    """A GPU whose Triton cannot compile computes integers in torch."""
+    room = layout.allocate((3, 5, 72), torch.bfloat16, torch.device("meta"))
+    assert {part.device.type for part in (room.values, room.scales, room.zeros) if part is not None} == {"meta"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("shape", [(10, 72), (3, 5, 72)], ids=str)
 def test_pieces_in_any_order_make_the_whole(layout: Int4Layout, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -40,7 +40,8 @@ class Int8Layout:
         self.name = "int8"
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> QuantizedWeight:
-        return QuantizedWeight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
+        values = torch.empty(shape, dtype=torch.int8, device=device)
+        return QuantizedWeight(values, torch.empty(shape[:-1], device=device))
 
     def write(self, target: QuantizedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Raises ValueError if a value is NaN or infinite."""
@@ -57,9 +58,9 @@ class Int4Layout:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> QuantizedWeight:
         per_group = (*shape[:-1], -(-shape[-1] // self.group))
-        scales = torch.empty(per_group, dtype=torch.float16)
+        scales = torch.empty(per_group, dtype=torch.float16, device=device)
         zeros = None if self.symmetric else torch.empty_like(scales)
-        return QuantizedWeight(torch.empty(shape, dtype=torch.int8), scales, zeros, self.group)
+        return QuantizedWeight(torch.empty(shape, dtype=torch.int8, device=device), scales, zeros, self.group)
 
     def write(self, target: QuantizedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
         """Raises ValueError if a value is NaN, infinite, or so large that its scale is beyond float16."""
@@ -87,24 +88,18 @@ def _int4_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
     return choose
 
 
-def _on_cpu(request: Request) -> str | None:
-    return None if request.device == "cpu" else "quantizes in the memory of the CPU"
+def _always(request: Request) -> str | None:
+    return None
 
 
 def _batch_dependent(request: Request) -> str | None:
-    if request.batch_invariant:
-        return "its reduction order depends on the number of rows"
-    return _on_cpu(request)
+    return "its reduction order depends on the number of rows" if request.batch_invariant else None
 
 
 def _batch_invariant(request: Request) -> str | None:
     if not request.batch_invariant:
         return "slower; only used when batch invariance is asked for"
-    return _on_cpu(request)
-
-
-def _any_device(request: Request) -> str | None:
-    return "its reduction order depends on the number of rows" if request.batch_invariant else None
+    return None if request.device == "cpu" else "BLAS reduces in one fixed order on a CPU only"
 
 
 def _tiled(op: Op) -> Callable[..., Tensor]:
@@ -137,19 +132,19 @@ def _provide(linear: Op, experts: Op, layouts: Mapping[int, Layout | Callable[[t
 
 
 # Sums of integers are exact in any order.
-register(Kernel(linear_int8.name, "torch", linear_int8.reference, _on_cpu, layouts={1: INT8}))
-register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _on_cpu, layouts={1: INT8, 2: INT8}))
+register(Kernel(linear_int8.name, "torch", linear_int8.reference, _always, layouts={1: INT8}))
+register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _always, layouts={1: INT8, 2: INT8}))
 _provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT8})
 _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})
 
 for _op in (linear_fp8, fused_linear_fp8):
-    register(Kernel(_op.name, "torch", _op.reference, _any_device, layouts={1: fp8_layout(1)}))
+    register(Kernel(_op.name, "torch", _op.reference, _batch_dependent, layouts={1: fp8_layout(1)}))
 register(
     Kernel(
         moe_experts_fp8.name,
         "torch",
         moe_experts_fp8.reference,
-        _any_device,
+        _batch_dependent,
         layouts={1: fp8_layout(1), 2: fp8_layout(2)},
     )
 )

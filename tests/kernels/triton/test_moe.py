@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skyline import ops
-from skyline.kernels.triton import moe, moe_fp8, moe_tiles, router
+from skyline.kernels.triton import moe, moe_bytes, moe_tiles, router
 from skyline.ops.fp8 import Fp8Weight, fp8_case_weight
 from skyline.ops.router import Scoring
+from skyline.quantization import quantize_int8
 from tests.kernels.triton.test_ops import DEVICE, moved
 
 Choose = Callable[[int, int, int, torch.Generator], Tensor]
@@ -96,9 +97,23 @@ def test_experts_in_fp8_at_larger_shapes(choose: Choose, shape: tuple[int, ...],
     )
     ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids) + residual.float()
-    got = moe_fp8.moe_experts_fp8(*(moved(each) for each in (x, gate_up, down, weights, ids, residual)))
+    got = moe_bytes.moe_experts_fp8(*(moved(each) for each in (x, gate_up, down, weights, ids, residual)))
     error = (got.float().cpu() - expected).norm() / expected.norm()
     assert error < (1e-2 if tokens == 1 else 8e-2)  # one token is not quantized
+
+
+@pytest.mark.parametrize("choose,shape", [(how, shape) for how, dtype, shape in SHAPES if dtype == BF16])
+def test_experts_in_int8_at_larger_shapes(choose: Choose, shape: tuple[int, ...]) -> None:
+    tokens, top_k, experts, h, i = shape
+    h, i = 4 * h, 3 * i
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((tokens, h), generator=generator).to(BF16)
+    gate_up, down = (quantize_int8(weight) for weight in _weights(experts, h, i, BF16, generator))
+    ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts_int8(x.float(), gate_up, down, weights, ids)
+    got = moe_bytes.moe_experts_int8(*(moved(each) for each in (x, gate_up, down, weights, ids)))
+    # Activated products that are rounded to bfloat16 may become other integers.
+    assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
 
 
 @pytest.mark.parametrize("tokens,top_k", [(1, 3), (6, 3), (50, 3)])

@@ -154,12 +154,12 @@ for _module, _ops in _MODULES.items():
 
 for _op in ("linear_fp8", "fused_linear_fp8"):
     provide(_op, "linear", {1: fp8_layout(1)}, supports_fp8)
-provide("moe_experts_fp8", "moe_fp8", {1: fp8_layout(1), 2: fp8_layout(2)}, supports_fp8)
+provide("moe_experts_fp8", "moe_bytes", {1: fp8_layout(1), 2: fp8_layout(2)}, supports_fp8)
 
 provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})
 provide("linear_int4", "quantized", {1: int4_layout(1)})
 provide("linear_fp4", "quantized")
-provide("moe_experts_int8", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
+provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})
 provide("moe_experts_int8_weight_only", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
 provide("moe_experts_int4", "experts", {1: int4_layout(1), 2: int4_layout(2)}, provider=BY_EXPERT)

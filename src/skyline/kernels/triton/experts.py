@@ -1,7 +1,7 @@
-"""Experts on integers, one after the other: each is two calls of the linear of the same format.
+"""Experts on int4 and on int8 weights alone, one after the other: each is two calls of the linear of the same format.
 
 Right for every number of tokens, and slow for few: which experts there are is asked of the device. Experts in bfloat16
-have kernels of their own (moe.py).
+and in bytes have kernels of their own (moe.py, moe_bytes.py).
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ def _mixture(linear: Callable[..., Tensor], x: Tensor, gate_up: Any, down: Any, 
         result = linear(hidden, _of(down, expert), None, False)
         output.index_add_(0, tokens, result.float() * weights[tokens, choices].unsqueeze(1))
     return output.to(x.dtype)
-
-
-def moe_experts_int8(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> Tensor:
-    return _mixture(quantized.linear_int8, x, gate_up, down, weights, ids)
 
 
 def moe_experts_int8_weight_only(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> Tensor:

@@ -106,6 +106,10 @@ def _moe_experts_fp8(
     return 2 if ids.shape[0] == 1 and in_words else 5 + (ids.numel() > _FEW_PAIRS)
 
 
+def _moe_experts_int8(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
+    return 5 + (ids.numel() > _FEW_PAIRS)
+
+
 def _by_expert(of_linear: int) -> Callable[..., int]:
     """Two linears of each expert: how many there are only the device knows, but not fewer than one token chooses."""
 
@@ -208,7 +212,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "moe_experts_clamped": _moe_experts_clamped,
     "moe_experts_ragged": _two,
     "moe_experts_padded": _two,
-    "moe_experts_int8": _by_expert(2),
+    "moe_experts_int8": _moe_experts_int8,
     "moe_experts_int8_weight_only": _by_expert(1),
     "moe_experts_int4": _by_expert(2),
     "paged_attention": _paged_attention,

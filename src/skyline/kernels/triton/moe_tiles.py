@@ -46,7 +46,7 @@ _FLOAT32_TILES: tuple[tuple[float, Tile], ...] = (
     (16, Tile(16, 64, 32, 4, 3)),
     (float("inf"), Tile(64, 64, 32, 4, 3)),
 )
-_FP8_TILES: tuple[tuple[float, Tile], ...] = (
+_BYTE_TILES: tuple[tuple[float, Tile], ...] = (
     (8, Tile(16, 64, 128, 4, 5)),
     (24, Tile(32, 64, 128, 4, 5)),
     (64, Tile(64, 128, 128, 4, 4)),
@@ -68,9 +68,9 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-def tile_for(rows: int, experts: int, x: Tensor, fp8: bool = False) -> Tile:
-    """For so many rows of x's device and, but for FP8 products, dtype in all."""
-    tiles = _FP8_TILES if fp8 else _FLOAT32_TILES if x.dtype == torch.float32 else _TILES
+def tile_for(rows: int, experts: int, x: Tensor, in_bytes: bool = False) -> Tile:
+    """For so many rows of x's device and dtype in all; in_bytes: that are quantized to eight bits."""
+    tiles = _BYTE_TILES if in_bytes else _FLOAT32_TILES if x.dtype == torch.float32 else _TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
     if capability(x.device)[0] in (9, 10):
         return tile
@@ -138,7 +138,7 @@ def _grouped_kernel(
     x,  # [rows // DIVISOR, K]
     weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first
     bias,  # [E, N or 2 N], contiguous, or unused
-    x_scales,  # of FP8: [rows // DIVISOR, 1], or [rows // DIVISOR, ceil(K / 128)]
+    x_scales,  # of FP8 and int8: [rows // DIVISOR, 1], or [rows // DIVISOR, ceil(K / 128)]
     scales,  # [E, N or 2 N], or [E, ceil(N or 2 N / 128), ceil(K / 128)]
     y,  # [rows, N], contiguous
     index,
@@ -198,7 +198,7 @@ def _grouped_kernel(
     weight_at = (
         weight + expert.to(tl.int64) * expert_stride + safe.to(tl.int64)[None, :] * weight_stride + steps[:, None]
     )
-    total = tl.zeros((ROWS, BAND), tl.float32)
+    total = tl.zeros((ROWS, BAND), tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32)
     columns = tl.where(count > 0, k, 0)
     for first in range(0, columns, STEP):
         if EVEN_K:
@@ -215,11 +215,11 @@ def _grouped_kernel(
             theirs = tl.load(scales + block_row * blocks + first // 128)
             total += tl.dot(a, b) * (mine[:, None] * theirs[None, :])
         else:
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     if SCALES == 1:
         mine = tl.load(x_scales + x_row, mask=there, other=0.0)
         theirs = tl.load(scales + expert.to(tl.int64) * (2 * n if GATED else n) + safe)
-        total *= mine[:, None] * theirs[None, :]
+        total = total.to(tl.float32) * (mine[:, None] * theirs[None, :])
     if BIAS:
         biases = bias + expert.to(tl.int64) * (2 * n if GATED else n)
         total += tl.load(biases + safe).to(tl.float32)[None, :]
@@ -248,7 +248,7 @@ def product(
 ) -> Tensor:
     """Each row's expert's matrix [N, K], or [2 N, K] if gated, times the row, activated if gated: [groups.rows, N].
 
-    x [rows // divisor, K], weight [E, N, K]. scales: of x and of the weight, in FP8, and dtype of the result.
+    x [rows // divisor, K], weight [E, N, K]. scales: of x and of the weight, in FP8 or int8, and dtype of the result.
     """
     n, k = weight.shape[1] // 2 if gated else weight.shape[1], weight.shape[2]
     y = torch.empty((groups.rows, n), dtype=dtype or x.dtype, device=x.device)

@@ -129,6 +129,12 @@ def _quantize(x: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
     return levels, scales, sums
 
 
+def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> int8 [T, K], and a scale a row [T] float32."""
+    levels, scales, _ = _quantize(x, None)
+    return levels, scales[0]
+
+
 @triton.jit
 def _turned(tile, SPLIT: tl.constexpr):
     """[.., BAND, WIDTH] -> [.., WIDTH, BAND]."""

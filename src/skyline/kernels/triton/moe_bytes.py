@@ -1,8 +1,8 @@
-"""Mixtures of experts in FP8: the launches of skyline.kernels.triton.moe on bytes.
+"""Mixtures of experts in FP8 and int8: the launches of skyline.kernels.triton.moe on bytes.
 
-One token: its row, and what the activation makes of it, stay as they are, and weights are read in words of four, as in
-linear_kernels.fp8_vector_kernel. More tokens: rows are quantized, with a scale for each 128 neighbours where weights
-have blocks, and tiles are products in FP8.
+One token in FP8: its row, and what the activation makes of it, stay as they are, and weights are read in words of four,
+as in linear_kernels.fp8_vector_kernel. Otherwise rows are quantized, with a scale for each 128 neighbours where weights
+have blocks, and tiles are products of bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
 from skyline.kernels.triton.moe import combine, groups_of
 from skyline.kernels.triton.moe_tiles import Groups, product, tile_for
+from skyline.kernels.triton.quantized import quantize_rows_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.ops import QuantizedWeight
 from skyline.ops.fp8 import BLOCK, Fp8Weight
 
 _GATE_UP_BAND, _GATE_UP_COLUMNS = 2, 1024  # rows of gate and of up, and columns, that a program streams at a time
@@ -229,5 +231,20 @@ def moe_experts_fp8(
         return torch.empty_like(x)
     if tokens == 1 and _in_words(gate_up, down):
         return _stream(x, gate_up, down, weights, ids, residual)
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, fp8=True))
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
     return combine(_grouped(x, groups, gate_up, down, top_k), None, weights, residual)
+
+
+def moe_experts_int8(
+    x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor
+) -> Tensor:
+    (tokens, top_k), experts = ids.shape, gate_up.shape[0]
+    weights, ids = weights.contiguous(), ids.contiguous()
+    if tokens == 0:
+        return torch.empty_like(x)
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
+    levels, scales = quantize_rows_int8(x)
+    hidden = product(levels, gate_up.values, groups, top_k, True, scales=(scales, gate_up.scales), dtype=x.dtype)
+    levels, scales = quantize_rows_int8(hidden)
+    rows = product(levels, down.values, groups, 1, False, scales=(scales, down.scales), dtype=x.dtype)
+    return combine(rows, None, weights)

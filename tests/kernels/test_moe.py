@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skyline import ops
 from skyline.graph import capture, lower, quantize_linears, run_passes
 from skyline.kernels import Kernel, Layout, Request, choose
 from skyline.kernels.cpu import native
@@ -223,7 +222,7 @@ def test_a_model_computes_the_same(folder: Path, instruction_set: str) -> None:
     torch.testing.assert_close(logits(replayed), logits(load_ours(folder)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.experts is not ops.moe_experts])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp8"])  # which is for GPUs
 def test_a_quantized_model_is_close(folder: Path, scheme: str) -> None:
     exact = logits(load_ours(folder))
     replayed = _Replayed(load_ours(folder, BFLOAT16), BFLOAT16, native.available(), scheme)

@@ -223,7 +223,7 @@ def _trace(steps: _Steps, count: int) -> dict[str, Any]:
     return {
         "launches": len(kernels) / count,
         "idle_share": 1 - busy / span,
-        "waits": sum(event.name() in _WAITS for event in events) - 2,  # those of `run` itself
+        "waits": sum(event.name() in _WAITS for event in events) - 2,  # that of `run`, and the profiler's
         "kernels_ms": {name: round(total / count / 1e6, 4) for name, total in largest},
     }
 

@@ -73,7 +73,7 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
     context = min(CONTEXT, loaded.limits.max_model_len)
     fits = [size for size in sizes if size <= config.max_num_seqs]
     fits = [size for size in fits if size * (context // config.block_size + 1) <= loaded.limits.num_blocks]
-    fp8 = any(call.op.name.endswith("_fp8") for call in loaded.program.calls)
+    fp8 = any(call.op.name.endswith("linear_fp8") for call in loaded.program.calls)
     began = time.perf_counter()
     results = []
     for done, size in enumerate(fits):

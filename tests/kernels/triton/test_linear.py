@@ -8,6 +8,7 @@ import torch
 from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.triton import linear
 from skyline.kernels.triton.knobs import Knobs, using
+from skyline.kernels.triton.thresholds import BAND_ROWS, in_words
 from skyline.ops import OPS, Fp8Weight
 from skyline.ops.fp8 import FP8, Fp8Rows, fp8_case_weight, quantize_fp8
 from tests.kernels.triton.test_ops import DEVICE, moved
@@ -38,27 +39,27 @@ def test_several_tiles(kind: str, rows: int, n: int, k: int) -> None:
             with using(knobs):
                 got = getattr(linear, name)(moved(x), moved(w), *(moved(option) for option in options))
             error = (got.float().cpu() - expected).norm() / expected.norm()
-            as_it_is = isinstance(w, torch.Tensor) or (rows == 1 and linear._in_words(w, options[1] is True))
+            as_it_is = isinstance(w, torch.Tensor) or (rows == 1 and in_words(w, options[1] is True))
             assert error < (1e-2 if as_it_is else 6e-2), (options, knobs, error)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_bands_fit_into_shared_memory(gated: bool) -> None:
     for shared in (101_376, 166_912, 232_448):
-        for rows in range(1, linear.BAND_ROWS + 1):
+        for rows in range(1, BAND_ROWS + 1):
             for blocks in (False, True):
                 tactic = linear.band_tactic(rows, gated, blocks, shared)
                 wide = 16 if rows <= 16 else 32 if rows <= 32 else 64
                 stage = ((2 if gated else 1) * tactic.rows + wide) * tactic.columns
-                assert tactic.stages * stage <= shared or tactic.stages == 2, (rows, blocks, tactic)
+                assert tactic.stages * stage <= shared, (rows, blocks, tactic)
 
 
 def test_one_row_of_fp8_is_read_in_words() -> None:
-    assert linear._in_words(fp8_case_weight(384, 1100, False, torch.Generator()), True)
-    assert not linear._in_words(fp8_case_weight(384, 1101, False, torch.Generator()), False)
-    assert linear._in_words(fp8_case_weight(300, 1100, True, torch.Generator()), False)
-    assert linear._in_words(fp8_case_weight(512, 1100, True, torch.Generator()), True)
-    assert not linear._in_words(fp8_case_weight(384, 1100, True, torch.Generator()), True)  # 192 of gate, 192 of up
+    assert in_words(fp8_case_weight(384, 1100, False, torch.Generator()), True)
+    assert not in_words(fp8_case_weight(384, 1101, False, torch.Generator()), False)
+    assert in_words(fp8_case_weight(300, 1100, True, torch.Generator()), False)
+    assert in_words(fp8_case_weight(512, 1100, True, torch.Generator()), True)
+    assert not in_words(fp8_case_weight(384, 1100, True, torch.Generator()), True)  # 192 of gate, 192 of up
 
 
 def _quantized_alike(values: torch.Tensor, scales: torch.Tensor, wanted: Fp8Weight) -> None:

@@ -20,12 +20,11 @@ from torch import Tensor
 from skyline.kernels.triton.causal_conv import request_of, tiles
 from skyline.kernels.triton.device import shared_memory
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import LARGEST_KEY, LONGEST
 from skyline.ops import AttentionBatch, StateCache
 
 _CHUNK = tl.constexpr(64)
 _BLOCK = tl.constexpr(16)  # rows of a chunk that are solved one by one
-_LONGEST = 32  # tokens of a request that go one by one
-_LARGEST_KEY = 128  # for which a chunk's keys and queries fit into the memory of a processor
 _VALUES = 32  # columns of the state a program
 _ROOMY = 200_000  # bytes of shared memory with which the next chunk is loaded ahead
 
@@ -277,7 +276,7 @@ def gated_delta_rule(
     keys, values = (max(16, next_power_of_2(dim)) for dim in (key_dim, value_dim))
     values = min(values, _VALUES)
     most, fewest = max(batch.host_query_lens), min(batch.host_query_lens)
-    longest = _LONGEST if keys <= _LARGEST_KEY and qkv.dtype != torch.float32 else most
+    longest = LONGEST if keys <= LARGEST_KEY and qkv.dtype != torch.float32 else most
     shape = {"KEY": key_dim, "KEYS": keys}
     columns = {"VALUE": value_dim, "VALUES": values}
     grid = (requests, heads, cdiv(value_dim, values))

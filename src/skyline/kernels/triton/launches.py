@@ -16,13 +16,9 @@ from torch import Tensor
 from skyline.kernels.gpu import Gpu
 from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.sizes import next_power_of_2
+from skyline.kernels.triton.thresholds import BAND_ROWS, FEW_PAIRS, LARGEST_KEY, LONGEST, experts_in_words, in_words
 from skyline.ops import AttentionBatch, LatentCache, StateCache
-from skyline.ops.fp8 import BLOCK, Fp8Weight
-from skyline.ops.quantized import integers_of
-
-_BAND_ROWS = 64  # of linear.py
-_FEW_PAIRS = 128  # of moe.py
-_LONGEST, _LARGEST_KEY = 32, 128  # of delta.py
+from skyline.ops.fp8 import Fp8Weight
 
 
 def _fused_linear(
@@ -52,22 +48,10 @@ def _fused_linear_fp8(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> int:
-    if x.shape[0] == 1 and _in_words(weight, silu_mul):
+    if x.shape[0] == 1 and in_words(weight, silu_mul):
         return 1
-    finishing = 0 if x.shape[0] <= _BAND_ROWS else (bias is not None) + silu_mul + (residual is not None)
+    finishing = 0 if x.shape[0] <= BAND_ROWS else (bias is not None) + silu_mul + (residual is not None)
     return 2 + finishing
-
-
-def _in_words(weight: Fp8Weight | Tensor, silu_mul: bool) -> bool:
-    n, k = weight.shape
-    return k % 4 == 0 and not (_has_blocks(weight) and silu_mul and n // 2 % BLOCK)
-
-
-def _has_blocks(weight: Fp8Weight | Tensor) -> bool:
-    if isinstance(weight, Fp8Weight):
-        return weight.blocks
-    decided = integers_of(weight)
-    return decided is not None and decided.group is not None
 
 
 def _two(gpu: Gpu, *arguments: Any) -> int:
@@ -76,7 +60,7 @@ def _two(gpu: Gpu, *arguments: Any) -> int:
 
 def _experts(gpu: Gpu, ids: Tensor) -> int:
     """Of one token both products; else both, the sum over choices, and before them a sort, if there are many."""
-    return 2 if ids.shape[0] == 1 else 3 + (ids.numel() > _FEW_PAIRS)
+    return 2 if ids.shape[0] == 1 else 3 + (ids.numel() > FEW_PAIRS)
 
 
 def _moe_experts(gpu: Gpu, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, *_: Any) -> int:
@@ -101,13 +85,11 @@ def _moe_experts_fp8(
     gpu: Gpu, x: Tensor, gate_up: Fp8Weight | Tensor, down: Fp8Weight | Tensor, weights: Tensor, ids: Tensor, *_: Any
 ) -> int:
     """Rows are quantized before each product, but for one token's, if its weights can be read in words of four."""
-    h, i = down.shape[1:]
-    in_words = h % 4 == 0 and i % 4 == 0 and not (_has_blocks(gate_up) and i % BLOCK)
-    return 2 if ids.shape[0] == 1 and in_words else 5 + (ids.numel() > _FEW_PAIRS)
+    return 2 if ids.shape[0] == 1 and experts_in_words(gate_up, down) else 5 + (ids.numel() > FEW_PAIRS)
 
 
 def _moe_experts_int8(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
-    return 5 + (ids.numel() > _FEW_PAIRS)
+    return 5 + (ids.numel() > FEW_PAIRS)
 
 
 def _by_expert(of_linear: int) -> Callable[..., int]:
@@ -190,9 +172,9 @@ def _gated_delta_rule(
     batch: AttentionBatch,
 ) -> int:
     """Requests of a few tokens go to one kernel, those of more to two."""
-    chunked = next_power_of_2(cache.shape[1]) <= _LARGEST_KEY and qkv.element_size() < 4
+    chunked = next_power_of_2(cache.shape[1]) <= LARGEST_KEY and qkv.element_size() < 4
     lengths = batch.host_query_lens
-    longest = _LONGEST if chunked else max(lengths)
+    longest = LONGEST if chunked else max(lengths)
     return (min(lengths) <= longest) + 2 * (max(lengths) > longest)
 
 

@@ -26,10 +26,9 @@ from skyline.kernels.triton.linear_kernels import (
 )
 from skyline.kernels.triton.norms import rms_norm
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import BAND_ROWS, in_words
 from skyline.ops.attention import FP8_MAX
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
-
-BAND_ROWS = 64
 
 
 class Tactic(NamedTuple):
@@ -183,7 +182,7 @@ def _fp8_vector(
     residual: Tensor | None,
     chosen: Tactic | None = None,
 ) -> Tensor:
-    """Of one row of x, [1, K], and a weight that `_in_words`."""
+    """Of one row of x, [1, K], and a weight that is `in_words`."""
     k, outputs = x.shape[1], weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
     y = x.new_empty((1, n))
@@ -216,12 +215,6 @@ def _fp8_vector(
         launch_pdl=early,
     )
     return y
-
-
-def _in_words(weight: Fp8Weight, silu_mul: bool) -> bool:
-    """Whether `fp8_vector_kernel` can read it: four numbers at a time, and a scale for all rows of a band."""
-    n, k = weight.shape
-    return k % 4 == 0 and not (weight.blocks and silu_mul and n // 2 % BLOCK)
 
 
 def _ahead(k: int) -> int:
@@ -308,7 +301,7 @@ def fused_linear_fp8(
     residual: Tensor | None = None,
 ) -> Tensor:
     rows = x.shape[0]
-    if rows == 1 and _in_words(weight, silu_mul):
+    if rows == 1 and in_words(weight, silu_mul):
         return _fp8_vector(x, weight, bias, silu_mul, norm, eps, residual)
     if rows == 0:
         return x.new_empty((0, weight.shape[0] // 2 if silu_mul else weight.shape[0]))

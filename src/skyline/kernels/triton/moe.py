@@ -16,8 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.moe_tiles import Groups, Tile, activated, grouped_experts, tile_for
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import FEW_PAIRS
 
-_FEW_PAIRS = 128  # up to so many are grouped without a sort
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
 _GATE_UP_BAND = 4  # rows of gate, and of up, that a program streams
 _DOWN_BAND = 2  # rows of down, of each chosen expert
@@ -317,7 +317,7 @@ def _combine_kernel(
 def groups_of(ids: Tensor, experts: int, tile: Tile) -> Groups:
     """Of ids [T, k], contiguous."""
     pairs = ids.numel()
-    if pairs <= _FEW_PAIRS:
+    if pairs <= FEW_PAIRS:
         return Groups("ids", ids, None, pairs, tile, pairs, experts)
     order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     offsets = _sort(ids, experts, order, None)

@@ -7,6 +7,9 @@ have blocks, and tiles are products of bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +20,14 @@ from skyline.kernels.triton.device import has_assembly, overlaps
 from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
 from skyline.kernels.triton.moe import combine, groups_of
-from skyline.kernels.triton.moe_tiles import Groups, product, tile_for
+from skyline.kernels.triton.moe_tiles import product, tile_for
 from skyline.kernels.triton.quantized import quantize_rows_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import experts_in_words
 from skyline.ops import QuantizedWeight
-from skyline.ops.fp8 import BLOCK, Fp8Weight
+from skyline.ops.fp8 import Fp8Weight
+
+Weight = TypeVar("Weight", Fp8Weight, QuantizedWeight)
 
 _GATE_UP_BAND, _GATE_UP_COLUMNS = 2, 1024  # rows of gate and of up, and columns, that a program streams at a time
 _DOWN_BAND, _DOWN_COLUMNS = 8, 1024
@@ -208,43 +214,40 @@ def _stream(
     return y
 
 
-def _in_words(gate_up: Fp8Weight, down: Fp8Weight) -> bool:
-    """Whether both can be read four numbers at a time, with a scale for all rows of a band."""
-    h, i = down.shape[1:]
-    return h % 4 == 0 and i % 4 == 0 and not (gate_up.blocks and i % BLOCK)
-
-
-def _grouped(x: Tensor, groups: Groups, gate_up: Fp8Weight, down: Fp8Weight, top_k: int) -> Tensor:
-    """The experts on their rows, [groups.rows, H]. Row r is of x's row r // top_k."""
-    values, scales = quantize_rows(x, gate_up.blocks)
-    hidden = product(values, gate_up.values, groups, top_k, True, scales=(scales, gate_up.scales), dtype=x.dtype)
-    values, scales = quantize_rows(hidden, down.blocks)
-    return product(values, down.values, groups, 1, False, scales=(scales, down.scales), dtype=x.dtype)
+def _grouped(
+    x: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None,
+    quantize: Callable[[Tensor, Weight], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """quantize: the rows that a weight is multiplied by -> bytes, and their scales."""
+    (tokens, top_k), experts = ids.shape, gate_up.shape[0]
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
+    levels, scales = quantize(x, gate_up)
+    hidden = product(levels, gate_up.values, groups, top_k, True, scales=(scales, gate_up.scales), dtype=x.dtype)
+    levels, scales = quantize(hidden, down)
+    rows = product(levels, down.values, groups, 1, False, scales=(scales, down.scales), dtype=x.dtype)
+    return combine(rows, None, weights, residual)
 
 
 def moe_experts_fp8(
     x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    (tokens, top_k), experts = ids.shape, gate_up.shape[0]
     weights, ids = weights.contiguous(), ids.contiguous()
-    if tokens == 0:
+    if x.shape[0] == 0:
         return torch.empty_like(x)
-    if tokens == 1 and _in_words(gate_up, down):
+    if x.shape[0] == 1 and experts_in_words(gate_up, down):
         return _stream(x, gate_up, down, weights, ids, residual)
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
-    return combine(_grouped(x, groups, gate_up, down, top_k), None, weights, residual)
+    return _grouped(x, gate_up, down, weights, ids, residual, lambda rows, weight: quantize_rows(rows, weight.blocks))
 
 
 def moe_experts_int8(
     x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor
 ) -> Tensor:
-    (tokens, top_k), experts = ids.shape, gate_up.shape[0]
     weights, ids = weights.contiguous(), ids.contiguous()
-    if tokens == 0:
+    if x.shape[0] == 0:
         return torch.empty_like(x)
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
-    levels, scales = quantize_rows_int8(x)
-    hidden = product(levels, gate_up.values, groups, top_k, True, scales=(scales, gate_up.scales), dtype=x.dtype)
-    levels, scales = quantize_rows_int8(hidden)
-    rows = product(levels, down.values, groups, 1, False, scales=(scales, down.scales), dtype=x.dtype)
-    return combine(rows, None, weights)
+    return _grouped(x, gate_up, down, weights, ids, None, lambda rows, _: quantize_rows_int8(rows))

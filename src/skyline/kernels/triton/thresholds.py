@@ -1,0 +1,33 @@
+"""Where other kernels take over, told by shapes alone and without Triton: for launching, and for counting launches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from skyline.ops.fp8 import BLOCK, Fp8Weight
+from skyline.ops.quantized import integers_of
+
+BAND_ROWS = 64  # most rows of x that FP8 products take in bands of the weight
+FEW_PAIRS = 128  # most pairs of token and expert that are grouped without a sort
+LONGEST = 32  # most tokens of a request that the gated delta rule takes one by one
+LARGEST_KEY = 128  # for which a chunk's keys and queries fit into the memory of a processor
+
+
+def has_blocks(weight: Fp8Weight | Tensor) -> bool:
+    """Whether a scale belongs to a block. A parameter stands for what was decided that it becomes."""
+    if isinstance(weight, Fp8Weight):
+        return weight.blocks
+    decided = integers_of(weight)
+    return decided is not None and decided.group is not None
+
+
+def in_words(weight: Fp8Weight | Tensor, silu_mul: bool) -> bool:
+    """Whether an FP8 weight [N, K] can be read four numbers at a time, with a scale for all rows of a band."""
+    n, k = weight.shape
+    return k % 4 == 0 and not (has_blocks(weight) and silu_mul and n // 2 % BLOCK)
+
+
+def experts_in_words(gate_up: Fp8Weight | Tensor, down: Fp8Weight | Tensor) -> bool:
+    """The same of experts, [E, 2 I, H] and [E, H, I]."""
+    h, i = down.shape[1:]
+    return h % 4 == 0 and i % 4 == 0 and not (has_blocks(gate_up) and i % BLOCK)

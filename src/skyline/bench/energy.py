@@ -32,6 +32,7 @@ from typing import Any, Protocol
 from skyline.bench.engines.memory import below
 from skyline.bench.hardware import cpu_flags
 from skyline.bench.results import Energy, Verdict
+from skyline.bench.wording import number_of
 
 INTERVAL_S = 1.0
 # Of the machine's CPU time, while the window lasted.
@@ -120,7 +121,7 @@ class Nvml:
             raise FileNotFoundError(f"NVML: {error}") from None
         if not self._devices:
             raise FileNotFoundError("NVML knows no GPU")
-        self.name = f"NVML ({len(self._devices)} GPUs)"
+        self.name = f"NVML ({number_of(len(self._devices), 'GPU')})"
         self.joules()
 
     def joules(self) -> float:
@@ -152,7 +153,7 @@ class NvidiaSmi:
             count = 0
         if count == 0 or once.returncode != 0:
             raise FileNotFoundError("nvidia-smi reports no power")
-        self.name = f"nvidia-smi ({count} GPUs)"
+        self.name = f"nvidia-smi ({number_of(count, 'GPU')})"
         self._count = count
         self._total = 0.0
         self._last: tuple[float, float] | None = None

@@ -16,6 +16,7 @@ from skyline.bench.metrics import metric_of
 from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.results import now as utc_now
 from skyline.bench.standing import configuration, eligible
+from skyline.bench.wording import number_of
 
 if TYPE_CHECKING:
     from skyline.bench.stats.changepoint import Change
@@ -103,7 +104,7 @@ def watch(
     begun = 0
     while _wait(schedule.due, stop, now):
         if missed := schedule.catch_up(now()):
-            note(f"{_runs(missed)} missed before {_said(schedule.due)}")
+            note(f"{number_of(missed, 'run')} missed before {_said(schedule.due)}")
         try:
             last = newest()
             if last is not None and last >= schedule.due:
@@ -117,7 +118,7 @@ def watch(
         if begun == count:
             break
         if skipped := schedule.advance(now()):
-            note(f"{_runs(skipped)} skipped: that one took longer than {format_interval(interval)}")
+            note(f"{number_of(skipped, 'run')} skipped: that one took longer than {format_interval(interval)}")
         note(f"the next run is due at {_said(schedule.due)}")
     return begun
 
@@ -134,10 +135,6 @@ def _wait(due: datetime, stop: threading.Event, now: Callable[[], datetime]) -> 
 
 def _said(time: datetime) -> str:
     return time.astimezone().isoformat(sep=" ", timespec="seconds")
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
 
 
 def crontab_line(command: str, every: timedelta) -> str:

@@ -87,7 +87,7 @@ def test_a_failed_replicate_does_not_hide_the_others() -> None:
     lost = group[0].model_copy(update={"status": "failed", "reason": "the server went away", "metrics": {}})
     (row,) = page_data(runs, [lost, *group[1:]], [], {})["points"]
     assert (row["status"], row["replicates"], row["off"]) == ("ok", 2, None)
-    assert row["notes"] == ["1 of 3 replicates do not count: the server went away"]
+    assert row["notes"] == ["1 of 3 replicates does not count: the server went away"]
 
 
 def test_points_off_the_frontier_say_why(data: dict[str, Any]) -> None:

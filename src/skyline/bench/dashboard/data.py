@@ -30,6 +30,7 @@ from skyline.bench.hardware import price_of
 from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.standing import combined
 from skyline.bench.suite import EngineSpec, Level, PointSpec, Suite, Workload, single
+from skyline.bench.wording import number_of
 
 Json = dict[str, Any]
 
@@ -146,7 +147,11 @@ def _point(group: list[PointResult], gate: list[AccuracyResult], suite: Suite) -
     counted = by_status[status]
     last = counted[-1]
     lost = [point for point in group if point.status != status]
-    notes = [f"{len(lost)} of {len(group)} replicates do not count: {lost[0].reason or lost[0].status}"] if lost else []
+    notes = []
+    if lost:
+        verb = "does" if len(lost) == 1 else "do"
+        why = lost[0].reason or lost[0].status
+        notes.append(f"{len(lost)} of {number_of(len(group), 'replicate')} {verb} not count: {why}")
     limited = next((point.client for point in counted if point.client and point.client.limited), None)
     spec = last.spec
     shown: Json = {
@@ -214,11 +219,11 @@ def _order(level: Level) -> float:
 
 
 def _describe(workload: Workload) -> str:
-    sizes = f"{workload.input} tokens in, {workload.output} out"
+    sizes = f"{number_of(workload.input, 'token')} in, {workload.output} out"
     if workload.ratio < 1:
         sizes += f", each from {workload.ratio:g} of that"
     if workload.sessions is not None:
-        sizes += f", {workload.sessions.turns} turns after {workload.sessions.shared_prefix} shared tokens"
+        sizes += f", {workload.sessions.turns} turns after {number_of(workload.sessions.shared_prefix, 'shared token')}"
     return sizes + (", chat" if workload.chat else ", completions")
 
 

@@ -23,6 +23,7 @@ from skyline.bench.importers.fields import Fields, ResultFileError, read_time
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import RequestTable
 from skyline.bench.suite import Level
+from skyline.bench.wording import number_of
 
 _NAMES = {
     "ttft": "time_to_first_token",
@@ -64,7 +65,7 @@ def read(data: Fields, records: list[Fields]) -> Draft:
         table=_table(records),
     )
     if not ended:
-        draft.nothing = f"none of its {failed} requests ended well"
+        draft.nothing = f"none of its {number_of(failed, 'request')} ended well"
         return draft
     if data.flag("was_cancelled") or data.data.get("is_complete") is False:
         draft.wrong = data.maybe_text("incomplete_reason") or "AIPerf was cancelled before its end"

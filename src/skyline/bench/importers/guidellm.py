@@ -27,6 +27,7 @@ from skyline.bench.importers.fields import Fields, ResultFileError, at
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import Window
 from skyline.bench.suite import Level
+from skyline.bench.wording import number_of
 
 _RATES = {
     "output_throughput": ("output_tokens_per_second", "output_token_count"),
@@ -83,7 +84,7 @@ def _benchmark(data: Fields, version: int) -> Draft:
         sent=clock.part("requests_made").whole("total"),
     )
     if ended == 0 or end <= begin:
-        draft.nothing = f"none of its {totals.whole('total')} requests ended well"
+        draft.nothing = f"none of its {number_of(totals.whole('total'), 'request')} ended well"
         return draft
     reason = "the tool's own window" if begin > origin else "the tool measures from its first request to the end"
     draft.window = Window(

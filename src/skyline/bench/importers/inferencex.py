@@ -19,6 +19,7 @@ from skyline.bench.importers.fields import Fields, ResultFileError
 from skyline.bench.metrics import STATISTICS
 from skyline.bench.results import Energy, Verdict
 from skyline.bench.suite import Level
+from skyline.bench.wording import number_of
 
 _NAMES = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}
 
@@ -58,7 +59,8 @@ def read(data: Fields, when: datetime.datetime, facts: Facts) -> Draft:
         completed, draft.sent = outcome.whole("completed"), outcome.whole("requested")
         draft.put("error_rate", outcome.whole("failed") / max(1, draft.sent), draft.sent)
         if outcome.maybe_text("status") == "failed":
-            draft.wrong = f"InferenceX marks it as failed: {outcome.whole('failed')} of {draft.sent} requests failed"
+            all_sent = number_of(draft.sent, "request")
+            draft.wrong = f"InferenceX marks it as failed: {outcome.whole('failed')} of {all_sent} failed"
     draft.put("output_throughput", _times(data.maybe_number("output_tput_per_gpu"), decode), completed)
     draft.put("input_throughput", _times(data.maybe_number("input_tput_per_gpu"), prefill), completed)
     draft.put("total_throughput", data.number("tput_per_gpu") * total, completed)

@@ -16,6 +16,7 @@ from skyline.bench.importers.fields import Fields, ResultFileError, at, read_tim
 from skyline.bench.metrics import STATISTICS
 from skyline.bench.results import RequestTable
 from skyline.bench.suite import Level
+from skyline.bench.wording import number_of
 
 _NAMES = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}
 
@@ -45,7 +46,7 @@ def read(data: Fields) -> Draft:
         table=_table(data),
     )
     if completed == 0 or duration <= 0:
-        draft.nothing = f"none of its {prompts} requests ended well"
+        draft.nothing = f"none of its {number_of(prompts, 'request')} ended well"
         return draft
     input_rate = data.number("total_input_tokens") / duration
     draft.put("request_throughput", data.number("request_throughput"), completed)

@@ -17,6 +17,7 @@ from skyline.bench.load.observed import Array, Observed, merge
 from skyline.bench.load.processes import LoadError, WorkerProcess, started
 from skyline.bench.load.prompts import PromptSource, TokenCounter
 from skyline.bench.suite import Level, Measure, Workload
+from skyline.bench.wording import number_of
 
 # Clients that one worker serves before a second one helps, where cores allow it.
 _CLIENTS_PER_WORKER = 64
@@ -196,7 +197,7 @@ async def _wait_until_enough(
         if (dead := alive()) is not None:
             raise LoadError(f"the engine ended while it was measured: {dead}")
         if failed == ended >= hopeless:
-            raise LoadError(f"all of the first {failed} requests failed, the last with: {last_error}")
+            raise LoadError(f"all of the first {number_of(failed, 'request')} failed, the last with: {last_error}")
         if warm_s is None and now >= measure.warmup_s and ended - failed >= warm_requests:
             warm_s, ended_warm = now, ended
         over = now >= measure.warmup_s + measure.max_s
@@ -207,18 +208,22 @@ async def _wait_until_enough(
             if replayed or (kind == "ramp" and over) or (kind not in ("ramp", "trace") and enough):
                 return warm_s, None
             if over and kind == "trace":
-                return warm_s, f"`max_s` ({measure.max_s:g} s) cut the trace: {ended} of its {arrivals} requests ended"
+                of_all = f"{ended} of its {number_of(arrivals, 'request')}"
+                return warm_s, f"`max_s` ({measure.max_s:g} s) cut the trace: {of_all} ended"
             if over:
-                return warm_s, f"{in_window} of {plan.wanted_requests} requests ended within {measure.max_s:g} s"
+                return (
+                    warm_s,
+                    f"{in_window} of {number_of(plan.wanted_requests, 'request')} ended within {measure.max_s:g} s",
+                )
         elif replayed:
             why = f"; the last error: {last_error}" if last_error else ""
             raise LoadError(
-                f"all {arrivals} requests of the trace ended within the warm-up of {measure.warmup_s:g} s ({failed} "
-                f"failed{why}); lower `warmup_s`, or take a longer trace"
+                f"all {number_of(arrivals, 'request')} of the trace ended within the warm-up of {measure.warmup_s:g} s "
+                f"({failed} failed{why}); lower `warmup_s`, or take a longer trace"
             )
         elif over:
             why = f"; the last error: {last_error}" if last_error else ""
             raise LoadError(
-                f"only {ended - failed} requests ended well within {now:.0f} s, too few to measure "
+                f"only {number_of(ended - failed, 'request')} ended well within {now:.0f} s, too few to measure "
                 f"({failed} failed{why}); raise `max_s`, or lower the load or the lengths"
             )

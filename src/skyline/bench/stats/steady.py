@@ -8,6 +8,7 @@ import numpy as np
 from scipy import special
 
 from skyline.bench.stats.dependence import Floats, Samples, long_run, memory, series
+from skyline.bench.wording import number_of
 
 BATCH = 5
 # The halves' means are compared from so many samples on.
@@ -61,7 +62,7 @@ def is_steady(
     if ratio is not None and not abs(ratio - 1) <= tolerance:
         return False, f"Little's law is off: requests under way / (rate · residence) = {ratio:.2f}"
     if x.size < LEAST:
-        return True, f"{x.size} samples are too few to see a drift"
+        return True, f"{number_of(x.size, 'sample')} {'is' if x.size == 1 else 'are'} too few to see a drift"
     first, second = np.array_split(x, 2)
     change = float(second.mean() - first.mean())
     relative = change / abs(float(first.mean())) if first.mean() else math.copysign(math.inf, change) if change else 0.0

@@ -22,6 +22,7 @@ def history(
     from skyline.bench.standing import eligible
     from skyline.bench.watch import history as follow
     from skyline.bench.watch import regressions
+    from skyline.bench.wording import number_of
 
     try:
         metric_of(metric)
@@ -33,7 +34,8 @@ def history(
     left_out = [(point, why) for point in points if (why := eligible(point, accuracy)) is not None]
     if left_out:
         point, why = left_out[-1]
-        count = f"{len(left_out)} of {len(points)} points do" if len(left_out) > 1 else "1 point does"
+        verb = "does" if len(left_out) == 1 else "do"
+        count = f"{len(left_out)} of {number_of(len(points), 'point')} {verb}"
         typer.echo(f"{count} not count, the last {point.spec.label}: {why}", err=True)
     if not series:
         console.fail(f"the store holds no result with {metric}; measure with `skyline bench run quick`")
@@ -54,5 +56,6 @@ def history(
     worse = regressions(series)
     if worse and fail_on_regression:
         console.fail(
-            f"{len(worse)} of {len(series)} configurations got worse: " + "; ".join(entry.label for entry in worse)
+            f"{len(worse)} of {number_of(len(series), 'configuration')} got worse: "
+            + "; ".join(entry.label for entry in worse)
         )

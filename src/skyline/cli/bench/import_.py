@@ -24,10 +24,14 @@ def import_(
 ) -> None:
     """Take results of vLLM's bench, guidellm, aiperf or InferenceX into the store, on the same frontier."""
     from skyline.bench.importers import import_file
+    from skyline.bench.wording import number_of
 
     given = {"devices": devices, "engine": engine, "hardware": hardware, "model": model, "label": label}
     overrides = {name: value for name, value in given.items() if value is not None}
     with opened(store) as results:
         for file in files:
-            counts = results.import_(import_file(file, tool, **overrides))
-            typer.echo(f"{file}: {counts.points} points")
+            read = import_file(file, tool, **overrides)
+            added = results.import_(read).points
+            # What a file gave before is replaced, perhaps by better facts.
+            again = "" if added else ", in place of what it gave before"
+            typer.echo(f"{file}: {number_of(len(read.points), 'point')}{again}")

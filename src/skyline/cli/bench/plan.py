@@ -20,6 +20,7 @@ def plan(
     from rich.table import Table
 
     from skyline.bench.plan import estimate, obstacles
+    from skyline.bench.wording import number_of
 
     with clear_errors():
         spec = suite_of(suite, engine)
@@ -45,8 +46,8 @@ def plan(
         )
     screen.print(table)
     screen.print(
-        f"{found.points} points; {found.starts} engine starts; {duration(found.least_s)} to {duration(found.most_s)} "
-        "of measuring, and the engines' installation and start besides",
+        f"{number_of(found.points, 'point')}; {number_of(found.starts, 'engine start')}; {duration(found.least_s)} to "
+        f"{duration(found.most_s)} of measuring, and the engines' installation and start besides",
         highlight=False,
     )
     for gate in found.gates:

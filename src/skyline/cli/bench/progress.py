@@ -55,7 +55,9 @@ class RichReporter:
         self._progress.update(self._task, description=spec.label, completed=number - 1, total=total)
 
     def live(self, live: Live) -> None:
-        state = f"{live.phase}, {live.ended} requests, {live.under_way} under way"
+        from skyline.bench.wording import number_of
+
+        state = f"{live.phase}, {number_of(live.ended, 'request')} ended, {live.under_way} under way"
         if live.failed:
             state += f", {live.failed} failed"
         self._progress.update(self._task, description=f"{self._label}  [dim]{state}[/dim]")

@@ -84,6 +84,7 @@ def import_(
     import pydantic
 
     from skyline.bench.results import Export
+    from skyline.bench.wording import number_of
 
     with opened(where) as results:
         for file in files:
@@ -96,6 +97,5 @@ def import_(
                 where_wrong = ".".join(map(str, first["loc"]))
                 console.fail(f"{file} is no export of a store: {where_wrong}: {first['msg']}")
             counts = results.import_(read)
-            typer.echo(
-                f"{file}: {counts.runs} runs, {counts.points} points, {counts.accuracy} accuracy results", err=True
-            )
+            added = (counts.runs, "run"), (counts.points, "point"), (counts.accuracy, "accuracy result")
+            typer.echo(f"{file}: {', '.join(number_of(*each) for each in added)} added", err=True)

@@ -1,7 +1,7 @@
 // Everything about one point: what was measured, how far it can be trusted, and how to repeat it.
 
 import { copyButton, h, saveText } from "./dom.js";
-import { bytes, chance, estimate, inUnit, interval, minute, number, percent } from "./format.js";
+import { bytes, chance, count, estimate, inUnit, interval, minute, number, percent } from "./format.js";
 import { axes } from "./frame.js";
 import { measure, offReason, seriesName } from "./model.js";
 import { repeatCommand, suiteFile } from "./repeat.js";
@@ -213,7 +213,7 @@ function tokenText({ usage, text, bundled, tokens_per_event: each, wrong_length:
   if (bundled) parts.push(`tokens came bundled, ${number(each)} an event`);
   if (textless > 0.01) parts.push(`${percent(textless)} of tokens came without text`);
   if (mismatch) parts.push(mismatch);
-  if (wrong) parts.push(`${number(wrong)} requests of another length than asked for`);
+  if (wrong) parts.push(`${count(wrong, "request")} of another length than asked for`);
   return parts.join("; ");
 }
 

@@ -1,7 +1,7 @@
 // Where the data stands: live, out of reach, or a copy; and how far running benchmarks are.
 
 import { byId, h, replace } from "./dom.js";
-import { ago, minute } from "./format.js";
+import { ago, count, minute } from "./format.js";
 
 let last = null;
 
@@ -32,7 +32,7 @@ export function showProgress(data) {
   replace(
     home,
     running.map((run) => {
-      const label = `${run.label ?? run.suite}: ${run.done} of ${run.planned} points`;
+      const label = `${run.label ?? run.suite}: ${run.done} of ${count(run.planned, "point")}`;
       return h(
         "div",
         { class: "run" },

@@ -54,6 +54,28 @@ def test_the_most_throughput_under_the_objective() -> None:
     assert [c.point.spec.level.concurrency for c in keeping] == [1]
 
 
+def test_what_cannot_be_judged_says_why_and_those_whose_values_keep_it_come_first() -> None:
+    bare = Estimate(value=0.2, refused="its file holds no interval")
+    slow = Estimate(value=0.9, refused="its file holds no interval")
+    points = [
+        point("a", 8, {"output_per_device": 90.0, "ttft_p90": slow}),
+        point("b", 8, {"output_per_device": 50.0, "ttft_p90": bare, "tpot_p90": bare}),
+        point("c", 8, {"output_per_device": 60.0, "ttft_p90": bare}),
+        point("d", 8, {"output_per_device": 10.0, "ttft_p90": (0.6, 0.4, 0.9)}),
+    ]
+    keeping, others = recommend(points, [], parse_objective("ttft=500ms"), confidence=0.9)
+    assert keeping == [] and [c.label[0] for c in others] == ["d", "c", "b", "a"]
+    assert [c.by_value for c in others] == [False, True, True, False]
+    assert others[1].missing == "ttft_p90 is 200 ms: its file holds no interval"
+    _, others = recommend(points, [], parse_objective("ttft=500ms,tpot=1s"), confidence=0.9)
+    assert [c.label[0] for c in others if c.by_value] == ["b"]
+    assert next(c.missing for c in others if c.label[0] == "c") == (
+        "ttft_p90 is 200 ms: its file holds no interval; tpot_p90: not measured"
+    )
+    interactive = Limit("interactivity", 20.0)
+    assert interactive.kept_by_value(Estimate(value=21.0)) and not interactive.kept_by_value(Estimate(value=19.0))
+
+
 OBJECTIVE = parse_objective("ttft=500ms")
 SOON = (0.1, 0.09, 0.11)
 

@@ -35,9 +35,27 @@ class Limit:
 
     @property
     def text(self) -> str:
-        metric = metric_of(self.key)
-        amount = f"{1000 * self.limit:g} ms" if metric.unit == "s" else f"{self.limit:g} {metric.unit}"
-        return f"{self.key} {'≤' if metric.better == 'lower' else '≥'} {amount}"
+        return f"{self.key} {'≤' if metric_of(self.key).better == 'lower' else '≥'} {self._amount(self.limit)}"
+
+    def _amount(self, value: float) -> str:
+        unit = metric_of(self.key).unit
+        return f"{1000 * value:.4g} ms" if unit == "s" else f"{value:.4g} {unit}"
+
+    def unknown(self, estimate: Estimate | None) -> str | None:
+        """Why it cannot be judged; None if it can."""
+        if estimate is None:
+            return f"{self.key}: not measured"
+        if estimate.refused is None:
+            return None
+        value = "" if estimate.value is None else f" is {self._amount(estimate.value)}"
+        return f"{self.key}{value}: {estimate.refused}"
+
+    def kept_by_value(self, estimate: Estimate | None) -> bool:
+        """Whether the value keeps the limit, however uncertain it is."""
+        if estimate is None or estimate.value is None:
+            return False
+        lower = metric_of(self.key).better == "lower"
+        return estimate.value <= self.limit if lower else estimate.value >= self.limit
 
     def probability(self, estimate: Estimate | None) -> float:
         """That the limit is kept, reading the interval as a log-normal's 95 %; 0 where nothing is known."""
@@ -80,8 +98,9 @@ def parse_objective(text: str) -> list[Limit]:
 class Candidate:
     """A configuration at one level, by the newest run that has it. `point` is its last replicate of `replicates`.
 
-    `probability` that it keeps the objective; `missing` says why that cannot be judged. `best`: the probability that
-    none of those that keep it has more throughput; None where that is not known, or it does not keep the objective.
+    `probability` that it keeps the objective; `missing` says why that cannot be judged, and `by_value` whether its
+    values keep it, however uncertain they are. `best`: the probability that none of those that keep it has more
+    throughput; None where that is not known, or it does not keep the objective.
     """
 
     point: PointResult
@@ -89,6 +108,7 @@ class Candidate:
     throughput: Estimate
     probability: float
     missing: str | None = None
+    by_value: bool = False
     best: float | None = None
 
     @property
@@ -104,8 +124,8 @@ def recommend(
     confidence: float = 0.5,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Configurations that keep the objective with at least that probability, most output per device first, and the
-    others, likeliest first. Replicates are one candidate with their mean. What must not stand on a frontier is in
-    neither, though an older run may have measured it well: the newest counts.
+    others, likeliest first, then those whose values keep it. Replicates are one candidate with their mean. What must
+    not stand on a frontier is in neither, though an older run may have measured it well: the newest counts.
     """
     keeping: list[Candidate] = []
     others: list[Candidate] = []
@@ -118,7 +138,7 @@ def recommend(
             keeps = candidate.missing is None and candidate.probability >= confidence
             (keeping if keeps else others).append(candidate)
     keeping.sort(key=lambda c: -(c.throughput.value or 0.0))
-    others.sort(key=lambda c: -c.probability)
+    others.sort(key=lambda c: (-c.probability, not c.by_value, -(c.throughput.value or 0.0)))
     return _with_best(keeping), others
 
 
@@ -128,14 +148,11 @@ def _judged(replicates: Sequence[PointResult], objective: Sequence[Limit]) -> Ca
     throughput = metrics.get("output_per_device")
     if throughput is None or throughput.value is None:
         return None
-    missing = None
-    for limit in objective:
-        estimate = metrics.get(limit.key)
-        if estimate is None or estimate.refused:
-            missing = f"{limit.key}: {estimate.refused if estimate is not None else 'not measured'}"
+    missing = "; ".join(why for limit in objective if (why := limit.unknown(metrics.get(limit.key))) is not None)
+    by_value = all(limit.kept_by_value(metrics.get(limit.key)) for limit in objective)
     probability = math.prod(limit.probability(metrics.get(limit.key)) for limit in objective)
     last = max(replicates, key=lambda point: point.started)
-    return Candidate(last, len(replicates), throughput, probability, missing)
+    return Candidate(last, len(replicates), throughput, probability, missing or None, by_value)
 
 
 def _with_best(candidates: Sequence[Candidate]) -> list[Candidate]:

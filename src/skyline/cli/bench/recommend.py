@@ -50,6 +50,7 @@ def recommend(
             "probability": candidate.probability,
             "best": candidate.best,
             "missing": candidate.missing,
+            "by_value": candidate.by_value,
             "command": point.provenance.engine_command,
             "measure_again": point.provenance.command,
         }
@@ -66,10 +67,13 @@ def recommend(
 def _print(keeping: list[Candidate], others: list[Candidate], wanted: str) -> None:
     screen = console.screen()
     if not keeping:
-        screen.print(f"Nothing that was measured keeps {wanted}. Nearest:", markup=False)
+        screen.print(f"Nothing that was measured is known to keep {wanted}. Nearest:", markup=False)
         for candidate in others[:3]:
-            why = candidate.missing or f"kept with probability {candidate.probability:.0%}"
-            screen.print(f"  {candidate.label}: {why}", markup=False)
+            why = f"kept with probability {candidate.probability:.0%}"
+            if candidate.missing is not None:
+                how = "kept by its values, how surely is unknown" if candidate.by_value else "cannot be judged"
+                why = f"{how} ({candidate.missing})"
+            screen.print(f"  {candidate.label}: {_throughput(candidate)}, {why}", markup=False, soft_wrap=True)
         return
     best, *rest = keeping
     screen.print(f"[bold]{best.label}[/bold]")

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from skyline.bench.comparison import counted, in_turns, paired_suite, pairs_of, self_pairs
+from skyline.bench.comparison import (
+    beyond_reach,
+    counted,
+    default_margin,
+    in_turns,
+    paired_suite,
+    pairs_of,
+    self_pairs,
+)
+from skyline.bench.stats.compare import compare
 from skyline.bench.suite import SuiteError, parse_suite
 from tests.bench.points import gate, limited_client, point
 
@@ -43,7 +52,43 @@ def test_pairs_are_what_both_measured() -> None:
         ("m · 1k/1k · concurrency 1 · output_per_device", [10.0, 11.0], [20.0, 21.0], "higher"),
         ("m · 1k/1k · concurrency 2 · output_per_device", [20.0, 21.0], [40.0, 41.0], "higher"),
     ]
-    assert any("concurrency 4" in text for text in missing) and any("ttft_p50" in text for text in missing)
+    assert missing == [
+        "m · 1k/1k · concurrency 1 · output_per_device: 1 replicate of A alone",
+        "m · 1k/1k · concurrency 1 · ttft_p50: measured by neither side",
+        "m · 1k/1k · concurrency 2 · output_per_device: 1 replicate of A alone",
+        "m · 1k/1k · concurrency 2 · ttft_p50: measured by neither side",
+        "m · 1k/1k · concurrency 4 · output_per_device: 2 replicates of B alone",
+        "m · 1k/1k · concurrency 4 · ttft_p50: measured by neither side",
+    ]
+    assert pairs_of(a, b, ["output_per_device"])[1][-1] == "m · 1k/1k · concurrency 4: 2 replicates of B alone"
+
+
+def test_a_level_that_only_the_baseline_reaches_is_not_passed_over() -> None:
+    a = [point("a", n, {"output_per_device": 10.0}, replicate=i) for n in (1, 16) for i in range(4)]
+    b = [point("b", 1, {"output_per_device": value}, replicate=i) for i, value in enumerate((10.0, 10.01, 9.99, 10.0))]
+    same = compare(pairs_of(a, b, ["output_per_device"])[0])
+    assert same.verdict == "same"
+    found = beyond_reach(same, a, b)
+    assert (found.verdict, found.exit_code) == ("undecided", 3)
+    assert found.advice == "nothing of B counts at m · 1k/1k · concurrency 16, where A was measured"
+    assert beyond_reach(same, b, a) == same, "that B reaches more is no reason to hold it back"
+    worse = compare(
+        pairs_of(
+            a,
+            [
+                p.model_copy(
+                    update={"metrics": {**p.metrics, "output_per_device": p.metrics["output_per_device"].scaled(0.5)}}
+                )
+                for p in b
+            ],
+            ["output_per_device"],
+        )[0]
+    )
+    assert beyond_reach(worse, a, b) == worse
+
+
+def test_noise_raises_the_margin_only_so_far() -> None:
+    assert [default_margin(floor) for floor in (0.0, 0.03, 20.0)] == [0.02, 0.03, 0.05]
 
 
 def test_neighbours_of_one_side() -> None:

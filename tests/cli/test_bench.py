@@ -84,7 +84,7 @@ def test_from_a_plan_to_a_recommendation(null_url: str, store: Path, tmp_path: P
     carried = tmp_path / "results.json"
     assert bench("store", "export", carried, "--store", store).exit_code == 0
     other = tmp_path / "other.sqlite3"
-    assert "2 runs, 3 points" in bench("store", "import", carried, "--store", other).output
+    assert "2 runs, 3 points, 0 accuracy results added" in bench("store", "import", carried, "--store", other).output
     assert "0 runs, 0 points" in bench("store", "import", carried, "--store", other).output
     assert bench("store", "delete", "first", "--store", other).exit_code == 0
     assert "first" not in bench("store", "list", "--store", other).stdout
@@ -139,13 +139,14 @@ def filled(store: Path, runs: dict[str, float], spread: float = 0.003) -> None:
 
 
 @pytest.mark.parametrize(
-    ("throughput", "verdict", "code"), [(100.0, "same", 0), (112.0, "better", 0), (90.0, "worse", 1)]
+    ("throughput", "verdict", "said", "code"),
+    [(100.0, "same", "the same as", 0), (112.0, "better", "better than", 0), (90.0, "worse", "worse than", 1)],
 )
-def test_comparing_stored_runs(store: Path, throughput: float, verdict: str, code: int) -> None:
+def test_comparing_stored_runs(store: Path, throughput: float, verdict: str, said: str, code: int) -> None:
     filled(store, {"main": 100.0, "branch": throughput})
     done = bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store)
     assert done.exit_code == code, done.output
-    assert f"branch is {verdict} against main" in done.stdout
+    assert f"branch is {said} main" in done.stdout
     found = json.loads(
         bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store, "--json").stdout
     )
@@ -161,6 +162,31 @@ def test_comparing_what_is_too_noisy_says_what_it_would_take(store: Path) -> Non
             results.save_point(point("skyline", 4, {"output_per_device": value}, run="branch", replicate=i))
     done = bench("compare", "main", "branch", "--metric", "output_per_device", "--store", store)
     assert done.exit_code == 3 and "pairs" in done.stdout
+
+
+def test_comparing_two_engines_of_one_stored_run(store: Path) -> None:
+    filled(store, {"main": 100.0})
+    with open_store(store) as results:
+        for i in range(4):
+            results.save_point(point("vllm", 4, {"output_per_device": 80.0 + 0.1 * i}, run="main", replicate=i))
+    compare = ["--metric", "output_per_device", "--store", store]
+    done = bench("compare", "main:skyline", "main:vllm", *compare)
+    assert done.exit_code == 1 and "main:vllm is worse than main:skyline" in done.stdout, done.output
+    refused = bench("compare", "main", "main", *compare)
+    assert refused.exit_code == 1 and "main:skyline, main:vllm" in refused.output
+    assert (
+        "no engine 'sglang'; it has skyline, vllm" in bench("compare", "main:skyline", "main:sglang", *compare).output
+    )
+    assert "there is no run 'other'" in bench("compare", "main:skyline", "other:vllm", *compare).output
+
+
+def test_a_point_that_was_imported_again_is_said_to_be_replaced(store: Path) -> None:
+    file = Path(__file__).parents[1] / "bench" / "importers" / "data" / "vllm_rate.json"
+    first, second = (bench("import", file, "--store", store).stdout for _ in range(2))
+    assert first == f"{file}: 1 point\n" and second == f"{file}: 1 point, in place of what it gave before\n"
+    scenario = ["--model", "demo", "--scenario", "76/32"]
+    said = bench("recommend", "--slo", "tpot_p50=1s", *scenario, "--store", store)
+    assert said.exit_code == 1 and "kept by its values, how surely is unknown (tpot_p50 is" in said.stdout
 
 
 def test_history_marks_what_changed(store: Path) -> None:
@@ -319,7 +345,7 @@ def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: 
     refused = bench(*compare, "--resume", "--label", "second")
     assert refused.exit_code == 1 and "leave out --label" in refused.output
     resumed = bench(*compare, "--resume", "--folder", tmp_path)
-    assert "is same against nothing" in " ".join(resumed.stdout.split()), resumed.output
+    assert "is the same as nothing" in " ".join(resumed.stdout.split()), resumed.output
     with open_store(store) as results:
         assert [run.status for run in results.runs()] == ["finished"], "and no second run was begun"
     assert "was cut short; leave out --resume" in bench(*compare, "--resume").output

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from skyline.bench.metrics import metric_of
 from skyline.bench.results import AccuracyResult, PointResult
 from skyline.bench.standing import eligible
-from skyline.bench.stats.compare import Pair
+from skyline.bench.stats.compare import EXIT_CODES, Comparison, Pair
 from skyline.bench.suite import EngineSpec, PointSpec, Suite, SuiteError
+from skyline.bench.wording import number_of
 
 # One for each axis of the frontier, and what a user feels first.
 DEFAULT_METRICS = ("output_per_device", "interactivity", "ttft_p50")
+# What does not matter, where the user does not say: as much as a machine disagrees with itself, within these. A loss of
+# 5 % matters on any machine; where it cannot be seen, that is to be said.
+LEAST_MARGIN, MOST_MARGIN = 0.02, 0.05
 
 
 def paired_suite(suite: Suite, a: str, b: str, pairs: int) -> Suite:
@@ -63,6 +68,11 @@ def counted(points: Iterable[PointResult], accuracy: Sequence[AccuracyResult]) -
     return kept, left_out
 
 
+def default_margin(floor: float) -> float:
+    """The relative difference that does not matter, on a machine with this noise floor."""
+    return min(max(LEAST_MARGIN, floor), MOST_MARGIN)
+
+
 def pairs_of(
     a: Sequence[PointResult], b: Sequence[PointResult], metrics: Sequence[str] = DEFAULT_METRICS
 ) -> tuple[list[Pair], list[str]]:
@@ -71,6 +81,7 @@ def pairs_of(
     left, right = _by_place(a), _by_place(b)
     pairs, missing = [], []
     for place in dict.fromkeys([*left, *right]):
+        alone: dict[str, list[str]] = {}
         for metric in metrics:
             values_a, values_b = _values(left.get(place, {}), metric), _values(right.get(place, {}), metric)
             both = sorted(values_a.keys() & values_b.keys())
@@ -78,10 +89,32 @@ def pairs_of(
             if both:
                 better = metric_of(metric).better
                 pairs.append(Pair(name, [values_a[i] for i in both], [values_b[i] for i in both], better))
-            lost = len(values_a.keys() ^ values_b.keys())
-            if lost or not both:
-                missing.append(f"{name}: {lost or 'all'} replicates on one side only")
+            why = _without_counterpart(values_a, values_b)
+            if why is not None:
+                alone.setdefault(why, []).append(metric)
+        for why, lost in alone.items():
+            which = [] if len(lost) == len(metrics) else [", ".join(lost)]
+            missing.append(f"{' · '.join((*place, *which))}: {why}")
     return pairs, missing
+
+
+def beyond_reach(comparison: Comparison, a: Sequence[PointResult], b: Sequence[PointResult]) -> Comparison:
+    """The comparison, undecided where it would pass B though A has levels that B has not: an engine that crashes at
+    one has nothing there that could be worse."""
+    there = _by_place(b)
+    lost = [" · ".join(place) for place in _by_place(a) if place not in there]
+    if not lost or EXIT_CODES[comparison.verdict] != 0:
+        return comparison
+    advice = f"nothing of B counts at {'; '.join(lost)}, where A was measured"
+    return dataclasses.replace(comparison, verdict="undecided", advice=advice)
+
+
+def _without_counterpart(a: Mapping[int, float], b: Mapping[int, float]) -> str | None:
+    if not a and not b:
+        return "measured by neither side"
+    only = [(side, len(mine.keys() - other)) for side, mine, other in (("A", a, b), ("B", b, a))]
+    said = [f"{number_of(count, 'replicate')} of {side} alone" for side, count in only if count]
+    return ", ".join(said) or None
 
 
 def self_pairs(a: Sequence[PointResult], b: Sequence[PointResult], metric: str) -> list[Pair]:

@@ -108,6 +108,19 @@ def test_margins_by_name() -> None:
     assert [row.margin for row in found.rows] == [0.01, 0.1]
     with pytest.raises(CompareError, match="no margin for noisy"):
         compare(pairs, {"quiet": 0.01})
+    with pytest.raises(CompareError, match="no floor for quiet"):
+        compare(pairs, 0.01, {"noisy": 0.1})
+
+
+def test_noise_hides_differences_and_makes_nothing_the_same() -> None:
+    """As measured on a busy machine: three and a half times the TTFT, at a floor of 20 times."""
+    slow = Pair("ttft", [29.0, 21.0, 27.0, 41.0], [80.0, 95.0, 95.0, 114.0], "lower")
+    assert compare([slow]).verdict == "worse"
+    found = compare([slow], 0.05, {"ttft": 19.0})
+    assert (found.verdict, found.exit_code, found.rows[0].floor) == ("undecided", 3, 19.0)
+    assert found.advice is not None and "less than one side differs from itself here (1900%)" in found.advice
+    even = Pair("even", [100.0] * 4, [100.1, 99.9, 100.0, 100.05])
+    assert compare([even], 0.02, 19.0).verdict == "same", "within the margin it is, whatever the floor"
 
 
 def test_advice_says_how_many_pairs_it_takes() -> None:
@@ -162,8 +175,17 @@ def test_the_noise_floor() -> None:
     assert np.mean(many) == pytest.approx(0.03 / math.sqrt(200), rel=0.15)
     few = [noise_floor(measured(rng, 4, 0.03, rows=1)) for _ in range(300)]
     assert np.mean([floor > 0.03 / math.sqrt(4) for floor in few]) == pytest.approx(0.95, abs=0.04)
+    held = []
+    for _ in range(300):  # at worst a level tells the same as another once more
+        logs = rng.normal(0, 0.03, 4)
+        pairs = [Pair("x", [1.0] * n, np.exp(rng.permutation(logs)[:n]).tolist()) for n in (4, 2)]
+        held.append(noise_floor(pairs) > 0.03 / math.sqrt(3))
+    assert np.mean(held) >= 0.93
     assert noise_floor([]) == 0.0
     assert noise_floor([Pair("x", [1.0, 2.0], [1.0, 2.0])]) == 0.0
+    # A level of which little was left does not make the bound: the others know.
+    shape = [Pair("x", [1.0] * 4, [1.1, 0.9, 1.05, 0.95]), Pair("y", [1.0], [1.1])]
+    assert noise_floor(shape[:1]) < noise_floor(shape) < 3 * noise_floor(shape[:1])
     biased = noise_floor([Pair("x", [100.0] * 10, [103.0 + 0.01 * i for i in range(10)])])
     assert biased > 0.01  # A is not the same as itself, however repeatable that is
     with pytest.raises(CompareError):

@@ -45,7 +45,8 @@ class Pair:
 @dataclass(frozen=True)
 class Row:
     """`ratio` is B / A (the geometric mean) with its t interval, `p` two-sided that it is 1, `p_adjusted` Holm's over
-    all rows. `p_same` is that of two one-sided tests that the ratio is within the margin (Schuirmann 1987)."""
+    all rows. `p_same` is that of two one-sided tests that the ratio is within the margin (Schuirmann 1987). `floor` is
+    what the machine's own noise looks like."""
 
     name: str
     better: Literal["higher", "lower"]
@@ -54,6 +55,7 @@ class Row:
     p_adjusted: float
     p_same: float
     margin: float
+    floor: float
     verdict: Outcome
 
 
@@ -72,30 +74,33 @@ class Comparison:
         return EXIT_CODES[self.verdict]
 
 
-def compare(pairs: Sequence[Pair], margin: float | Mapping[str, float] = 0.02, alpha: float = 0.05) -> Comparison:
-    """`margin`: the relative difference that does not matter, for all pairs or by name; `noise_floor` of A/A runs is
-    the least that makes sense.
+def compare(
+    pairs: Sequence[Pair],
+    margin: float | Mapping[str, float] = 0.02,
+    floor: float | Mapping[str, float] = 0.0,
+    alpha: float = 0.05,
+) -> Comparison:
+    """`margin`: the relative difference that does not matter; `floor`: the one that cannot be told from noise, as
+    `noise_floor` of A/A runs is. Either for all pairs or by name.
 
-    A row is better or worse where Holm's p is below alpha and the ratio found is beyond the margin; the same where it
-    is within the margin at level alpha; otherwise undecided. Raises CompareError for no pairs, a margin that is not
-    there, and values that are not positive.
+    A row is better or worse where Holm's p is below alpha and the ratio found is beyond margin and floor; the same
+    where it is within the margin at level alpha; otherwise undecided. The floor makes no row the same: where little
+    can be seen, nothing was shown to be equal. Raises CompareError for no pairs, a margin or floor that is not there,
+    and values that are not positive.
     """
     if not pairs:
         raise CompareError("there is nothing to compare: no level was measured on both sides")
-    if isinstance(margin, Mapping):
-        lacking = [pair.name for pair in pairs if pair.name not in margin]
-        if lacking:
-            raise CompareError(f"there is no margin for {', '.join(lacking)}")
-    margins = [margin[pair.name] if isinstance(margin, Mapping) else margin for pair in pairs]
+    margins, floors = _of_each(pairs, margin, "margin"), _of_each(pairs, floor, "floor")
     logs = [log_ratios(pair) for pair in pairs]
     tests = [_test(log, math.log1p(least), alpha) for log, least in zip(logs, margins, strict=True)]
     adjusted = holm([p for _, p, _ in tests])
     rows = [
         Row(
-            pair.name, pair.better, ratio, p, p_holm, p_same, least, _verdict(pair, ratio, p_holm, p_same, least, alpha)
+            pair.name, pair.better, ratio, p, p_holm, p_same, least, noise,
+            verdict=_verdict(pair, ratio, p_holm, p_same, max(least, noise), alpha),
         )
-        for pair, least, (ratio, p, p_same), p_holm in zip(pairs, margins, tests, adjusted, strict=True)
-    ]
+        for pair, least, noise, (ratio, p, p_same), p_holm in zip(pairs, margins, floors, tests, adjusted, strict=True)
+    ]  # fmt: skip
     verdicts = {row.verdict for row in rows}
     overall: Outcome = "undecided"
     if "worse" in verdicts:
@@ -105,6 +110,14 @@ def compare(pairs: Sequence[Pair], margin: float | Mapping[str, float] = 0.02, a
     elif verdicts == {"same"}:
         overall = "same"
     return Comparison(rows, overall, _advice(rows, logs, alpha) if overall == "undecided" else None)
+
+
+def _of_each(pairs: Sequence[Pair], given: float | Mapping[str, float], what: str) -> list[float]:
+    if not isinstance(given, Mapping):
+        return [given] * len(pairs)
+    if lacking := [pair.name for pair in pairs if pair.name not in given]:
+        raise CompareError(f"there is no {what} for {', '.join(lacking)}")
+    return [given[pair.name] for pair in pairs]
 
 
 def log_ratios(pair: Pair) -> Floats:
@@ -146,9 +159,9 @@ def holm(ps: Sequence[float]) -> list[float]:
     return values
 
 
-def _verdict(pair: Pair, ratio: Estimate, p_adjusted: float, p_same: float, margin: float, alpha: float) -> Outcome:
+def _verdict(pair: Pair, ratio: Estimate, p_adjusted: float, p_same: float, least: float, alpha: float) -> Outcome:
     change = math.log(ratio.value or 1.0) * (1 if pair.better == "higher" else -1)
-    if p_adjusted < alpha and abs(change) > math.log1p(margin):
+    if p_adjusted < alpha and abs(change) > math.log1p(least):
         return "better" if change > 0 else "worse"
     return "same" if p_same < alpha else "undecided"
 
@@ -158,6 +171,13 @@ def _advice(rows: Sequence[Row], logs: Sequence[Floats], alpha: float) -> str:
     open_rows = [(row, log) for row, log in zip(rows, logs, strict=True) if row.verdict == "undecided"]
     if any(log.size < 2 for _, log in open_rows):
         return "one pair tells nothing of the noise: measure at least 4"
+    hidden = [row for row, _ in open_rows if row.p_adjusted < alpha and row.floor > row.margin]
+    if hidden:
+        worst = max(hidden, key=lambda row: row.floor)
+        return (
+            f"{worst.name} differs, but by less than one side differs from itself here ({worst.floor:.0%}): it takes "
+            "a quieter machine or more pairs"
+        )
     row, log = max(open_rows, key=lambda one: float(one[1].std(ddof=1)))
     spread, effect = float(log.std(ddof=1)), max(EFFECT, 2 * row.margin)
     which = f"{row.name} differs by {math.expm1(spread):.1%} from pair to pair"
@@ -171,18 +191,19 @@ def _advice(rows: Sequence[Row], logs: Sequence[Floats], alpha: float) -> str:
 
 
 def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float:
-    """The relative difference that A shows against itself: the least margin that makes sense. 0 for no pairs.
+    """The relative difference that A shows against itself: what is smaller cannot be told from noise. 0 for no pairs.
 
     `pairs` are A/A. The upper confidence bound of the standard deviation of a pair's mean log ratio, about zero (which
     is where it belongs: what A/A differs by on average is noise too). Metrics and levels of the same runs go up and
-    down together, so that the bound's degrees of freedom are those of the shortest pair. Give it the pairs of each
-    metric by themselves where metrics differ in noise, and `compare` a margin by name.
+    down together: at worst all levels of a run tell the same once more, and then their squares together have at least
+    as many degrees of freedom as a level has pairs on average. Give it the pairs of each metric by themselves where
+    metrics differ in noise, and `compare` a floor by name.
     """
     if not pairs:
         return 0.0
     logs = [log_ratios(pair) for pair in pairs]
-    df = min(log.size for log in logs)
-    variance = float(np.mean([np.mean(log**2) / log.size for log in logs]))
+    df = sum(log.size for log in logs) / len(logs)
+    variance = float(np.mean(np.concatenate(logs) ** 2)) / df
     return math.expm1(math.sqrt(variance * df / float(special.chdtri(df, confidence))))
 
 

@@ -14,12 +14,20 @@ if TYPE_CHECKING:
     from skyline.bench.stats.compare import Comparison
     from skyline.bench.store import Store
 
-LEAST_MARGIN = 0.02
 PAIRS = 5
+SAID = {
+    "better": "[bold]better[/bold] than",
+    "worse": "[bold]worse[/bold] than",
+    "same": "[bold]the same[/bold] as",
+    "undecided": "[bold]undecided[/bold] against",
+}
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="The baseline: an engine of --suite, or a stored run (id or label).")],
+    a: Annotated[
+        str,
+        typer.Argument(help="The baseline: an engine of --suite, or a stored run (id or label), or RUN:ENGINE of it."),
+    ],
     b: Annotated[str, typer.Argument(help="What is compared with it, named the same way.")],
     suite: Annotated[
         str | None,
@@ -32,7 +40,10 @@ def compare(
     margin: Annotated[
         float | None,
         typer.Option(
-            min=0.001, max=0.5, help="Smaller differences do not count.", show_default="the noise floor, at least 2 %"
+            min=0.001,
+            max=0.5,
+            help="Smaller differences do not count.",
+            show_default="the noise floor, at least 2 % and at most 5 %",
         ),
     ] = None,
     metric: Annotated[
@@ -51,7 +62,14 @@ def compare(
     With --suite both are measured in turns (A B B A …), so that drift of the machine takes both alike, and neighbours
     of one side say how far it disagrees with itself.
     """
-    from skyline.bench.comparison import DEFAULT_METRICS, counted, pairs_of, self_pairs
+    from skyline.bench.comparison import (
+        DEFAULT_METRICS,
+        beyond_reach,
+        counted,
+        default_margin,
+        pairs_of,
+        self_pairs,
+    )
     from skyline.bench.metrics import metric_of
     from skyline.bench.stats.compare import compare as judge
     from skyline.bench.stats.compare import noise_floor
@@ -78,13 +96,21 @@ def compare(
     found, missing = pairs_of(left, right, metrics)
     missing = [*lost_left, *lost_right, *missing]
     if not found:
-        console.fail("the two have no level in common that both measured" + (f": {missing[0]}" if missing else ""))
-    floors = {name: noise_floor(self_pairs(left, right, name)) for name in metrics} if suite is not None else {}
-
-    def least(name: str) -> float:
-        return margin if margin is not None else max(LEAST_MARGIN, floors.get(name.rpartition(" · ")[2], 0.0))
-
-    comparison = judge(found, margin={pair.name: least(pair.name) for pair in found})
+        console.fail(
+            "the two have no level in common that both measured" + (f": {'; '.join(missing[:4])}" if missing else "")
+        )
+    floors = {}
+    if suite is not None:
+        compared = {pair.name for pair in found}
+        itself = {name: [p for p in self_pairs(left, right, name) if p.name in compared] for name in metrics}
+        floors = {name: noise_floor(pairs) for name, pairs in itself.items() if pairs}
+    noise = {pair.name: floors.get(pair.name.rpartition(" · ")[2], 0.0) for pair in found}
+    comparison = judge(
+        found,
+        margin={name: default_margin(floor) if margin is None else margin for name, floor in noise.items()},
+        floor=noise if margin is None else 0.0,
+    )
+    comparison = beyond_reach(comparison, left, right)
     _print(comparison, a, b, floors, missing, as_json)
     raise typer.Exit(comparison.exit_code)
 
@@ -95,11 +121,11 @@ def _measured(
     from skyline.bench import runner
     from skyline.bench.comparison import in_turns, paired_suite
     from skyline.cli.bench.progress import RichReporter
-    from skyline.cli.bench.run import begun
+    from skyline.cli.bench.run import begun, stoppable
 
     spec = paired_suite(suite_of(suite), a, b, pairs)
     run = begun(spec, results, label, resume)
-    with RichReporter() as reporter:
+    with stoppable(), RichReporter() as reporter:
         runner.execute(run, results, reporter, bench_folder(folder), order=in_turns)
     names = [engine.name for engine in spec.engines]
     points = results.points(run.id)
@@ -108,14 +134,24 @@ def _measured(
 
 
 def _stored(results: Store, run: str, engine: str | None) -> list[PointResult]:
-    points = results.points(results.run(run).id)
+    """Of one engine of a stored run, which may be named RUN:ENGINE."""
+    from skyline.bench.store import StoreError
+
+    try:
+        points = results.points(results.run(run).id)
+    except StoreError:
+        before, colon, after = run.partition(":")
+        if not colon or engine is not None:
+            raise
+        return _stored(results, before, after)
     names = sorted({point.spec.engine.name for point in points})
     if engine is not None:
         points = [point for point in points if point.spec.engine.name == engine]
         if not points:
             console.fail(f"run {run} holds no engine {engine!r}; it has {', '.join(names)}")
     elif len(names) > 1:
-        console.fail(f"run {run} holds several engines; choose one with --engine: {', '.join(names)}")
+        ways = ", ".join(f"{run}:{name}" for name in names)
+        console.fail(f"run {run} holds several engines; choose one by {ways}, or for both sides with --engine")
     return points
 
 
@@ -123,6 +159,7 @@ def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], mis
     import dataclasses
     import json
 
+    from rich.markup import escape
     from rich.table import Table
 
     if as_json:
@@ -136,7 +173,7 @@ def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], mis
     screen = console.screen()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("level and metric")
-    for column in (f"{b} / {a}", "95 %", "p (Holm)", "margin", "verdict"):
+    for column in (escape(f"{b} / {a}"), "95 %", "p (Holm)", "margin", "verdict"):
         table.add_column(column, justify="right")
     for row in comparison.rows:
         ratio = row.ratio
@@ -144,11 +181,11 @@ def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], mis
         value = "–" if ratio.value is None else f"{ratio.value:.3f}"
         table.add_row(row.name, value, between, f"{row.p_adjusted:.3g}", f"{row.margin:.1%}", row.verdict)
     screen.print(table)
-    screen.print(f"{b} is [bold]{comparison.verdict}[/bold] against {a}; differences within the margin do not count")
+    screen.print(f"{escape(b)} is {SAID[comparison.verdict]} {escape(a)}; differences within the margin do not count")
     if floors:
         noise = ", ".join(f"{name} {floor:.1%}" for name, floor in floors.items())
-        screen.print(f"noise floor (what one side shows against itself): {noise}")
+        screen.print(f"noise floor (what one side shows against itself; nothing below it counts): {noise}")
     for text in missing:
-        screen.print(f"not compared: {text}", style="dim", markup=False)
+        screen.print(f"not compared: {text}", style="dim", markup=False, soft_wrap=True)
     if comparison.advice:
-        screen.print(comparison.advice, markup=False)
+        screen.print(comparison.advice, markup=False, soft_wrap=True)

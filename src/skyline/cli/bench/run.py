@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -91,6 +93,16 @@ def begun(suite: Suite, results: Store, label: str | None, resume: bool) -> Run:
     return cut_short
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Says what Ctrl+C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. What was finished is stored; --resume goes on from here.", err=True)
+        raise typer.Exit(130) from None
+
+
 def _instead(
     suite: Suite,
     url: str | None,
@@ -128,12 +140,8 @@ def _measure(run: Run, results: Store, folder: Path | None, where: str | None, o
         from skyline.cli.bench.dashboard import in_background
 
         server = in_background(where)
-    try:
-        with RichReporter() as reporter:
-            run = runner.execute(run, results, reporter, bench_folder(folder))
-    except KeyboardInterrupt:
-        typer.echo("\nStopped. What was finished is stored; --resume goes on from here.", err=True)
-        raise typer.Exit(130) from None
+    with stoppable(), RichReporter() as reporter:
+        run = runner.execute(run, results, reporter, bench_folder(folder))
     points = results.points(run.id)
     summary(points, results.accuracy(run.id))
     if server is not None:

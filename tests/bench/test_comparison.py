@@ -88,7 +88,7 @@ def test_a_level_that_only_the_baseline_reaches_is_not_passed_over() -> None:
 
 
 def test_noise_raises_the_margin_only_so_far() -> None:
-    assert [default_margin(floor) for floor in (0.0, 0.03, 20.0)] == [0.02, 0.03, 0.05]
+    assert [default_margin(floor) for floor in (0.0, 0.03, 20.0, None)] == [0.02, 0.03, 0.05, 0.05]
 
 
 def test_neighbours_of_one_side() -> None:

@@ -62,8 +62,13 @@ def test_from_a_plan_to_a_recommendation(null_url: str, store: Path, tmp_path: P
 
     with open_store(store) as results:
         points = results.points()
-    # On a busy machine a point may be taken off because the client was the limit.
-    good = {point.spec.label for point in points if eligible(point, []) is None}
+    # On a busy machine a point may be taken off because the client was the limit, or have no intervals to judge by.
+    judged = ("ttft_p50", "tpot_p50")
+    good = {
+        point.spec.label
+        for point in points
+        if eligible(point, []) is None and not any(point.metrics[key].refused for key in judged)
+    }
     best = bench("recommend", "--slo", "ttft_p50=10s,tpot_p50=10s", "--store", store, "--json")
     assert best.exit_code == (0 if good else 1), best.output
     assert {c["configuration"] for c in json.loads(best.stdout)["recommended"]} == good
@@ -345,7 +350,7 @@ def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: 
     refused = bench(*compare, "--resume", "--label", "second")
     assert refused.exit_code == 1 and "leave out --label" in refused.output
     resumed = bench(*compare, "--resume", "--folder", tmp_path)
-    assert "is the same as nothing" in " ".join(resumed.stdout.split()), resumed.output
+    assert "nothing again is the same as nothing" in " ".join(resumed.stdout.split()), resumed.output
     with open_store(store) as results:
         assert [run.status for run in results.runs()] == ["finished"], "and no second run was begun"
     assert "was cut short; leave out --resume" in bench(*compare, "--resume").output

@@ -68,9 +68,9 @@ def counted(points: Iterable[PointResult], accuracy: Sequence[AccuracyResult]) -
     return kept, left_out
 
 
-def default_margin(floor: float) -> float:
-    """The relative difference that does not matter, on a machine with this noise floor."""
-    return min(max(LEAST_MARGIN, floor), MOST_MARGIN)
+def default_margin(floor: float | None) -> float:
+    """The relative difference that does not matter, on a machine with this noise floor, or an unknown one."""
+    return MOST_MARGIN if floor is None else min(max(LEAST_MARGIN, floor), MOST_MARGIN)
 
 
 def pairs_of(

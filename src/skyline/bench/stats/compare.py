@@ -26,6 +26,8 @@ EXIT_CODES: dict[Outcome, int] = {"better": 0, "same": 0, "worse": 1, "undecided
 # What the advice is about: a regression of 5 %, found with 80 % probability.
 EFFECT, POWER = 0.05, 0.8
 MOST_PAIRS = 10_000
+# A side must have met itself so often: of one pair, the bound on noise is 16 times what was seen, of three 3 times.
+LEAST_SELF_PAIRS = 3
 
 
 class CompareError(ValueError):
@@ -190,8 +192,9 @@ def _advice(rows: Sequence[Row], logs: Sequence[Floats], alpha: float) -> str:
     return f"{which}: to find {effect:.0%} with {POWER:.0%} probability takes {needed} pairs, there are {log.size}"
 
 
-def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float:
-    """The relative difference that A shows against itself: what is smaller cannot be told from noise. 0 for no pairs.
+def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float | None:
+    """The relative difference that A shows against itself: what is smaller cannot be told from noise. None where a
+    level has fewer than three pairs on average, which tell next to nothing of it.
 
     `pairs` are A/A. The upper confidence bound of the standard deviation of a pair's mean log ratio, about zero (which
     is where it belongs: what A/A differs by on average is noise too). Metrics and levels of the same runs go up and
@@ -199,10 +202,10 @@ def noise_floor(pairs: Sequence[Pair], confidence: float = 0.95) -> float:
     as many degrees of freedom as a level has pairs on average. Give it the pairs of each metric by themselves where
     metrics differ in noise, and `compare` a floor by name.
     """
-    if not pairs:
-        return 0.0
     logs = [log_ratios(pair) for pair in pairs]
-    df = sum(log.size for log in logs) / len(logs)
+    df = sum(log.size for log in logs) / max(1, len(logs))
+    if df < LEAST_SELF_PAIRS:
+        return None
     variance = float(np.mean(np.concatenate(logs) ** 2)) / df
     return math.expm1(math.sqrt(variance * df / float(special.chdtri(df, confidence))))
 

@@ -99,16 +99,17 @@ def compare(
         console.fail(
             "the two have no level in common that both measured" + (f": {'; '.join(missing[:4])}" if missing else "")
         )
-    floors = {}
+    floors: dict[str, float | None] = {}
     if suite is not None:
         compared = {pair.name for pair in found}
         itself = {name: [p for p in self_pairs(left, right, name) if p.name in compared] for name in metrics}
-        floors = {name: noise_floor(pairs) for name, pairs in itself.items() if pairs}
-    noise = {pair.name: floors.get(pair.name.rpartition(" · ")[2], 0.0) for pair in found}
+        floors = {name: noise_floor(pairs) for name, pairs in itself.items()}
+        b = right[0].spec.engine.name  # another than A's, where A is compared with itself
+    floor_of = {pair.name: floors.get(pair.name.rpartition(" · ")[2], 0.0) for pair in found}
     comparison = judge(
         found,
-        margin={name: default_margin(floor) if margin is None else margin for name, floor in noise.items()},
-        floor=noise if margin is None else 0.0,
+        margin={name: default_margin(floor) if margin is None else margin for name, floor in floor_of.items()},
+        floor={name: floor or 0.0 for name, floor in floor_of.items()} if margin is None else 0.0,
     )
     comparison = beyond_reach(comparison, left, right)
     _print(comparison, a, b, floors, missing, as_json)
@@ -155,7 +156,9 @@ def _stored(results: Store, run: str, engine: str | None) -> list[PointResult]:
     return points
 
 
-def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], missing: list[str], as_json: bool) -> None:
+def _print(
+    comparison: Comparison, a: str, b: str, floors: dict[str, float | None], missing: list[str], as_json: bool
+) -> None:
     import dataclasses
     import json
 
@@ -179,11 +182,11 @@ def _print(comparison: Comparison, a: str, b: str, floors: dict[str, float], mis
         ratio = row.ratio
         between = f"{ratio.low:.3f}–{ratio.high:.3f}" if ratio.low is not None and ratio.high is not None else "–"
         value = "–" if ratio.value is None else f"{ratio.value:.3f}"
-        table.add_row(row.name, value, between, f"{row.p_adjusted:.3g}", f"{row.margin:.1%}", row.verdict)
+        table.add_row(escape(row.name), value, between, f"{row.p_adjusted:.3g}", f"{row.margin:.1%}", row.verdict)
     screen.print(table)
     screen.print(f"{escape(b)} is {SAID[comparison.verdict]} {escape(a)}; differences within the margin do not count")
     if floors:
-        noise = ", ".join(f"{name} {floor:.1%}" for name, floor in floors.items())
+        noise = ", ".join(f"{name} {'unknown' if floor is None else f'{floor:.1%}'}" for name, floor in floors.items())
         screen.print(f"noise floor (what one side shows against itself; nothing below it counts): {noise}")
     for text in missing:
         screen.print(f"not compared: {text}", style="dim", markup=False, soft_wrap=True)

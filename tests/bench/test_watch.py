@@ -151,6 +151,14 @@ def test_runs_come_at_their_times(finished: Run) -> None:
     assert not any("skipped" in note or "missed" in note for note in world.notes)
 
 
+def test_a_wait_for_the_first_run_is_said(finished: Run) -> None:
+    """A watch that goes on where the last one ended may have hours to wait."""
+    world = World()
+    world.stored = BEGIN - 0.25 * HOUR
+    world.watch(lambda: world.run(SECOND, finished), HOUR, count=1)
+    assert world.notes[0].startswith("the next run is due at ") and world.begun == [BEGIN + 0.75 * HOUR]
+
+
 def test_a_long_run_skips_what_it_overran_and_says_so(finished: Run) -> None:
     world = World()
     lengths = iter([2.5 * HOUR, HOUR, SECOND])
@@ -282,7 +290,7 @@ def test_a_signal_ends_the_wait_at_once(number: signal.Signals) -> None:
         time.sleep(0.2)
         sent = time.monotonic()
         process.send_signal(number)
-        assert process.stdout.read() == "ended\n"
+        assert process.stdout.read().splitlines()[-1] == "ended"
         assert process.wait() == 0 and time.monotonic() - sent < 5
 
 

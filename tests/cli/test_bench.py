@@ -334,6 +334,16 @@ def test_schedules_are_printed_with_all_that_was_asked_for(tmp_path: Path, monke
     assert bench(*watch, "--every", "1d", "--print-workflow").exit_code == 0, "the variable is not an option given"
 
 
+def test_a_watch_says_what_failed(null_url: str, store: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "two.yaml"
+    text = (SUITE % {"url": null_url, "name": "there"}).replace("[1, 2]", "[1]")
+    suite.write_text(text.replace("engines: [", "engines: [{engine: url, name: gone, url: 'http://127.0.0.1:9'}, "))
+    watch = ["watch", suite, "--every", "1h", "--count", "1", "--store", store, "--folder", tmp_path]
+    done = bench(*watch)
+    assert done.exit_code == 0 and "1 of 2 points failed" in done.stderr
+    assert "failed" not in bench(*watch, "--engine", "there").stderr
+
+
 def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: Path, tmp_path: Path) -> None:
     suite = tmp_path / "small.yaml"
     suite.write_text(SUITE % {"url": null_url, "name": "nothing"})

@@ -102,6 +102,8 @@ def watch(
     """
     schedule = Schedule.after(newest(), interval, now())
     begun = 0
+    if schedule.due > now():
+        note(f"the next run is due at {_said(schedule.due)}")
     while _wait(schedule.due, stop, now):
         if missed := schedule.catch_up(now()):
             note(f"{number_of(missed, 'run')} missed before {_said(schedule.due)}")

@@ -45,6 +45,7 @@ def watch(
     from skyline.bench.results import Run
     from skyline.bench.watch import WatchError, crontab_line, history, parse_interval, regressions, workflow_yaml
     from skyline.bench.watch import watch as repeat
+    from skyline.bench.wording import number_of
     from skyline.cli.bench.progress import RichReporter
 
     printed = [name for name, on in (("--print-cron", print_cron), ("--print-workflow", print_workflow)) if on]
@@ -68,6 +69,9 @@ def watch(
     except WatchError as error:
         console.fail(str(error))
 
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
 
@@ -89,18 +93,22 @@ def watch(
             run = runner.unfinished(spec, results) or runner.new_run(
                 spec, results, None, f"skyline bench watch {suite}"
             )
-            with interruptible(), RichReporter() as reporter:
-                run = runner.execute(run, results, reporter, bench_folder(folder))
+            try:
+                with interruptible(), RichReporter() as reporter:
+                    run = runner.execute(run, results, reporter, bench_folder(folder))
+            except KeyboardInterrupt:
+                say("\nStopped. What was finished is stored; the next watch goes on from here.")
+                raise
+            points = results.points(run.id)
+            if failed := sum(point.status == "failed" for point in points):
+                say(f"{failed} of {number_of(len(points), 'point')} failed")
             mine = [point for r in results.runs() if r.suite_hash == spec.hash for point in results.points(r.id)]
             for entry in regressions(history(mine, results.accuracy())):
-                typer.echo(f"worse since {entry.since:%Y-%m-%d}: {entry.label} ({entry.relative:+.1%})", err=True)
+                say(f"worse since {entry.since:%Y-%m-%d}: {entry.label} ({entry.relative:+.1%})")
             return run
 
         def newest() -> datetime.datetime | None:
             return next((run.started for run in results.runs() if run.suite_hash == spec.hash), None)
-
-        def say(text: str) -> None:
-            typer.echo(text, err=True)
 
         repeat(run_once, newest, interval, stop=stop, note=say, count=count)
 

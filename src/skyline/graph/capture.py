@@ -32,6 +32,15 @@ class _OpTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        # As fx does it, but for its walk over all of the model's parameters each time one of them is used.
+        if not isinstance(attr_val, nn.Parameter):
+            return attr_val
+        path = self._paths[id(attr_val)]
+        if path not in parameter_proxy_cache:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
+
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, (Tensor, LayerCache)):
             path = self._paths.get(id(a))

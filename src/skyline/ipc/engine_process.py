@@ -28,6 +28,7 @@ from skyline.engine.messages import (
     StepOutputs,
 )
 from skyline.ipc.protocol import STATS_INTERVAL_S, Launch, encoder, to_engine_decoder
+from skyline.ipc.torch_import import import_torch
 
 logger = logging.getLogger("skyline.engine")
 
@@ -107,8 +108,9 @@ def main() -> int:
     gc.disable()  # nothing that is made while loading is garbage; looking for some takes a fifth of the time
     began = time.perf_counter()
     import_error: Exception | None = None
-    try:
-        from skyline.runner.loader import load_model  # imports torch: before the settings, which may not be known yet
+    try:  # before the settings, which may not be known yet
+        import_torch()
+        from skyline.runner.loader import load_model
     except Exception as error:
         import_error = error
     import_seconds = time.perf_counter() - began

@@ -238,6 +238,6 @@ paged_attention = register(
         _paged_attention,
         cost=_paged_attention_cost,
         cases=_paged_attention_cases,
-        meta=lambda q, *_: torch.empty_like(q),
+        meta=lambda q, *_: q.new_empty(q.shape),
     )
 )

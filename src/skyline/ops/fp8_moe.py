@@ -74,7 +74,7 @@ moe_experts_fp8 = register(
         _moe_experts_fp8,
         cost=_cost,
         cases=_cases,
-        meta=lambda x, *_: torch.empty_like(x),
+        meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,
     )
 )

@@ -95,7 +95,7 @@ moe_experts = register(
         _moe_experts,
         cost=_moe_experts_cost,
         cases=_moe_experts_cases,
-        meta=lambda x, *_: torch.empty_like(x),
+        meta=lambda x, *_: x.new_empty(x.shape),
     )
 )
 
@@ -119,7 +119,7 @@ fused_experts = register(
             _moe_experts_cost(x, gate_up, down, weights, ids) + Cost(nbytes(residual), residual.numel())
         ),
         cases=_fused_experts_cases,
-        meta=lambda x, *_: torch.empty_like(x),
+        meta=lambda x, *_: x.new_empty(x.shape),
     )
 )
 
@@ -182,6 +182,6 @@ moe_experts_clamped = register(
         _moe_experts_clamped,
         cost=_moe_experts_clamped_cost,
         cases=_moe_experts_clamped_cases,
-        meta=lambda x, *_: torch.empty_like(x),
+        meta=lambda x, *_: x.new_empty(x.shape),
     )
 )

@@ -73,7 +73,7 @@ def _cost(bits: int) -> Callable[..., Cost]:
 
 
 def _meta(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def stacked(matrices: list[QuantizedWeight]) -> QuantizedWeight:

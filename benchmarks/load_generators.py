@@ -30,7 +30,8 @@ from skyline.bench.load.generator import LoadPlan, generate
 from skyline.bench.load.null import null_server
 from skyline.bench.load.observed import Observed
 from skyline.bench.load.prompts import TokenCounter
-from skyline.bench.suite import Level, Measure, Workload
+from skyline.bench.loads import Level
+from skyline.bench.suite import Measure, Workload
 from skyline.demo import DEMO_PATH
 
 CLIENTS, INPUT, OUTPUT = 64, 128, 128

@@ -8,7 +8,8 @@ import numpy as np
 
 from skyline.bench.load.generator import LoadPlan
 from skyline.bench.load.observed import Observed
-from skyline.bench.suite import Level, Measure, Workload
+from skyline.bench.loads import Level
+from skyline.bench.suite import Measure, Workload
 
 
 def observed(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from skyline.bench.analysis import analyse
+from skyline.bench.loads import Level
 from skyline.bench.metrics import keys
-from skyline.bench.suite import Level, Slo
+from skyline.bench.suite import Slo
 from tests.bench.observed import observed
 
 CLOSED = Level(kind="closed", concurrency=2)

@@ -8,7 +8,8 @@ import pytest
 from skyline.bench.analysis import analyse
 from skyline.bench.checks import cache_verdict, client_health, objections, token_check
 from skyline.bench.load.observed import Observed
-from skyline.bench.suite import Level, Sessions
+from skyline.bench.loads import Level
+from skyline.bench.suite import Sessions
 from tests.bench.observed import load_plan, observed
 
 CLOSED = Level(kind="closed", concurrency=2)

@@ -9,13 +9,14 @@ import numpy.typing as npt
 
 from skyline.bench.estimate import Estimate
 from skyline.bench.load.observed import Observed
+from skyline.bench.loads import Level
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import RequestTable, Timeline, Window
 from skyline.bench.stats.goodput import meets
 from skyline.bench.stats.means import mean, rate, share
 from skyline.bench.stats.quantiles import quantile
 from skyline.bench.stats.steady import is_steady, little, truncation
-from skyline.bench.suite import Level, Slo
+from skyline.bench.suite import Slo
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -25,9 +25,10 @@ from skyline.bench.load.null import null_server
 from skyline.bench.load.observed import Observed
 from skyline.bench.load.processes import LoadError
 from skyline.bench.load.prompts import PromptSource, TokenCounter
+from skyline.bench.loads import Level
 from skyline.bench.metrics import cost_per_mtok, tokens_per_mw
 from skyline.bench.results import Energy, PointResult, Provenance, Verdict, now
-from skyline.bench.suite import Level, Measure, PointSpec, SuiteError, Workload
+from skyline.bench.suite import Measure, PointSpec, SuiteError, Workload
 
 Watch = Callable[[Live], None]
 

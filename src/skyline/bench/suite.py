@@ -22,22 +22,13 @@ import pydantic
 import yaml
 from pydantic import Field, model_validator
 
-SHIPPED = Path(__file__).parent / "suites"
+from skyline.bench.loads import Level, Load, Name, Seconds, Spec, Tokens
 
-Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")]
-Tokens = Annotated[int, Field(ge=1, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0, le=1_000_000)]
-Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+SHIPPED = Path(__file__).parent / "suites"
 
 
 class SuiteError(ValueError):
     """The suite cannot be used; the message says where it is wrong and what would be right."""
-
-
-class Spec(pydantic.BaseModel):
-    """Frozen, and nothing is accepted that is not used."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelSpec(Spec):
@@ -102,90 +93,6 @@ class EngineSpec(Spec):
         if self.url is not None and (self.args or self.env or self.version):
             raise ValueError("args, env and version are for a server that is started here; leave them out beside `url`")
         return self
-
-
-class Closed(Spec):
-    """Each of `concurrency` clients sends its next request when the last has ended."""
-
-    kind: Literal["closed"]
-    concurrency: Annotated[list[Annotated[int, Field(ge=1, le=100_000)]], Field(min_length=1)]
-    think_time_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
-
-    def levels(self) -> list[Level]:
-        return [Level(kind="closed", concurrency=n, think_time_s=self.think_time_s) for n in self.concurrency]
-
-
-class Open(Spec):
-    """Requests start when they are due, whatever became of those before. Gaps are constant or random with mean 1/rate.
-
-    poisson: exponential gaps. gamma: gaps with coefficient of variation `cv`; below 1 is smoother than Poisson, above 1
-    burstier (https://arxiv.org/abs/2307.04180 and vLLM's `--burstiness`, which is 1/cv²).
-    """
-
-    kind: Literal["constant", "poisson", "gamma"]
-    rate: Annotated[list[Rate], Field(min_length=1)]
-    cv: Annotated[float, Field(gt=0, le=100)] | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.kind == "gamma") != (self.cv is not None):
-            raise ValueError("`cv` (the gaps' coefficient of variation) goes with kind gamma, and with no other")
-        return self
-
-    def levels(self) -> list[Level]:
-        return [Level(kind=self.kind, rate=rate, cv=self.cv) for rate in self.rate]
-
-
-class Ramp(Spec):
-    """Poisson arrivals whose rate grows linearly from `start`, when the load begins, to `end`, `max_s` after the
-    warm-up."""
-
-    kind: Literal["ramp"]
-    start: Rate
-    end: Rate
-
-    def levels(self) -> list[Level]:
-        return [Level(kind="ramp", rate=self.start, end_rate=self.end)]
-
-
-class Trace(Spec):
-    """Replays a file of JSON lines {"timestamp": ms, "input_length": n, "output_length": n}, as Mooncake publishes them
-    (https://github.com/kvcache-ai/Mooncake), at each of `speed` times its own pace. Lengths are the trace's.
-    """
-
-    kind: Literal["trace"]
-    file: str
-    speed: Annotated[list[Rate], Field(min_length=1)] = [1.0]
-
-    def levels(self) -> list[Level]:
-        return [Level(kind="trace", trace=self.file, rate=speed) for speed in self.speed]
-
-
-Load = Annotated[Closed | Open | Ramp | Trace, Field(discriminator="kind")]
-
-
-class Level(Spec):
-    """One step of the ladder. `rate` is in requests/s, or the speed of a trace."""
-
-    kind: Literal["closed", "constant", "poisson", "gamma", "ramp", "trace"]
-    concurrency: int | None = None
-    think_time_s: float = 0.0
-    rate: float | None = None
-    end_rate: float | None = None
-    cv: float | None = None
-    trace: str | None = None
-
-    @property
-    def label(self) -> str:
-        match self.kind:
-            case "closed":
-                return f"concurrency {self.concurrency}"
-            case "ramp":
-                return f"ramp {self.rate:g} to {self.end_rate:g} req/s"
-            case "trace":
-                return f"trace at {self.rate:g}x"
-            case _:
-                return f"{self.kind} {self.rate:g} req/s"
 
 
 class Sessions(Spec):
@@ -396,23 +303,12 @@ def single(spec: PointSpec, accuracy: Accuracy | None = None) -> Suite:
     """The suite of this one point, to measure it again; `accuracy` is the gate of the suite that it was of."""
     if accuracy is not None and spec.model.name not in (accuracy.models or [spec.model.name]):
         accuracy = None
-    level = spec.level
-    load: dict[str, Any] = {"kind": level.kind}
-    match level.kind:
-        case "closed":
-            load |= {"concurrency": [level.concurrency], "think_time_s": level.think_time_s}
-        case "ramp":
-            load |= {"start": level.rate, "end": level.end_rate}
-        case "trace":
-            load |= {"file": level.trace, "speed": [level.rate]}
-        case _:
-            load |= {"rate": [level.rate], "cv": level.cv}
     return Suite.model_validate(
         {
             "name": "rerun",
             "models": [spec.model.model_dump()],
             "engines": [spec.engine.model_dump()],
-            "scenarios": [{**spec.workload.model_dump(), "load": load}],
+            "scenarios": [{**spec.workload.model_dump(), "load": spec.level.load()}],
             "measure": {**spec.measure.model_dump(), "replicates": 1},
             "slo": None if spec.slo is None else spec.slo.model_dump(),
             "accuracy": None if accuracy is None else {**accuracy.model_dump(), "models": None},

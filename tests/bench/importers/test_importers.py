@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from skyline.bench.importers import import_file
+from skyline.bench.loads import Level
 from skyline.bench.metrics import keys
 from skyline.bench.results import Export, PointResult
 from skyline.bench.store import open_store
-from skyline.bench.suite import Level
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(path for path in DATA.rglob("*.json"))

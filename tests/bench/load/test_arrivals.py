@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from skyline.bench.load.arrivals import lengths, read_trace, schedule
-from skyline.bench.suite import Level, SuiteError
+from skyline.bench.loads import Level
+from skyline.bench.suite import SuiteError
 
 
 def level(kind: str, rate: float = 50.0, **fields: object) -> Level:

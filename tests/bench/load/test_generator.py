@@ -18,8 +18,9 @@ from skyline.bench.load.null import null_server
 from skyline.bench.load.observed import Observed
 from skyline.bench.load.processes import LoadError
 from skyline.bench.load.prompts import TokenCounter
+from skyline.bench.loads import Level
 from skyline.bench.results import Verdict
-from skyline.bench.suite import Level, Measure, Sessions, SuiteError, Workload
+from skyline.bench.suite import Measure, Sessions, SuiteError, Workload
 
 pytestmark = pytest.mark.asyncio
 

@@ -27,9 +27,10 @@ from skyline.bench import metrics
 from skyline.bench.dashboard import frontier, redact
 from skyline.bench.estimate import Estimate
 from skyline.bench.hardware import price_of
+from skyline.bench.loads import Level
 from skyline.bench.results import AccuracyResult, PointResult, Run
 from skyline.bench.standing import combined
-from skyline.bench.suite import EngineSpec, Level, PointSpec, Suite, Workload, single
+from skyline.bench.suite import EngineSpec, PointSpec, Suite, Workload, single
 from skyline.bench.wording import number_of
 
 Json = dict[str, Any]

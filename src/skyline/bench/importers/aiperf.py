@@ -20,9 +20,9 @@ from pathlib import Path
 
 from skyline.bench.importers.draft import UNKNOWN, Draft, Row, last_line, model_name, table_of, whole_run
 from skyline.bench.importers.fields import Fields, ResultFileError, read_time
+from skyline.bench.loads import Level
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import RequestTable
-from skyline.bench.suite import Level
 from skyline.bench.wording import number_of
 
 _NAMES = {

@@ -11,8 +11,9 @@ import pydantic
 
 from skyline.bench.importers.draft import Draft, Facts
 from skyline.bench.importers.fields import ResultFileError
+from skyline.bench.loads import Level
 from skyline.bench.results import Export, Hardware, PointResult, Provenance, Run
-from skyline.bench.suite import EngineSpec, Level, Measure, ModelSpec, PointSpec, Suite, Workload
+from skyline.bench.suite import EngineSpec, Measure, ModelSpec, PointSpec, Suite, Workload
 
 _DAY_S = 24 * 3600.0
 

@@ -15,11 +15,11 @@ import pydantic
 from pydantic import Field
 
 from skyline.bench.estimate import Estimate
+from skyline.bench.loads import Level, Name, Tokens
 from skyline.bench.metrics import QUANTILES, tokens_per_mw
 from skyline.bench.results import Energy, RequestTable, Window
 from skyline.bench.stats.means import mean
 from skyline.bench.stats.quantiles import quantile
-from skyline.bench.suite import Level, Name, Tokens
 
 UNKNOWN = "unknown"
 

@@ -24,9 +24,9 @@ from collections.abc import Iterator
 
 from skyline.bench.importers.draft import UNKNOWN, Draft, Row, last_line, model_name, table_of
 from skyline.bench.importers.fields import Fields, ResultFileError, at
+from skyline.bench.loads import Level
 from skyline.bench.metrics import QUANTILES
 from skyline.bench.results import Window
-from skyline.bench.suite import Level
 from skyline.bench.wording import number_of
 
 _RATES = {

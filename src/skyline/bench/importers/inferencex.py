@@ -16,9 +16,9 @@ import math
 
 from skyline.bench.importers.draft import Draft, Facts, model_name
 from skyline.bench.importers.fields import Fields, ResultFileError
+from skyline.bench.loads import Level
 from skyline.bench.metrics import STATISTICS
 from skyline.bench.results import Energy, Verdict
-from skyline.bench.suite import Level
 from skyline.bench.wording import number_of
 
 _NAMES = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}

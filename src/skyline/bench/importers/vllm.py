@@ -13,9 +13,9 @@ import datetime
 
 from skyline.bench.importers.draft import Draft, Row, last_line, model_name, table_of, whole_run
 from skyline.bench.importers.fields import Fields, ResultFileError, at, read_time
+from skyline.bench.loads import Level
 from skyline.bench.metrics import STATISTICS
 from skyline.bench.results import RequestTable
-from skyline.bench.suite import Level
 from skyline.bench.wording import number_of
 
 _NAMES = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from skyline.bench.suite import Level, SuiteError
+from skyline.bench.loads import Level
+from skyline.bench.suite import SuiteError
 
 Times = npt.NDArray[np.float64]
 

@@ -16,7 +16,8 @@ from skyline.bench.load.arrivals import lengths, read_trace, schedule
 from skyline.bench.load.observed import Array, Observed, merge
 from skyline.bench.load.processes import LoadError, WorkerProcess, started
 from skyline.bench.load.prompts import PromptSource, TokenCounter
-from skyline.bench.suite import Level, Measure, Workload
+from skyline.bench.loads import Level
+from skyline.bench.suite import Measure, Workload
 from skyline.bench.wording import number_of
 
 # Clients that one worker serves before a second one helps, where cores allow it.

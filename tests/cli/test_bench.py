@@ -344,7 +344,11 @@ def test_a_watch_says_what_failed(null_url: str, store: Path, tmp_path: Path) ->
     assert "failed" not in bench(*watch, "--engine", "there").stderr
 
 
-def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: Path, tmp_path: Path) -> None:
+def test_an_unfinished_comparison_goes_on_only_when_asked(
+    null_url: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("skyline.cli.console.note", notes.append)
     suite = tmp_path / "small.yaml"
     suite.write_text(SUITE % {"url": null_url, "name": "nothing"})
     spec = paired_suite(load_suite(str(suite)), "nothing", "nothing", 4)
@@ -360,6 +364,7 @@ def test_an_unfinished_comparison_goes_on_only_when_asked(null_url: str, store: 
     refused = bench(*compare, "--resume", "--label", "second")
     assert refused.exit_code == 1 and "leave out --label" in refused.output
     resumed = bench(*compare, "--resume", "--folder", tmp_path)
+    assert notes[-1].endswith("which holds 16 of 16 points.")
     assert "nothing again is the same as nothing" in " ".join(resumed.stdout.split()), resumed.output
     with open_store(store) as results:
         assert [run.status for run in results.runs()] == ["finished"], "and no second run was begun"

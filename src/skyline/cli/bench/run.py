@@ -80,6 +80,7 @@ def rerun(
 def begun(suite: Suite, results: Store, label: str | None, resume: bool) -> Run:
     """The suite's run that was cut short, if that is what was asked for, or a new one."""
     from skyline.bench import runner
+    from skyline.bench.wording import number_of
 
     cut_short = runner.unfinished(suite, results)
     if not resume:
@@ -90,6 +91,8 @@ def begun(suite: Suite, results: Store, label: str | None, resume: bool) -> Run:
         console.fail("--resume goes on with a run that has its label; leave out --label")
     if cut_short is None:
         console.fail(f"no run of {suite.name} was cut short; leave out --resume")
+    stored, planned = len(results.finished_keys(cut_short.id)), len(list(cut_short.suite.points()))
+    console.note(f"Going on with {cut_short.id[:8]}, which holds {stored} of {number_of(planned, 'point')}.")
     return cut_short
 
 

@@ -94,11 +94,11 @@ def compare(
         gates = results.accuracy()
     (left, lost_left), (right, lost_right) = counted(left, gates), counted(right, gates)
     found, missing = pairs_of(left, right, metrics)
-    missing = [*lost_left, *lost_right, *missing]
     if not found:
-        console.fail(
-            "the two have no level in common that both measured" + (f": {'; '.join(missing[:4])}" if missing else "")
-        )
+        # Points of one side are mostly lost for the same reason.
+        why = "; ".join([*lost_left[:1], *lost_right[:1], *missing[:2]])
+        console.fail("the two have no level in common that both measured" + (f": {why}" if why else ""))
+    missing = [*lost_left, *lost_right, *missing]
     floors: dict[str, float | None] = {}
     if suite is not None:
         compared = {pair.name for pair in found}

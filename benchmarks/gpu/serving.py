@@ -14,7 +14,8 @@ from typing import Any
 
 def answer_problems(count: int = 200) -> dict[str, Any]:
     """Exact match of the embedded model, bf16 and greedy, through scheduler, runner and sampler."""
-    from skyline.checkpoint import Tokenizer, load_chat_template
+    from skyline.checkpoint import Tokenizer
+    from skyline.checkpoint.chat_template import load_chat_template
     from skyline.demo import DEMO_PATH, HELDOUT_PATH
     from skyline.demo.problems import extract_answer
     from skyline.engine.config import EngineConfig

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from skyline.checkpoint import ChatTemplateError, GenerationDefaults, Tokenizer
+from skyline.checkpoint import GenerationDefaults, Tokenizer
+from skyline.checkpoint.chat_template import ChatTemplateError
 from skyline.demo import DEMO_PATH
 from skyline.engine.config import DType, EngineConfig
 from skyline.engine.messages import EngineReady

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from skyline.checkpoint import CheckpointError, Tokenizer, load_chat_template
+from skyline.checkpoint import CheckpointError, Tokenizer
+from skyline.checkpoint.chat_template import load_chat_template
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,

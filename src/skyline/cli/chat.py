@@ -116,7 +116,7 @@ def _converse(runner: asyncio.Runner, llm: AsyncLLM, system: str | None, chosen:
 
 
 async def _answer(llm: AsyncLLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
-    from skyline.checkpoint import ChatTemplateError
+    from skyline.checkpoint.chat_template import ChatTemplateError
     from skyline.cli.stream import print_answer
     from skyline.frontend.errors import InvalidRequestError
 

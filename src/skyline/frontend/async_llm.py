@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from skyline.checkpoint import Tokenizer, load_chat_template, load_config, load_generation_defaults, resolve
+from skyline.checkpoint import Tokenizer, load_config, load_generation_defaults, resolve
+from skyline.checkpoint.chat_template import load_chat_template
 from skyline.engine.config import EngineConfig
 from skyline.engine.grammar_check import GrammarError, validate_grammar
 from skyline.engine.messages import EngineReady, EngineRequest, FinishReason, TokenLogprobs

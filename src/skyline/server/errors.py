@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.responses import Response
 
-from skyline.checkpoint import ChatTemplateError
+from skyline.checkpoint.chat_template import ChatTemplateError
 from skyline.frontend.errors import InvalidRequestError, OverloadedError, RequestFailedError
 from skyline.ipc.client import EngineDeadError
 

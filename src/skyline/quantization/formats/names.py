@@ -13,9 +13,6 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import StringConstraints, TypeAdapter, ValidationError
-from pydantic_core import SchemaError
-
 from skyline.checkpoint.errors import CheckpointError
 
 MAX_PATTERN = 1000
@@ -62,6 +59,10 @@ def is_ignored(module: str, entries: Iterable[str]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _regex(pattern: str) -> Callable[[str], bool]:
+    # Here, because few checkpoints need it, and importing it takes a tenth of a second.
+    from pydantic import StringConstraints, TypeAdapter, ValidationError
+    from pydantic_core import SchemaError
+
     try:
         adapter = TypeAdapter(Annotated[str, StringConstraints(pattern=f"^(?:{pattern})")])
     except SchemaError as error:

@@ -54,9 +54,8 @@ FORMATS: dict[str, Format] = {
     "float16": Format({"dtype": "float16"}),
     "fp8 KV": Format({"kv_cache_dtype": "fp8"}),
     "int8 KV": Format({"kv_cache_dtype": "int8"}),
-    # Become bfloat16 while they are read.
-    "stored mxfp4": Format(),
-    "stored nvfp4": Format(),
+    "stored mxfp4": Format(stored=lambda gpu: IntegerFormat(4, 32, fp4=True)),
+    "stored nvfp4": Format(stored=lambda gpu: IntegerFormat(4, 16, fp4=True)),
     "stored fp8": Format(stored=lambda gpu: IntegerFormat(8, fp8=True) if gpu.fp8 else None),
     "stored fp8 blocks": Format(stored=lambda gpu: IntegerFormat(8, 128, fp8=True) if gpu.fp8 else None),
     "stored int8": Format(stored=lambda gpu: IntegerFormat(8)),
@@ -138,9 +137,15 @@ def _program(model_config: ModelConfig, format: Format, gpu: Gpu) -> Program:
     set_kv_dtype(config, kv_caches(model))
     stored: dict[int, IntegerFormat] = {}
     if (integers := format.stored(gpu)) is not None:
-        # A checkpoint has as integers what the scheme for FP8 takes: all but the head, and what decides.
+        # A checkpoint has as integers what the scheme for FP8 takes: all but the head, and what decides. In FP4 it also
+        # has gpt-oss's experts, for which there is no scheme.
         build_program(EngineConfig(model="", device="cuda", quantization="fp8"), model, dtype, gpu=gpu)
-        stored = {id(weight): integers for weight in model.parameters() if integers_of(weight) is not None}
+        experts = (".experts.gate_up", ".experts.down") if integers.fp4 else ()
+        stored = {
+            id(weight): integers
+            for name, weight in model.named_parameters()
+            if integers_of(weight) is not None or name.endswith(experts)
+        }
         config.quantization = None
     return build_program(config, model, dtype, stored=stored, gpu=gpu)
 

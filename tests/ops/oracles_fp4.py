@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skyline.ops import Fp4Weight
 
-from .oracles import oracle, silu_mul
+from .oracles import ORACLES, oracle, silu_mul
 
 
 @oracle
@@ -16,6 +16,40 @@ def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, activat
     product = x.double().numpy() @ _dequantized(weight).T
     result = torch.from_numpy(product if bias is None else product + bias.double().numpy())
     return silu_mul(result) if activated else [result]
+
+
+@oracle
+def moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> list[Tensor]:
+    result = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for weight, expert in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+            (hidden,) = linear_fp4(x[token : token + 1], _of(gate_up, expert), None, True)
+            (added,) = linear_fp4(hidden.to(x.dtype), _of(down, expert))
+            result[token] += weight * added[0]
+    return [result]
+
+
+@oracle
+def moe_experts_clamped_fp4(
+    x: Tensor,
+    gate_up: Fp4Weight,
+    gate_up_bias: Tensor,
+    down: Fp4Weight,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> list[Tensor]:
+    plain = [
+        torch.stack([torch.from_numpy(_dequantized(_of(weight, expert))) for expert in range(weight.shape[0])])
+        for weight in (gate_up, down)
+    ]
+    return ORACLES["moe_experts_clamped"](x, plain[0], gate_up_bias, plain[1], down_bias, weights, ids, alpha, limit)
+
+
+def _of(weight: Fp4Weight, expert: int) -> Fp4Weight:
+    return Fp4Weight(weight.values[expert], weight.scales[expert], weight.row_scales[expert], weight.group)
 
 
 def _dequantized(weight: Fp4Weight) -> np.ndarray:
@@ -28,7 +62,7 @@ def _dequantized(weight: Fp4Weight) -> np.ndarray:
     column = np.arange(weight.shape[1])
     codes = weight.values.numpy()[:, column // 2] >> (column % 2 * 4) & 15
     scales = factors[weight.scales.view(torch.uint8).numpy()[:, column // weight.group]]
-    return numbers[codes] * scales * float(weight.global_scale)
+    return numbers[codes] * scales * weight.row_scales.double().numpy()[:, None]
 
 
 def _float(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> float:

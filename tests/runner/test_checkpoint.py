@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from skyline.checkpoint.config import load_config
 from skyline.checkpoint.errors import CheckpointError
 from skyline.engine.config import EngineConfig
+from skyline.graph import Program
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
 from skyline.runner.checkpoint import Checkpoint
@@ -85,7 +89,7 @@ def test_experts_in_blocks_of_fp8(inner: int, tmp_path: Path) -> None:
     config = load_config(folder)
     model = create_model(config, torch.float32, CPU, allocate=False)
     with Checkpoint(folder, config) as checkpoint:
-        stored = checkpoint.integers(model, fp8=True)
+        stored = checkpoint.integers(model, GPUS["h200"])
         asked = EngineConfig(model=str(folder), device="cuda", dtype="float32")
         program = build_program(asked, model, torch.float32, stored=stored, gpu=GPUS["h200"])
         store = WeightStore(model, program, CPU)
@@ -100,6 +104,78 @@ def test_experts_in_blocks_of_fp8(inner: int, tmp_path: Path) -> None:
             plain = found if isinstance(found, torch.Tensor) else found.dequantize()
             assert isinstance(found, torch.Tensor) == (inner != 128)
             torch.testing.assert_close(plain, wanted.detach(), rtol=1e-6, atol=0)
+
+
+def _on_h200(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+    """As it is loaded for a GPU, into this machine's memory, and what is reported of the weights."""
+    config = load_config(folder)
+    model = create_model(config, torch.bfloat16, CPU, allocate=False)
+    with Checkpoint(folder, config) as checkpoint:
+        stored = checkpoint.integers(model, GPUS["h200"])
+        asked = EngineConfig(model=str(folder), device="cuda", dtype="bfloat16")
+        program = build_program(asked, model, torch.bfloat16, stored=stored, gpu=GPUS["h200"])
+        checkpoint.load(model, WeightStore(model, program, CPU).write)
+        return program, model, checkpoint.report(model, torch.bfloat16)
+
+
+def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
+    """Rows of gate and up, which lie in turns in the file, are put one after the other as they are; nothing is lost."""
+    settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
+    theirs = quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
+    program, _, report = _on_h200(tmp_path / "small")
+    assert report == [{"format": "mxfp4, groups of 32", "becomes": "fp4, as stored", "weights": 6}]
+    experts = [call for call in program.calls if "experts" in call.op.name]
+    assert [call.op.name for call in experts] == ["moe_experts_clamped_fp4"] * 3
+    assert {call.kernel.provider for call in experts} == {"triton"}
+    for layer, call in zip(theirs.model.layers, experts, strict=True):
+        gate_up, bias, down = (program.constant(slot) for slot in call.arguments[1:4])
+        turned = layer.mlp.experts.gate_up_proj.detach().transpose(1, 2)
+        assert torch.equal(gate_up.dequantize(), torch.cat((turned[:, 0::2], turned[:, 1::2]), 1))
+        assert torch.equal(down.dequantize(), layer.mlp.experts.down_proj.detach().transpose(1, 2))
+        theirs_bias = layer.mlp.experts.gate_up_proj_bias.detach()
+        assert torch.equal(bias.float(), torch.cat((theirs_bias[:, 0::2], theirs_bias[:, 1::2]), 1).bfloat16().float())
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_linears_and_experts_stay_in_fp4(format: str, family: str, tmp_path: Path) -> None:
+    """Parts of a fused weight, each of which has a scale of its own in NVFP4, come out with their values."""
+    mixture = {"moe_intermediate_size": 96, "num_experts": 3, "num_experts_per_tok": 2} if family == "Qwen3Moe" else {}
+    settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **mixture}
+    theirs = quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", family, **settings), format)
+    program, model, report = _on_h200(tmp_path / "small")
+    assert {entry["becomes"] for entry in report} == {"fp4, as stored"}
+    ops = Counter(call.op.name for call in program.calls if "fp4" in call.op.name)
+    assert ops == ({"linear_fp4": 12} if family == "Qwen3" else {"linear_fp4": 6, "moe_experts_fp4": 3})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(use.parameter)]: program.constant(use.slot) for use in program.weights}
+    attention = theirs.model.layers[1].self_attn
+    wanted = torch.cat([getattr(attention, f"{part}_proj").weight.detach() for part in "qkv"])
+    torch.testing.assert_close(
+        found["model.layers.1.self_attn.qkv_proj.weight"].dequantize(), wanted, rtol=1e-6, atol=0
+    )
+    if format == "nvfp4":
+        assert len(found["model.layers.1.self_attn.qkv_proj.weight"].row_scales.unique()) == 3
+
+
+def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:
+    """Of a fused weight, one part is stored as it was."""
+    settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", "Qwen3", **settings), "mxfp4")
+    weights, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "plain"))
+    name = "model.layers.0.self_attn.k_proj.weight"
+    del weights[f"{name}_packed"], weights[f"{name}_scale"]
+    save_file({**weights, name: plain[name]}, tmp_path / "small" / "model.safetensors")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = [name.removesuffix(".weight")]
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    program, _, report = _on_h200(tmp_path / "small")
+    assert {entry["becomes"]: entry["weights"] for entry in report} == {
+        "fp4, as stored": 18,
+        "bfloat16, exactly": 2,
+    }
+    assert sum(call.op.name == "linear_fp4" for call in program.calls) == 11
 
 
 def test_other_checkpoints_that_see_are_refused(tmp_path: Path) -> None:

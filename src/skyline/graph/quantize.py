@@ -15,6 +15,14 @@ from skyline.ops import Op
 from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, set_integers
 from skyline.quantization import SCHEMES, Scheme
 
+# Which arguments are weights.
+_WEIGHTS: dict[Any, tuple[int, ...]] = {ops.linear: (1,), ops.moe_experts: (1, 2), ops.moe_experts_clamped: (1, 3)}
+_FP4: dict[Any, Op] = {
+    ops.linear: ops.linear_fp4,
+    ops.moe_experts: ops.moe_experts_fp4,
+    ops.moe_experts_clamped: ops.moe_experts_clamped_fp4,
+}
+
 
 def quantize_linears(
     graph: fx.Graph,
@@ -22,23 +30,26 @@ def quantize_linears(
     group: int = DEFAULT_GROUP,
     stored: Mapping[int, IntegerFormat] | None = None,
 ) -> dict[str, int]:
-    """Rewrite `linear` and `moe_experts` to ops on integers or FP8; the result is how often each was put in, by name.
+    """Rewrite `linear` and `moe_experts` to ops on integers, FP8 or FP4; the result is how often each was put in.
 
     With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
-    such integers: `stored`, by the parameter's id. Arguments stay as they are: the weight is still the attribute of the
-    model, which is told what it becomes (skyline.ops.quantized.set_integers), and the kernel's layout does that while
-    its rows are read. What decides stays dense under a scheme: routers, gates, the weights of the indexer's heads.
-    Run it before the passes that fuse. Raises ValueError for a scheme that does not exist.
+    such: `stored`, by the parameter's id; so are gpt-oss's experts in either case, for which there is no scheme.
+    Arguments stay as they are: the weight is still the attribute of the model, which is told what it becomes
+    (skyline.ops.quantized.set_integers), and the kernel's layout does that while its rows are read. What decides stays
+    dense under a scheme: routers, gates, the weights of the indexer's heads. Run it before the passes that fuse. Raises
+    ValueError for a scheme that does not exist.
     """
     if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"quantization must be one of {', '.join(SCHEMES)}, not {scheme!r}")
     counts: Counter[str] = Counter()
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (ops.linear, ops.moe_experts):
+        if node.op != "call_function" or node.target not in _WEIGHTS:
             continue
-        # args: the rows, then one weight, or two of the experts.
-        weights = [value.meta[VALUE] for value in node.args[1 : 2 if node.target is ops.linear else 3]]
-        found = _from_scheme(node, SCHEMES[scheme], group) if scheme else _as_stored(node, weights, stored or {})
+        weights = [node.args[index].meta[VALUE] for index in _WEIGHTS[node.target]]
+        if scheme and node.target is not ops.moe_experts_clamped:
+            found = _from_scheme(node, SCHEMES[scheme], group)
+        else:
+            found = _as_stored(node, weights, stored or {})
         if found is None:
             continue
         node.target, format = found
@@ -68,6 +79,10 @@ def _as_stored(
     formats = {stored.get(id(weight)) for weight in weights}
     format = formats.pop()
     if format is None or formats:  # of experts, both weights have to be alike
+        return None
+    if format.fp4:
+        return _FP4[node.target], format
+    if node.target is ops.moe_experts_clamped:
         return None
     experts = node.target is ops.moe_experts
     if format.fp8:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyline.kernels.fp4_layout import fp4_layout
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import CPU, Kernel, Layout, Request, register
 from skyline.kernels.torch_invariant import ROW_TILE
@@ -19,10 +20,13 @@ from skyline.ops import (
     Op,
     QuantizedWeight,
     fused_linear_fp8,
+    linear_fp4,
     linear_fp8,
     linear_int4,
     linear_int8,
     linear_int8_weight_only,
+    moe_experts_clamped_fp4,
+    moe_experts_fp4,
     moe_experts_fp8,
     moe_experts_int4,
     moe_experts_int8,
@@ -137,14 +141,13 @@ register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _alw
 _provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT8})
 _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})
 
-for _op in (linear_fp8, fused_linear_fp8):
-    register(Kernel(_op.name, "torch", _op.reference, _batch_dependent, layouts={1: fp8_layout(1)}))
-register(
-    Kernel(
-        moe_experts_fp8.name,
-        "torch",
-        moe_experts_fp8.reference,
-        _batch_dependent,
-        layouts={1: fp8_layout(1), 2: fp8_layout(2)},
-    )
+_FLOATS: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], ...] = (
+    (linear_fp8, {1: fp8_layout(1)}),
+    (fused_linear_fp8, {1: fp8_layout(1)}),
+    (moe_experts_fp8, {1: fp8_layout(1), 2: fp8_layout(2)}),
+    (linear_fp4, {1: fp4_layout(1)}),
+    (moe_experts_fp4, {1: fp4_layout(1), 2: fp4_layout(2)}),
+    (moe_experts_clamped_fp4, {1: fp4_layout(1), 3: fp4_layout(3)}),
 )
+for _op, _layouts in _FLOATS:
+    register(Kernel(_op.name, "torch", _op.reference, _batch_dependent, layouts=_layouts))

@@ -7,6 +7,7 @@ from skyline.ops.contract import OPS, Case, Cost, Op
 from skyline.ops.delta import causal_conv, gated_delta_rule
 from skyline.ops.dense import add, embedding, head_rms_norm, linear, rms_norm, select_rows, silu_mul, split
 from skyline.ops.fp4 import Fp4Weight, linear_fp4
+from skyline.ops.fp4_moe import moe_experts_clamped_fp4, moe_experts_fp4
 from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fp8_moe import moe_experts_fp8
 from skyline.ops.fused import add_rms_norm, rope_kv_write
@@ -66,6 +67,8 @@ __all__ = [
     "moe_combine",
     "moe_experts",
     "moe_experts_clamped",
+    "moe_experts_clamped_fp4",
+    "moe_experts_fp4",
     "moe_experts_fp8",
     "moe_experts_int4",
     "moe_experts_int8",

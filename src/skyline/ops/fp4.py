@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from skyline.ops import dense
 from skyline.ops.contract import Case, Cost, Op, randn, register
+from skyline.ops.quantized import integers_of
 
 MXFP4_GROUP, NVFP4_GROUP = 32, 16
 
@@ -35,17 +37,17 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fp4Weight:
-    """A weight [.., N, K] as checkpoints hold it: an element is (its E2M1) * (its group's scale) * global_scale.
+    """A weight [.., N, K] as checkpoints hold it: an element is (its E2M1) * (its group's scale) * (its row's scale).
 
     values: uint8 [.., N, K / 2], two a byte, the even column in the low nibble.
     scales: [.., N, ceil(K / group)]. MXFP4, group 32: uint8, an exponent of two plus 127 (E8M0). NVFP4, group 16:
     float8_e4m3fn. None is NaN.
-    global_scale: float32 [..], one a matrix; of MXFP4 it is 1.
+    row_scales: float32 [.., N]. NVFP4's scale of a whole tensor, of which a fused weight has several parts; MXFP4: 1.
     """
 
     values: Tensor
     scales: Tensor
-    global_scale: Tensor
+    row_scales: Tensor
     group: int
 
     @property
@@ -54,15 +56,20 @@ class Fp4Weight:
 
     @property
     def nbytes(self) -> int:
-        return self.values.numel() + self.scales.numel() + 4 * self.global_scale.numel()
+        return self.values.numel() + self.scales.numel() + 4 * self.row_scales.numel()
+
+    def rows_at(self, indices: Tensor) -> Fp4Weight:
+        """Of a matrix [N, K], in the order of `indices`."""
+        scales = self.scales.view(torch.uint8)[indices].view(self.scales.dtype)
+        return Fp4Weight(self.values[indices], scales, self.row_scales[indices], self.group)
 
     def dequantize(self) -> Tensor:
         """float32, of `shape`."""
         is_e8m0 = self.scales.dtype == torch.uint8
         scales = (self.scales.view(torch.float8_e8m0fnu) if is_e8m0 else self.scales).float()
         spread = scales.repeat_interleave(self.group, -1)[..., : self.shape[-1]]
-        # Elements times scales are exact in float32; the scale of the whole is rounded with them, once.
-        return unpack_e2m1(self.values) * spread * self.global_scale[..., None, None]
+        # Elements times scales are exact in float32; a row's scale is rounded with them, once.
+        return unpack_e2m1(self.values) * spread * self.row_scales.unsqueeze(-1)
 
 
 def _linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
@@ -76,21 +83,26 @@ def _linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, silu_m
 
 
 def fp4_bytes(n: int, k: int, group: int) -> int:
-    """Of a matrix [n, k]: half a byte each, a byte a group, four of the scale of the whole."""
-    return n * (-(-k // 2) + -(-k // group)) + 4
+    """Of a matrix [n, k]: half a byte each, a byte a group, four a row."""
+    return n * (-(-k // 2) + -(-k // group) + 4)
 
 
-class _Described:
-    """A weight as `dense.linear_cost` wants it. A plain tensor stands for one yet to be quantized, to MXFP4."""
+def fp4_weight_bytes(weight: Tensor | Fp4Weight) -> int:
+    """Of [.., N, K]. A plain tensor stands for a weight yet to be read, and counts as MXFP4 if nothing is decided."""
+    if isinstance(weight, Fp4Weight):
+        return weight.nbytes
+    decided = integers_of(weight)
+    group = MXFP4_GROUP if decided is None or decided.group is None else decided.group
+    return fp4_bytes(weight.numel() // weight.shape[-1], weight.shape[-1], group)
 
-    def __init__(self, weight: Tensor | Fp4Weight) -> None:
-        self.shape = weight.shape
-        packed = isinstance(weight, Fp4Weight)
-        self.nbytes = weight.nbytes if packed else fp4_bytes(weight.shape[0], weight.shape[1], MXFP4_GROUP)
+
+class _Described(NamedTuple):
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 def _cost(x: Tensor, weight: Tensor | Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
-    return dense.linear_cost(x, _Described(weight), bias, silu_mul)
+    return dense.linear_cost(x, _Described(tuple(weight.shape), fp4_weight_bytes(weight)), bias, silu_mul)
 
 
 def fp4_case_weight(n: int, k: int, group: int, generator: torch.Generator) -> Fp4Weight:
@@ -100,13 +112,12 @@ def fp4_case_weight(n: int, k: int, group: int, generator: torch.Generator) -> F
     if group == MXFP4_GROUP:
         middle = round(torch.log2(torch.tensor(size)).item()) + 127
         scales = torch.randint(middle - 2, middle + 2, shape, generator=generator).to(torch.uint8)
-        return Fp4Weight(values, scales, torch.ones(()), group)
+        return Fp4Weight(values, scales, torch.ones(n), group)
     # The largest is 448, and some are below E4M3's smallest normal number, 2^-6.
     wide = torch.rand(shape, generator=generator) * 448
     tiny = torch.rand(shape, generator=generator) < 0.1
-    return Fp4Weight(
-        values, torch.where(tiny, wide * 2.0**-15, wide).to(torch.float8_e4m3fn), torch.tensor(size / 260), group
-    )
+    scales = torch.where(tiny, wide * 2.0**-15, wide).to(torch.float8_e4m3fn)
+    return Fp4Weight(values, scales, torch.where(torch.arange(n) < n // 3, size / 260, size / 200), group)
 
 
 def _linear_fp4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:

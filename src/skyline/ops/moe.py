@@ -144,11 +144,16 @@ def _moe_experts_clamped(
     for expert in torch.unique(ids).tolist():
         tokens, choices = (ids == expert).nonzero(as_tuple=True)
         product = F.linear(x.index_select(0, tokens), gate_up[expert], gate_up_bias[expert])
-        gate, up = product.chunk(2, dim=-1)
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        hidden = F.linear(gate * torch.sigmoid(alpha * gate) * (up + 1), down[expert], down_bias[expert])
+        hidden = F.linear(clamped_swiglu(product, alpha, limit), down[expert], down_bias[expert])
         output.index_add_(0, tokens, hidden.float() * weights[tokens, choices].unsqueeze(1))
     return output.to(x.dtype)
+
+
+def clamped_swiglu(product: Tensor, alpha: float, limit: float) -> Tensor:
+    """[T, 2I], gate first -> [T, I], as in `moe_experts_clamped`."""
+    gate, up = product.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def _moe_experts_clamped_cost(

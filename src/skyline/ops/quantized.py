@@ -21,12 +21,14 @@ class IntegerFormat:
 
     bits 8: one scale a row. bits 4: a scale for each `group` neighbours of a row, with `zeros` also a zero point.
     fp8: no integers, but FP8 (skyline.ops.fp8), with a scale a row, or, with `group`, for each block of group x group.
+    fp4: no integers, but FP4 (skyline.ops.fp4), with a scale for each `group` neighbours of a row.
     """
 
     bits: int
     group: int | None = None
     zeros: bool = False
     fp8: bool = False
+    fp4: bool = False
 
 
 def set_integers(parameter: Tensor, format: IntegerFormat) -> None:

@@ -14,12 +14,13 @@ from skyline.checkpoint.config import ModelConfig
 from skyline.checkpoint.errors import CheckpointError
 from skyline.checkpoint.gguf import WEIGHTS_FILE
 from skyline.checkpoint.weights import Derived, Destination, LoadReport, SafetensorsWeights, Weights, load
+from skyline.kernels.gpu import Gpu
 from skyline.models import destinations, ignorable
-from skyline.ops import KVCache, QuantizedWeight
-from skyline.ops.fp8 import Fp8Rows
+from skyline.ops import Fp4Weight, KVCache
 from skyline.ops.quantized import IntegerFormat, integers_of
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeights
+from skyline.quantization.formats.scaled import ScaledWeight
 
 # Where checkpoints that also see keep the language model, and what it is called in one that does not.
 _PREFIXES = {
@@ -81,23 +82,21 @@ class Checkpoint:
             decided = integers_of(_whole(places[name].tensor))
             if decided is None:
                 becomes = f"{name_of}, exactly" if stored.exact or dtype == torch.float32 else f"{name_of}, rounded"
-            elif decided == stored.integers and places[name].transform is None:
+            elif decided == stored.integers and (places[name].transform is None or decided.fp4):
                 becomes = f"{_described(decided)}, as stored"
             else:
                 becomes = f"{_described(decided)}, quantized again"
             counts[stored.format, becomes] += 1
         return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
-    def integers(self, model: nn.Module, fp8: bool = False) -> dict[int, IntegerFormat]:
-        """By parameter's id, the integers that all of its rows are stored as. fp8: also where they are FP8."""
+    def integers(self, model: nn.Module, gpu: Gpu | None = None) -> dict[int, IntegerFormat]:
+        """By parameter's id, the integers that all of its rows are stored as; for a GPU also FP4, and FP8 if it can."""
         if not self._stored:
             return {}  # a model of many experts has many places to go over
         found: dict[int, set[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
-            format = stored.integers if stored is not None and place.transform is None else None
-            if format is not None and format.fp8 and not (fp8 and _whole_blocks(place, format)):
-                format = None
+            format = None if stored is None else _kept(stored, place, gpu)
             for tensor in (place.tensor, *place.others):
                 found.setdefault(id(_whole(tensor)), set()).add(format)
         return {key: format for key, (format, *more) in found.items() if format is not None and not more}
@@ -106,6 +105,9 @@ class Checkpoint:
         """Hand every weight to `write(part of a parameter, rows)`; rows may be a QuantizedWeight, see WeightStore."""
         places = destinations(model)
         derived = {name: _AsWanted(stored, places.get(name)) for name, stored in self._stored.items()}
+        for name, stored in derived.items():
+            if stored.in_order:
+                places[name] = Destination(places[name].tensor)
         return load(
             self._weights,
             places,
@@ -138,19 +140,39 @@ class Checkpoint:
 
 
 class _AsWanted(Derived):
-    """Rows of a stored weight as its parameter takes them: integers where those are what it becomes, else floats."""
+    """Rows of a stored weight as its parameter takes them: integers where those are what it becomes, else floats.
+
+    in_order: they come as the parameter's rows lie, so that no transform is left to do.
+    """
 
     def __init__(self, stored: Stored, place: Destination | None) -> None:
         self._stored = stored
-        decided = None if place is None or place.transform is not None else integers_of(_whole(place.tensor))
-        self._as_integers = decided is not None and decided == stored.integers
+        decided = None if place is None else integers_of(_whole(place.tensor))
+        self._order: torch.Tensor | None = None
+        self.in_order = False
+        if decided is not None and decided == stored.integers and place is not None and place.transform is not None:
+            self._order = _order(stored, place)
+            self.in_order = self._order is not None
+        self._as_integers = (
+            decided == stored.integers
+            and decided is not None
+            and (self.in_order or place is None or place.transform is None)
+        )
+        self._shape = tuple(place.tensor.shape) if self.in_order and place is not None else stored.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._stored.shape
+        return self._shape
 
-    def read(self, start: int, stop: int) -> torch.Tensor | QuantizedWeight | Fp8Rows:  # type: ignore[override]
-        return self._stored.levels(start, stop) if self._as_integers else self._stored.read(start, stop)
+    def read(self, start: int, stop: int) -> Any:
+        if not self._as_integers:
+            return self._stored.read(start, stop)
+        rows = self._stored.levels(start, stop)
+        if self._order is None:
+            return rows
+        assert isinstance(rows, Fp4Weight)
+        n = len(self._order)
+        return rows.rows_at((torch.arange(stop - start)[:, None] * n + self._order).flatten())
 
 
 class _Renamed:
@@ -184,6 +206,30 @@ def _renamed(name: str) -> str:
     return name
 
 
+def _kept(stored: Stored, place: Destination, gpu: Gpu | None) -> IntegerFormat | None:
+    """What kernels can take as it is stored."""
+    format = stored.integers
+    if format is None or (place.transform is not None and not (format.fp4 and _order(stored, place) is not None)):
+        return None
+    if format.fp8:
+        return format if gpu is not None and gpu.fp8 and _whole_blocks(place, format) else None
+    return None if format.fp4 and gpu is None else format
+
+
+def _order(stored: Stored, place: Destination) -> torch.Tensor | None:
+    """Which row of a stored matrix [N, K] each of the parameter's is, where the transform, of an entry, only turns the
+    matrix and puts rows elsewhere; None where it does more."""
+    if not isinstance(stored, ScaledWeight) or not place.by_entry or place.transform is None or place.others:
+        return None
+    n = stored.matrix[-2]
+    numbered = torch.arange(4 * n).view(n, 4)
+    moved = place.transform(numbered.t() if stored.transposed else numbered)
+    if moved.shape != (n, 4):
+        return None
+    order = moved[:, 0] // 4
+    return order if torch.equal(moved, numbered[order]) else None
+
+
 def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
     """Whether what shares a scale in the checkpoint also does where it goes: in the rows of one matrix."""
     if format.group is None:
@@ -194,6 +240,8 @@ def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
 
 
 def _described(format: IntegerFormat) -> str:
+    if format.fp4:
+        return "fp4"
     if format.fp8:
         return "fp8" if format.group is None else f"fp8 in blocks of {format.group}x{format.group}"
     group = "" if format.group is None else f" in groups of {format.group}"

@@ -74,7 +74,7 @@ def explain(
     model = create_model(model_config, dtype, "meta")
     unfused = _launched(capture(model))
     checkpoint = _open(Path(config.model), model_config)
-    stored = checkpoint.integers(model, gpu is not None and gpu.fp8) if checkpoint else None
+    stored = checkpoint.integers(model, gpu) if checkpoint else None
     program = build_program(config, model, dtype, isa, stored, gpu)
     fused = [call.op.name for call in program.calls if not call.is_view]
     launches, per_layer = Counter(fused), _per_layer(fused)

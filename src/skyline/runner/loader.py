@@ -120,10 +120,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model = create_model(model_config, dtype, device, config.max_model_len, allocate=False)
     checkpoint = None if config.load_format == "dummy" else Checkpoint(folder, model_config)
     gpu = detect(device.index or 0) if device.type == "cuda" else None
-    takes_fp8 = gpu is not None and gpu.fp8
     if gpu is not None and (slow := why_slow(config, gpu)):
         _LOG.warning("%s", slow)
-    program = build_program(config, model, dtype, stored=checkpoint.integers(model, takes_fp8) if checkpoint else None)
+    program = build_program(config, model, dtype, stored=checkpoint.integers(model, gpu) if checkpoint else None)
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from torch import nn
 from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
 from skyline.layers import random_values
-from skyline.ops import QuantizedWeight
+from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.host_memory import reserve_weight
 
@@ -53,7 +53,7 @@ class WeightStore:
             found |= parts
         return found
 
-    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight | Fp8Rows) -> None:
+    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
         """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe.
 
         Integers are for layouts that were made for them, by `set_integers`.
@@ -63,7 +63,9 @@ class WeightStore:
         for use, memory in self._targets[id(parameter)]:
             if use.layout is None:
                 plain = source if isinstance(source, torch.Tensor) else source.dequantize()
-                memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(plain)
+                memory.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(
+                    plain.view(target.shape)
+                )
                 continue
             width = parameter.shape[-1]
             rows = source.reshape(-1, width) if isinstance(source, torch.Tensor) else source

@@ -15,6 +15,7 @@ from skyline.kernels.triton import BY_EXPERT, latent_tactics, norms
 from skyline.kernels.triton.layouts import pack_int4
 from skyline.ops import (
     AttentionBatch,
+    Fp4Weight,
     Fp8Weight,
     IndexCache,
     KVCache,
@@ -119,6 +120,13 @@ def _experts_fp8(tokens: int, blocks: bool) -> tuple[Any, ...]:
     return "moe_experts_fp8", (x, gate_up, down, weights, ids)
 
 
+def _experts_fp4(tokens: int) -> tuple[Any, ...]:
+    x, _, _, weights, ids = _experts(tokens)[1]
+    one = Fp4Weight(*(torch.zeros((8, 48, k), dtype=torch.uint8) for k in (16, 1)), torch.ones((8, 48)), 32)
+    other = Fp4Weight(*(torch.zeros((8, 32, k), dtype=torch.uint8) for k in (12, 1)), torch.ones((8, 32)), 32)
+    return "moe_experts_clamped_fp4", (x, one, _rows(8, 48), other, _rows(8, 32), weights, ids, 1.702, 7.0)
+
+
 def _attention(starts: list[int], lengths: list[int]) -> tuple[Any, ...]:
     cache = KVCache(2, 16, BFLOAT16)
     return "paged_attention", (_rows(sum(lengths), 64), cache, _batch(starts, lengths, cache), 0.25)
@@ -170,6 +178,9 @@ FP8_BLOCKS = Fp8Weight(FP8.values, torch.ones((2, 1)))
         (_experts_fp8(1, True), 5),
         (_experts_fp8(32, True), 5),
         (_experts_fp8(33, False), 6),
+        (_experts_fp4(1), 3),
+        (_experts_fp4(32), 3),
+        (_experts_fp4(33), 4),
         (_attention([99], [1]), 1),
         (_attention([99_999] * 64, [1] * 64), 1),
         (_attention([0], [300]), 1),

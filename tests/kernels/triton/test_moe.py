@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skyline import ops
 from skyline.kernels.triton import moe, moe_bytes, moe_tiles, router
+from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight
 from skyline.ops.fp8 import Fp8Weight, fp8_case_weight
 from skyline.ops.router import Scoring
 from skyline.quantization import quantize_int8
@@ -116,6 +117,36 @@ def test_experts_in_int8_at_larger_shapes(choose: Choose, shape: tuple[int, ...]
     assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
 
 
+def _fp4(experts: int, n: int, k: int, group: int, generator: torch.Generator) -> Fp4Weight:
+    matrix = fp4_case_weight(experts * n, k, group, generator)
+    scales = matrix.scales.view(torch.uint8).view(experts, n, -1).view(matrix.scales.dtype)
+    return Fp4Weight(matrix.values.view(experts, n, -1), scales, matrix.row_scales.view(experts, n), group)
+
+
+@pytest.mark.parametrize("group", [MXFP4_GROUP, NVFP4_GROUP])
+@pytest.mark.parametrize("choose,dtype,shape", SHAPES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_experts_in_fp4_at_larger_shapes(
+    choose: Choose, dtype: torch.dtype, shape: tuple[int, ...], group: int
+) -> None:
+    tokens, top_k, experts, h, i = shape
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((tokens, h), generator=generator).to(dtype)
+    gate_up, down = _fp4(experts, 2 * i, h, group, generator), _fp4(experts, h, i, group, generator)
+    biases = [torch.randn((experts, n), generator=generator).to(dtype) / 2 for n in (2 * i, h)]
+    ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
+    wide = [each.dequantize() for each in (gate_up, down)]
+    most = 1e-5 if dtype == FP32 else 1e-2  # hidden values are rounded
+    expected = ops.moe_experts(x.float(), *wide, weights, ids)
+    got = moe.moe_experts_fp4(*(moved(each) for each in (x, gate_up, down, weights, ids)))
+    assert got.dtype == dtype and (got.float().cpu() - expected).norm() / expected.norm() < most
+    clamped = ops.moe_experts_clamped(
+        x.float(), wide[0], biases[0].float(), wide[1], biases[1].float(), weights, ids, 1.702, 0.5
+    )
+    arguments = (moved(each) for each in (x, gate_up, biases[0], down, biases[1], weights, ids))
+    got = moe.moe_experts_clamped_fp4(*arguments, 1.702, 0.5)
+    assert got.dtype == dtype and (got.float().cpu() - clamped).norm() / clamped.norm() < most
+
+
 @pytest.mark.parametrize("tokens,top_k", [(1, 3), (6, 3), (50, 3)])
 def test_clamped_experts_on_rows_of_a_wider_tensor(tokens: int, top_k: int) -> None:
     generator = torch.Generator().manual_seed(6)
@@ -136,8 +167,19 @@ def test_every_tile_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.float(), down.float(), weights, ids)
     for _, tile in moe_tiles._TILES:
-        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile, **__: tile)
         _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, torch.bfloat16)
+
+
+def test_every_tile_of_fp4_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn((150, 128), generator=generator).bfloat16()
+    gate_up, down = _fp4(2, 288, 128, MXFP4_GROUP, generator), _fp4(2, 128, 144, MXFP4_GROUP, generator)
+    ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
+    expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids)
+    for _, tile in moe_tiles._FP4_TILES:
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile, **__: tile)
+        _close(moe.moe_experts_fp4(*map(moved, (x, gate_up, down, weights, ids))), expected, torch.bfloat16)
 
 
 def test_a_token_may_choose_an_expert_twice() -> None:

@@ -23,7 +23,7 @@ def _generator() -> torch.Generator:
 
 def _on_device(weight: Any) -> Any:
     if isinstance(weight, Fp4Weight):
-        return Fp4Weight(moved(weight.values), moved(weight.scales), moved(weight.global_scale), weight.group)
+        return Fp4Weight(moved(weight.values), moved(weight.scales), moved(weight.row_scales), weight.group)
     return moved(weight)
 
 
@@ -131,7 +131,7 @@ def test_mxfp4_keeps_scales_from_end_to_end() -> None:
     weight.scales[:8], weight.scales[8:] = 0, 200
     x = torch.randn(2, 64, generator=_generator())
     for rows, factor in ((slice(0, 8), 2.0**120), (slice(8, 16), 2.0**-70)):
-        part = Fp4Weight(weight.values[rows], weight.scales[rows], weight.global_scale, 32)
+        part = Fp4Weight(weight.values[rows], weight.scales[rows], weight.row_scales[rows], 32)
         expected = OPS["linear_fp4"].reference(x * factor, part)
         got = quantized.linear_fp4(moved(x * factor), _on_device(part)).cpu()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)

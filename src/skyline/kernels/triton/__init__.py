@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from skyline.kernels.fp4_layout import fp4_layout
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.gpu import OLDEST
 from skyline.kernels.registry import Kernel, Layout, Request, register
@@ -159,7 +160,9 @@ provide("moe_experts_fp8", "moe_bytes", {1: fp8_layout(1), 2: fp8_layout(2)}, su
 provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})
 provide("linear_int4", "quantized", {1: int4_layout(1)})
-provide("linear_fp4", "quantized")
+provide("linear_fp4", "quantized", {1: fp4_layout(1)})
+provide("moe_experts_fp4", "moe", {1: fp4_layout(1), 2: fp4_layout(2)})
+provide("moe_experts_clamped_fp4", "moe", {1: fp4_layout(1), 3: fp4_layout(3)})
 provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})
 provide("moe_experts_int8_weight_only", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
 provide("moe_experts_int4", "experts", {1: int4_layout(1), 2: int4_layout(2)}, provider=BY_EXPERT)

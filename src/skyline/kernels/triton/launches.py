@@ -81,6 +81,24 @@ def _moe_experts_clamped(
     return _experts(gpu, ids)
 
 
+def _moe_experts_fp4(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
+    return 3 + (ids.numel() > FEW_PAIRS)
+
+
+def _moe_experts_clamped_fp4(
+    gpu: Gpu,
+    x: Tensor,
+    gate_up: Any,
+    gate_up_bias: Tensor,
+    down: Any,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *_: Any,
+) -> int:
+    return _moe_experts_fp4(gpu, x, gate_up, down, weights, ids)
+
+
 def _moe_experts_fp8(
     gpu: Gpu, x: Tensor, gate_up: Fp8Weight | Tensor, down: Fp8Weight | Tensor, weights: Tensor, ids: Tensor, *_: Any
 ) -> int:
@@ -192,6 +210,8 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "fused_experts": _moe_experts,
     "moe_experts_fp8": _moe_experts_fp8,
     "moe_experts_clamped": _moe_experts_clamped,
+    "moe_experts_fp4": _moe_experts_fp4,
+    "moe_experts_clamped_fp4": _moe_experts_clamped_fp4,
     "moe_experts_ragged": _two,
     "moe_experts_padded": _two,
     "moe_experts_int8": _moe_experts_int8,

@@ -17,6 +17,7 @@ from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.moe_tiles import Groups, Tile, activated, grouped_experts, tile_for
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import FEW_PAIRS
+from skyline.ops import Fp4Weight
 
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
 _GATE_UP_BAND = 4  # rows of gate, and of up, that a program streams
@@ -366,9 +367,9 @@ def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
 
 def _experts(
     x: Tensor,
-    gate_up: Tensor,
+    gate_up: Tensor | Fp4Weight,
     gate_up_bias: Tensor | None,
-    down: Tensor,
+    down: Tensor | Fp4Weight,
     down_bias: Tensor | None,
     weights: Tensor,
     ids: Tensor,
@@ -380,9 +381,10 @@ def _experts(
     weights, ids = weights.contiguous(), ids.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
-    if tokens <= _STREAM_TOKENS:
+    fp4 = isinstance(gate_up, Fp4Weight) or isinstance(down, Fp4Weight)
+    if tokens <= _STREAM_TOKENS and not (isinstance(gate_up, Fp4Weight) or isinstance(down, Fp4Weight)):
         return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x))
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, fp4=fp4))
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
     return combine(rows, None, weights, residual)
 
@@ -400,6 +402,24 @@ def moe_experts_clamped(
     gate_up: Tensor,
     gate_up_bias: Tensor,
     down: Tensor,
+    down_bias: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    return _experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
+
+
+def moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> Tensor:
+    return _experts(x, gate_up, None, down, None, weights, ids)
+
+
+def moe_experts_clamped_fp4(
+    x: Tensor,
+    gate_up: Fp4Weight,
+    gate_up_bias: Tensor,
+    down: Fp4Weight,
     down_bias: Tensor,
     weights: Tensor,
     ids: Tensor,

@@ -22,7 +22,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import capability, overlaps, shared_memory
+from skyline.kernels.triton.four_bits import e2m1, fp4_scales, scaled
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.ops import Fp4Weight
 
 
 class Tile(NamedTuple):
@@ -52,6 +54,12 @@ _BYTE_TILES: tuple[tuple[float, Tile], ...] = (
     (64, Tile(64, 128, 128, 4, 4)),
     (float("inf"), Tile(128, 128, 128, 8, 4)),
 )
+_FP4_TILES: tuple[tuple[float, Tile], ...] = (
+    (8, Tile(16, 64, 128, 4, 4)),
+    (24, Tile(32, 64, 128, 4, 4)),
+    (64, Tile(64, 128, 64, 4, 3)),
+    (float("inf"), Tile(128, 128, 64, 8, 3)),
+)
 _TOGETHER = 8  # tiles of rows that go by before the next band of the weights is read
 
 
@@ -68,9 +76,12 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-def tile_for(rows: int, experts: int, x: Tensor, in_bytes: bool = False) -> Tile:
-    """For so many rows of x's device and dtype in all; in_bytes: that are quantized to eight bits."""
-    tiles = _BYTE_TILES if in_bytes else _FLOAT32_TILES if x.dtype == torch.float32 else _TILES
+def tile_for(rows: int, experts: int, x: Tensor, in_bytes: bool = False, fp4: bool = False) -> Tile:
+    """For so many rows of x's device and dtype in all; in_bytes: that are quantized to eight bits. fp4: the weights."""
+    if fp4 and x.dtype == torch.bfloat16:
+        tiles = _FP4_TILES
+    else:
+        tiles = _BYTE_TILES if in_bytes else _FLOAT32_TILES if fp4 or x.dtype == torch.float32 else _TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
     if capability(x.device)[0] in (9, 10):
         return tile
@@ -136,10 +147,11 @@ def _rows_of(
 @triton.jit
 def _grouped_kernel(
     x,  # [rows // DIVISOR, K]
-    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first
+    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first; of FP4 uint8, two a byte
     bias,  # [E, N or 2 N], contiguous, or unused
     x_scales,  # of FP8 and int8: [rows // DIVISOR, 1], or [rows // DIVISOR, ceil(K / 128)]
-    scales,  # [E, N or 2 N], or [E, ceil(N or 2 N / 128), ceil(K / 128)]
+    scales,  # [E, N or 2 N], or [E, ceil(N or 2 N / 128), ceil(K / 128)], of FP4 [E, N or 2 N, ceil(K / FP4)] uint8
+    row_scales,  # of FP4: [E, N or 2 N]
     y,  # [rows, N], contiguous
     index,
     order,
@@ -160,7 +172,9 @@ def _grouped_kernel(
     DIVISOR: tl.constexpr,  # so many rows of y belong to one of x
     GATED: tl.constexpr,  # the result is the activation, clamped if there is a bias
     BIAS: tl.constexpr,
-    SCALES: tl.constexpr,  # 0: none, 1: by row, 2: by block, and STEP is 128
+    SCALES: tl.constexpr,  # of x as well: 0: none, 1: by row, 2: by block, and STEP is 128
+    FP4: tl.constexpr,  # so many neighbours share a scale, or 0: the weight is no FP4
+    WIDEN: tl.constexpr,  # float16 times FP4 in tf32, which holds both: float16 has not the range of the scales
     EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,
     BAND: tl.constexpr,
@@ -195,33 +209,60 @@ def _grouped_kernel(
     steps = tl.arange(0, STEP)
     x_row = (row // DIVISOR).to(tl.int64)
     x_at = x + x_row[:, None] * x_stride + steps[None, :]
-    weight_at = (
-        weight + expert.to(tl.int64) * expert_stride + safe.to(tl.int64)[None, :] * weight_stride + steps[:, None]
-    )
+    matrix_rows = 2 * n if GATED else n
+    if FP4:
+        HALF: tl.constexpr = STEP // 2
+        octets = tl.arange(0, HALF)
+        parts = tl.arange(0, STEP // FP4)
+        groups = tl.cdiv(k, FP4)
+        weight_row = expert.to(tl.int64) * matrix_rows + safe
+        weight_at = weight + weight_row[:, None] * (k // 2) + octets[None, :]
+        scale_at = scales + weight_row[:, None] * groups + parts[None, :]
+    else:
+        weight_at = (
+            weight + expert.to(tl.int64) * expert_stride + safe.to(tl.int64)[None, :] * weight_stride + steps[:, None]
+        )
     total = tl.zeros((ROWS, BAND), tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32)
     columns = tl.where(count > 0, k, 0)
     for first in range(0, columns, STEP):
+        left = first + steps < k
         if EVEN_K:
             a = tl.load(x_at + first, mask=there[:, None], other=0.0)
+        else:
+            a = tl.load(x_at + first, mask=there[:, None] & left[None, :], other=0.0)
+        if WIDEN:
+            a = a.to(tl.float32)
+        if FP4:
+            if EVEN_K:
+                stored = tl.load(weight_at + first // 2)
+                codes = tl.load(scale_at + first // FP4)
+            else:
+                stored = tl.load(weight_at + first // 2, mask=(first // 2 + octets < k // 2)[None, :], other=0)
+                codes = tl.load(scale_at + first // FP4, mask=(first // FP4 + parts < groups)[None, :], other=0)
+            factors = fp4_scales(codes, FP4)
+            evens = scaled(e2m1(stored & 15), factors, 1, BAND, HALF, FP4 // 2).to(a.dtype)
+            odds = scaled(e2m1(stored >> 4), factors, 1, BAND, HALF, FP4 // 2).to(a.dtype)
+            b = tl.trans(tl.interleave(evens, odds))
+        elif EVEN_K:
             b = tl.load(weight_at + first)
         else:
-            left = first + steps < k
-            a = tl.load(x_at + first, mask=there[:, None] & left[None, :], other=0.0)
             b = tl.load(weight_at + first, mask=left[:, None], other=0.0)
         if SCALES == 2:
             blocks = tl.cdiv(k, 128)
             mine = tl.load(x_scales + x_row * blocks + first // 128, mask=there, other=0.0)
-            block_row = expert.to(tl.int64) * tl.cdiv(2 * n if GATED else n, 128) + safe // 128
+            block_row = expert.to(tl.int64) * tl.cdiv(matrix_rows, 128) + safe // 128
             theirs = tl.load(scales + block_row * blocks + first // 128)
             total += tl.dot(a, b) * (mine[:, None] * theirs[None, :])
         else:
             total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     if SCALES == 1:
         mine = tl.load(x_scales + x_row, mask=there, other=0.0)
-        theirs = tl.load(scales + expert.to(tl.int64) * (2 * n if GATED else n) + safe)
+        theirs = tl.load(scales + expert.to(tl.int64) * matrix_rows + safe)
         total = total.to(tl.float32) * (mine[:, None] * theirs[None, :])
+    if FP4:
+        total *= tl.load(row_scales + weight_row)[None, :]
     if BIAS:
-        biases = bias + expert.to(tl.int64) * (2 * n if GATED else n)
+        biases = bias + expert.to(tl.int64) * matrix_rows
         total += tl.load(biases + safe).to(tl.float32)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(total, (ROWS, WIDTH, 2)))
@@ -236,7 +277,7 @@ def _grouped_kernel(
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Fp4Weight,
     groups: Groups,
     divisor: int,
     gated: bool,
@@ -250,6 +291,8 @@ def product(
 
     x [rows // divisor, K], weight [E, N, K]. scales: of x and of the weight, in FP8 or int8, and dtype of the result.
     """
+    fp4 = weight.group if isinstance(weight, Fp4Weight) else 0
+    values = weight.values if isinstance(weight, Fp4Weight) else weight
     n, k = weight.shape[1] // 2 if gated else weight.shape[1], weight.shape[2]
     y = torch.empty((groups.rows, n), dtype=dtype or x.dtype, device=x.device)
     tile = groups.tile
@@ -258,15 +301,20 @@ def product(
         step = min(tile.columns, next_power_of_2(k))
         while step > 64 and k % step:
             step //= 2
-        step = max(16, step)
+        step = max(fp4, 16, step)
     stage = (tile.rows + tile.band) * step * x.element_size()
+    if isinstance(weight, Fp4Weight):
+        tables = (x, weight.scales.view(torch.uint8), weight.row_scales)
+    else:
+        tables = (x, x, x) if scales is None else (*scales, x)
+    widen = fp4 > 0 and x.dtype == torch.float16
     early = overlaps(x.device)
     grid = (groups.tiles * cdiv(n, tile.band // 2 if gated else tile.band),)
     _grouped_kernel[grid](
         x,
-        weight,
+        values,
         x if bias is None else bias,
-        *((x, x) if scales is None else scales),
+        *tables,
         y,
         groups.where,
         groups.where if groups.order is None else groups.order,
@@ -277,8 +325,8 @@ def product(
         n,
         k,
         x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
+        values.stride(0),
+        values.stride(1),
         alpha,
         limit,
         LAYOUT=groups.layout,
@@ -288,6 +336,8 @@ def product(
         GATED=gated,
         BIAS=bias is not None,
         SCALES=0 if scales is None else scales[1].dim() - 1,
+        FP4=fp4,
+        WIDEN=widen,
         EVEN_K=k % step == 0,
         ROWS=tile.rows,
         BAND=tile.band,
@@ -305,8 +355,8 @@ def product(
 def grouped_experts(
     x: Tensor,
     groups: Groups,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | Fp4Weight,
+    down: Tensor | Fp4Weight,
     divisor: int = 1,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,

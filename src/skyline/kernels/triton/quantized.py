@@ -19,13 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import multiprocessors
+from skyline.kernels.triton.four_bits import e2m1, fp4_scales, scaled
 from skyline.kernels.triton.layouts import SYMMETRIC_ZERO, Int4Weight, pack_int4
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.fp4 import NVFP4_GROUP
 
 FEW_ROWS = 16  # up to so many rows of x the warps of a program share a band by columns
 
-_INT8_WEIGHT_ONLY, _INT8, _INT4, _MXFP4, _NVFP4 = (tl.constexpr(kind) for kind in range(5))
+_INT8_WEIGHT_ONLY, _INT8, _INT4, _FP4 = (tl.constexpr(kind) for kind in range(4))
 _SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)
 
 
@@ -148,37 +150,6 @@ def _biased(nibbles):
 
 
 @triton.jit
-def _e2m1(codes):
-    """Codes 0..15 -> float32, times 2^-14: moved up they are float16, whose exponents are biased by 14 more."""
-    bits = codes.to(tl.int16)
-    return (((bits & 7) << 9) | ((bits & 8) << 12)).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _fp4_scales(codes, KIND: tl.constexpr):
-    """uint8 -> float32, times 2^14."""
-    if KIND == _MXFP4:
-        scales = ((codes.to(tl.int32) + 14) << 23).to(tl.float32, bitcast=True)
-    else:
-        # E4M3 moved up is float16, whose exponents are biased by 8 more.
-        bits = codes.to(tl.int16)
-        moved = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True)
-        scales = moved.to(tl.float32) * 4194304.0
-    return scales
-
-
-@triton.jit
-def _scaled(values, scales, SPLIT: tl.constexpr, BAND: tl.constexpr, HALF: tl.constexpr, EACH: tl.constexpr):
-    """values [.., BAND, HALF] times scales [.., BAND, HALF / EACH], each for EACH neighbours."""
-    if SPLIT > 1:
-        grouped = tl.reshape(values, (SPLIT, BAND, HALF // EACH, EACH)) * scales[:, :, :, None]
-        result = tl.reshape(grouped, (SPLIT, BAND, HALF))
-    else:
-        result = tl.reshape(tl.reshape(values, (BAND, HALF // EACH, EACH)) * scales[:, :, None], (BAND, HALF))
-    return result
-
-
-@triton.jit
 def _add_product(
     total,
     values,  # of x, [.., ROWS, WIDTH]
@@ -257,9 +228,9 @@ def _add_product(
         else:
             scale_at = scales + own.to(tl.int64)[:, None] * groups + group[None, :]
             known = (group < groups)[None, :]
-        scale = _fp4_scales(tl.load(scale_at, mask=known, other=0), KIND)
-        evens = _scaled(_e2m1(stored & 15), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
-        odds = _scaled(_e2m1(stored >> 4), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
+        scale = fp4_scales(tl.load(scale_at, mask=known, other=0), GROUP)
+        evens = scaled(e2m1(stored & 15), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
+        odds = scaled(e2m1(stored >> 4), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
         result = tl.dot(values, _turned(tl.interleave(evens, odds), SPLIT), total, input_precision=PRECISION)
     return result
 
@@ -272,7 +243,7 @@ def _linear_kernel(
     weight,  # [N, K] int8, or [N, ceil(K / 2)] uint8
     scales,  # int8: [N] float32. int4: [groups, N] float16. FP4: [N, groups] uint8
     zeros,  # like scales
-    whole,  # [] float32, of FP4
+    row_scales,  # [N] float32, of FP4
     bias,  # [N]
     y,  # [T, n]
     rows,
@@ -335,16 +306,16 @@ def _linear_kernel(
     if SPLIT > 1:
         result = tl.sum(result, 0)
         second = tl.sum(second, 0)
-    result = _finished(result, x_scales, scales, whole, bias, safe_row, own, KIND, BIAS)
+    result = _finished(result, x_scales, scales, row_scales, bias, safe_row, own, KIND, BIAS)
     if GATED:
-        up = _finished(second, x_scales, scales, whole, bias, safe_row, own + n, KIND, BIAS)
+        up = _finished(second, x_scales, scales, row_scales, bias, safe_row, own + n, KIND, BIAS)
         result = result * tl.sigmoid(result) * up
     at = row.to(tl.int64)[:, None] * n + column[None, :]
     tl.store(y + at, result.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < n)[None, :])
 
 
 @triton.jit
-def _finished(total, x_scales, scales, whole, bias, row, own, KIND: tl.constexpr, BIAS: tl.constexpr):
+def _finished(total, x_scales, scales, row_scales, bias, row, own, KIND: tl.constexpr, BIAS: tl.constexpr):
     """The scales that are common to a whole sum, and the bias."""
     result = total.to(tl.float32)
     if KIND == _INT8:
@@ -352,7 +323,7 @@ def _finished(total, x_scales, scales, whole, bias, row, own, KIND: tl.constexpr
     elif KIND == _INT8_WEIGHT_ONLY:
         result *= tl.load(scales + own)[None, :]
     elif KIND != _INT4:
-        result *= tl.load(whole)
+        result *= tl.load(row_scales + own)[None, :]
     if BIAS:
         result += tl.load(bias + own).to(tl.float32)[None, :]
     return result
@@ -374,13 +345,13 @@ def _launch(
     y = torch.empty((rows, n), dtype=dtype, device=x.device)
     if not rows:
         return y
-    group, scales, zeros, whole = weight.group or 1, weight.scales, None, None
+    group, scales, zeros, row_scales = weight.group or 1, weight.scales, None, None
     if isinstance(weight, Fp4Weight):
-        scales, whole = weight.scales.view(torch.uint8), weight.global_scale
+        scales, row_scales = weight.scales.view(torch.uint8), weight.row_scales
     elif isinstance(weight, Int4Weight):
         zeros = weight.zeros
-    widen = whole is not None and x.dtype == torch.float16
-    width = group if kind == _INT4 else 64 if kind == _NVFP4 else 128
+    widen = row_scales is not None and x.dtype == torch.float16
+    width = group if kind == _INT4 else 64 if group == NVFP4_GROUP else 128
     if chosen is None:
         wide = widen or x.dtype == torch.float32
         chosen = tactic(rows, n, width, bool(kind == _INT4), silu_mul, wide, multiprocessors(x.device))
@@ -392,7 +363,7 @@ def _launch(
         weight.values,
         scales,
         scales if zeros is None else zeros,
-        scales if whole is None else whole,
+        scales if row_scales is None else row_scales,
         x if bias is None else bias,
         y,
         rows,
@@ -439,4 +410,4 @@ def linear_int4(
 
 
 def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
-    return _launch(_MXFP4 if weight.group == 32 else _NVFP4, x, x.dtype, weight, bias, silu_mul)
+    return _launch(_FP4, x, x.dtype, weight, bias, silu_mul)

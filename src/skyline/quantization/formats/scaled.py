@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from skyline.ops import QuantizedWeight
+from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import unpack_e2m1
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Rows
 from skyline.ops.quantized import IntegerFormat
@@ -78,6 +78,8 @@ class ScaledWeight:
 
     @property
     def integers(self) -> IntegerFormat | None:
+        if self.source.dtype(self.elements) == torch.uint8:
+            return IntegerFormat(bits=4, group=self.grid.columns, fp4=True)
         if self.source.dtype(self.elements) == FP8 and len(self.matrix) == 2 and not self.transposed:
             plain = self.whole is None and self.zeros is None
             if plain and (self.grid.rows, self.grid.columns) == (BLOCK, BLOCK):
@@ -101,12 +103,29 @@ class ScaledWeight:
         spread_columns(values, self._scales(start, stop), self.grid.columns)
         return values.transpose(-1, -2) if self.transposed else values
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows:
+    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows | Fp4Weight:
         assert self.integers is not None
+        if self.integers.fp4:
+            return self._four_bits(start, stop)
         scales = self._scales(start, stop) if start < stop else torch.empty(0, 1)
         if self.integers.fp8:
             return Fp8Rows(self.source.get(self.elements)[start:stop], scales.expand(stop - start, -1))
         return QuantizedWeight(self.source.get(self.elements)[start:stop], scales[:, 0].contiguous())
+
+    def _four_bits(self, start: int, stop: int) -> Fp4Weight:
+        """Of experts all rows, one after the other, as they are stored: not transposed."""
+        values = self.source.get(self.elements)[start:stop].reshape(-1, self.matrix[-1] // 2)
+        scales = self.source.get(self.scales)[start:stop].reshape(values.shape[0], -1)
+        is_e8m0 = scales.dtype in E8M0_SCALES
+        checked(self.source, self.scales, exponents(scales) if is_e8m0 else scales)
+        if is_e8m0:
+            scales = scales.view(torch.uint8)
+        factor = torch.ones(())
+        if self.whole is not None:
+            name, does = self.whole
+            stored = checked(self.source, name, self.source.get(name)).flatten()[0]
+            factor = checked(self.source, name, 1 / stored) if does is Whole.DIVIDES else stored
+        return Fp4Weight(values, scales, factor.expand(values.shape[0]), self.grid.columns)
 
     def _scales(self, start: int, stop: int) -> Tensor:
         """Of rows or entries start to stop: float32 [.., rows, B]."""

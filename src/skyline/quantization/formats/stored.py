@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from skyline.checkpoint.weights import Weights as TensorSource
-from skyline.ops import QuantizedWeight
+from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.quantized import IntegerFormat
 
@@ -43,6 +43,6 @@ class Stored(Protocol):
         """
         ...
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows:
-        """The same rows of a matrix [N, K] as integers or FP8, where `integers` says that there are such."""
+    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows | Fp4Weight:
+        """The same rows of a matrix [N, K] as integers, FP8 or FP4, where `integers` says that there are such."""
         ...

@@ -1,0 +1,55 @@
+"""How FP4 weights lie in memory: as checkpoints hold them, the scales of NVFP4's tensors spread over their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skyline.kernels.registry import CPU, Layout
+from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
+from skyline.ops.fp8 import Fp8Rows
+from skyline.ops.quantized import integers_of
+
+
+class Fp4Layout:
+    """`Fp4Weight`, of rows that are one already."""
+
+    def __init__(self, group: int) -> None:
+        self.name = "mxfp4" if group == MXFP4_GROUP else "nvfp4"
+        self.group = group
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Fp4Weight:
+        *lead, n, k = shape
+        values = torch.empty((*lead, n, k // 2), dtype=torch.uint8, device=device)
+        scales = torch.empty((*lead, n, -(-k // self.group)), dtype=torch.uint8, device=device)
+        of_dtype = scales if self.group == MXFP4_GROUP else scales.view(torch.float8_e4m3fn)
+        return Fp4Weight(values, of_dtype, torch.empty((*lead, n), device=device), self.group)
+
+    def write(self, target: Fp4Weight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
+        """Raises ValueError if the rows are no FP4: nothing is quantized to it while it is read."""
+        if not isinstance(rows, Fp4Weight):
+            raise ValueError(f"rows of a weight in {self.name} have to be stored as such; quantize all of it again")
+        place = slice(first_row, first_row + rows.shape[0])
+        for whole, part in (
+            (target.values, rows.values),
+            (target.scales.view(torch.uint8), rows.scales.view(torch.uint8)),
+        ):
+            whole.view(-1, whole.shape[-1])[place] = part.to(whole.device)
+        target.row_scales.view(-1)[place] = rows.row_scales.to(target.row_scales.device)
+
+
+FP4 = {group: Fp4Layout(group) for group in (MXFP4_GROUP, NVFP4_GROUP)}
+
+
+def fp4_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
+    """Of the weight among a call's arguments, with the group that was decided for it."""
+
+    def choose(arguments: tuple[Any, ...]) -> Layout:
+        decided = integers_of(arguments[index])
+        return FP4[MXFP4_GROUP if decided is None or decided.group is None else decided.group]
+
+    return choose

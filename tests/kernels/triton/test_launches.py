@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skyline.kernels import Kernel
 from skyline.kernels.gpu import GPUS
-from skyline.kernels.triton import BY_EXPERT, latent_tactics, norms
+from skyline.kernels.triton import latent_tactics, norms
 from skyline.kernels.triton.layouts import pack_int4
 from skyline.ops import (
     AttentionBatch,
@@ -33,8 +33,7 @@ H200 = GPUS["h200"]  # which kernels take a CPU for
 BFLOAT16 = torch.bfloat16
 
 CPU, BLOCK = torch.device("cpu"), 16
-COUNTED = [(op, kernel) for op, kernel in KERNELS if kernel.provider != BY_EXPERT]  # by expert depends on values
-KERNEL = {op.name: kernel for op, kernel in COUNTED}
+KERNEL = {op.name: kernel for op, kernel in KERNELS}
 
 # In torch, what makes no kernel: memory, and views of it.
 _FREE = ("empty", "view", "slice", "select.int", "transpose", "permute", "expand", "split", "unsqueeze", "squeeze",
@@ -80,7 +79,7 @@ def _check(op: str, arguments: tuple[Any, ...], launches: _Launches, label: str)
     return declared
 
 
-@pytest.mark.parametrize("op,kernel", COUNTED, ids=[op.name for op, _ in COUNTED])
+@pytest.mark.parametrize("op,kernel", KERNELS, ids=[op.name for op, _ in KERNELS])
 def test_calls_launch_what_is_declared(op: Op, kernel: Kernel, launches: _Launches) -> None:
     for case in op.cases(BFLOAT16, torch.Generator().manual_seed(3)):
         arguments = tuple(pack_int4(a) if isinstance(a, QuantizedWeight) and a.group else a for a in case.args)

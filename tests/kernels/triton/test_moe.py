@@ -14,8 +14,9 @@ from skyline import ops
 from skyline.kernels.triton import moe, moe_bytes, moe_tiles, router
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight
 from skyline.ops.fp8 import Fp8Weight, fp8_case_weight
+from skyline.ops.quantized_moe import stacked
 from skyline.ops.router import Scoring
-from skyline.quantization import quantize_int8
+from skyline.quantization import quantize_int4, quantize_int8
 from tests.kernels.triton.test_ops import DEVICE, moved
 
 Choose = Callable[[int, int, int, torch.Generator], Tensor]
@@ -103,6 +104,23 @@ def test_experts_in_fp8_at_larger_shapes(choose: Choose, shape: tuple[int, ...],
     assert error < (1e-2 if tokens == 1 else 8e-2)  # one token is not quantized
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("choose,shape", [(how, shape) for how, dtype, shape in SHAPES if dtype == BF16])
+def test_experts_in_int4_at_larger_shapes(choose: Choose, shape: tuple[int, ...], zeros: bool) -> None:
+    tokens, top_k, experts, h, i = shape
+    h, i = 2 * h, 3 * i
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((tokens, h), generator=generator).to(BF16)
+    gate_up, down = (
+        stacked([quantize_int4(matrix, 32, not zeros) for matrix in weight])
+        for weight in _weights(experts, h, i, BF16, generator)
+    )
+    ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
+    expected = ops.moe_experts_int4(x.float(), gate_up, down, weights, ids)
+    got = moe_bytes.moe_experts_int4(*(moved(each) for each in (x, gate_up, down, weights, ids)))
+    assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
+
+
 @pytest.mark.parametrize("choose,shape", [(how, shape) for how, dtype, shape in SHAPES if dtype == BF16])
 def test_experts_in_int8_at_larger_shapes(choose: Choose, shape: tuple[int, ...]) -> None:
     tokens, top_k, experts, h, i = shape
@@ -114,6 +132,9 @@ def test_experts_in_int8_at_larger_shapes(choose: Choose, shape: tuple[int, ...]
     expected = ops.moe_experts_int8(x.float(), gate_up, down, weights, ids)
     got = moe_bytes.moe_experts_int8(*(moved(each) for each in (x, gate_up, down, weights, ids)))
     # Activated products that are rounded to bfloat16 may become other integers.
+    assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
+    expected = ops.moe_experts_int8_weight_only(x.float(), gate_up, down, weights, ids)
+    got = moe_bytes.moe_experts_int8_weight_only(*(moved(each) for each in (x, gate_up, down, weights, ids)))
     assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
 
 
@@ -167,7 +188,7 @@ def test_every_tile_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.float(), down.float(), weights, ids)
     for _, tile in moe_tiles._TILES:
-        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile, **__: tile)
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
         _close(moe.moe_experts(*_on_device(x, gate_up, down, weights, ids)), expected, torch.bfloat16)
 
 
@@ -178,7 +199,7 @@ def test_every_tile_of_fp4_computes_the_same(monkeypatch: pytest.MonkeyPatch) ->
     ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids)
     for _, tile in moe_tiles._FP4_TILES:
-        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile, **__: tile)
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
         _close(moe.moe_experts_fp4(*map(moved, (x, gate_up, down, weights, ids))), expected, torch.bfloat16)
 
 

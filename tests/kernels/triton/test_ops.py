@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from skyline.kernels import Kernel, candidates
-from skyline.kernels.triton import BY_EXPERT, PROVIDER
+from skyline.kernels.triton import PROVIDER
 from skyline.ops import OPS, Op
 from tests.kernels.test_kernels import _results, _wide
 
 _MOST_CASES = 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = [
-    (op, kernel) for op in OPS.values() for kernel in candidates(op.name) if kernel.provider in (PROVIDER, BY_EXPERT)
-]
+KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name) if kernel.provider == PROVIDER]
 
 
 def moved(value: Any) -> Any:

@@ -23,7 +23,6 @@ from skyline.kernels.triton.layouts import INT8, Int4Weight, int4_layout, unpack
 from skyline.ops import OPS, AttentionBatch
 
 PROVIDER = "triton"
-BY_EXPERT = "triton, by expert"  # looks at values on the host, so that it cannot be recorded
 FALLS_BACK = True  # False where an error of the compiler is to be seen: in tests
 
 _LOG = logging.getLogger(__name__)
@@ -97,7 +96,6 @@ def provide(
     module: str,
     layouts: Mapping[int, LayoutOf] | None = None,
     check: Callable[[Request], str | None] = supports,
-    provider: str = PROVIDER,
 ) -> None:
     """Register the function of the op's name in a module of this package, which is imported at the first call.
 
@@ -116,7 +114,7 @@ def provide(
                 raise
             return _by_reference(op, arguments, error)
 
-    register(Kernel(op, provider, run, check, layouts=layouts or {}, launches=LAUNCHES.get(op)))
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=LAUNCHES.get(op)))
 
 
 _MODULES = {
@@ -164,5 +162,5 @@ provide("linear_fp4", "quantized", {1: fp4_layout(1)})
 provide("moe_experts_fp4", "moe", {1: fp4_layout(1), 2: fp4_layout(2)})
 provide("moe_experts_clamped_fp4", "moe", {1: fp4_layout(1), 3: fp4_layout(3)})
 provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})
-provide("moe_experts_int8_weight_only", "experts", {1: INT8, 2: INT8}, provider=BY_EXPERT)
-provide("moe_experts_int4", "experts", {1: int4_layout(1), 2: int4_layout(2)}, provider=BY_EXPERT)
+provide("moe_experts_int8_weight_only", "moe_bytes", {1: INT8, 2: INT8})
+provide("moe_experts_int4", "moe_bytes", {1: int4_layout(1), 2: int4_layout(2)})

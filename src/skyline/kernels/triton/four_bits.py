@@ -1,9 +1,13 @@
-"""Four-bit floats and their scales as numbers that can be multiplied (skyline.ops.fp4)."""
+"""Four-bit integers, and floats and their scales (skyline.ops.fp4), as numbers that can be multiplied."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from skyline.kernels.triton.layouts import SYMMETRIC_ZERO
+
+SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)  # the zero point of `biased` integers without one of their own
 
 
 @triton.jit
@@ -35,3 +39,9 @@ def scaled(values, scales, SPLIT: tl.constexpr, BAND: tl.constexpr, HALF: tl.con
     else:
         result = tl.reshape(tl.reshape(values, (BAND, HALF // EACH, EACH)) * scales[:, :, None], (BAND, HALF))
     return result
+
+
+@triton.jit
+def biased(nibbles):
+    """Integers 0..15 -> 128 more, in bfloat16: below 2^8 the lowest bits of its mantissa are the integer."""
+    return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)

@@ -81,7 +81,8 @@ def _moe_experts_clamped(
     return _experts(gpu, ids)
 
 
-def _moe_experts_fp4(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
+def _moe_experts_grouped(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
+    """Of one token as of many: both products, and the sum over choices."""
     return 3 + (ids.numel() > FEW_PAIRS)
 
 
@@ -96,7 +97,7 @@ def _moe_experts_clamped_fp4(
     ids: Tensor,
     *_: Any,
 ) -> int:
-    return _moe_experts_fp4(gpu, x, gate_up, down, weights, ids)
+    return _moe_experts_grouped(gpu, x, gate_up, down, weights, ids)
 
 
 def _moe_experts_fp8(
@@ -106,17 +107,8 @@ def _moe_experts_fp8(
     return 2 if ids.shape[0] == 1 and experts_in_words(gate_up, down) else 5 + (ids.numel() > FEW_PAIRS)
 
 
-def _moe_experts_int8(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
+def _moe_experts_quantized(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
     return 5 + (ids.numel() > FEW_PAIRS)
-
-
-def _by_expert(of_linear: int) -> Callable[..., int]:
-    """Two linears of each expert: how many there are only the device knows, but not fewer than one token chooses."""
-
-    def count(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
-        return 2 * of_linear * ids.shape[1]
-
-    return count
 
 
 def _paged_attention(gpu: Gpu, q: Tensor, cache: Any, batch: AttentionBatch, *_: Any) -> int:
@@ -210,13 +202,13 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "fused_experts": _moe_experts,
     "moe_experts_fp8": _moe_experts_fp8,
     "moe_experts_clamped": _moe_experts_clamped,
-    "moe_experts_fp4": _moe_experts_fp4,
+    "moe_experts_fp4": _moe_experts_grouped,
     "moe_experts_clamped_fp4": _moe_experts_clamped_fp4,
     "moe_experts_ragged": _two,
     "moe_experts_padded": _two,
-    "moe_experts_int8": _moe_experts_int8,
-    "moe_experts_int8_weight_only": _by_expert(1),
-    "moe_experts_int4": _by_expert(2),
+    "moe_experts_int8": _moe_experts_quantized,
+    "moe_experts_int8_weight_only": _moe_experts_grouped,
+    "moe_experts_int4": _moe_experts_quantized,
     "paged_attention": _paged_attention,
     "latent_attention": _latent_attention,
     "index_topk": _index_topk,

@@ -1,8 +1,8 @@
 """Mixture of experts: few launches, and nothing that depends on values the device has.
 
 One token: a program streams a few rows of an expert's gate and up, then a few of the down rows of all its experts at
-once, which adds them up. More tokens: tiles of an expert's rows (skyline.kernels.triton.moe_tiles), which for few pairs
-of token and expert find their rows by looking at all ids, and else after a sort; then a sum over a token's choices.
+once, which adds them up. More tokens, or FP4: tiles of an expert's rows (moe_tiles.py, moe_products.py), which for few
+pairs of token and expert are found by looking at all ids, else after a sort; then a sum over a token's choices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
-from skyline.kernels.triton.moe_tiles import Groups, Tile, activated, grouped_experts, tile_for
+from skyline.kernels.triton.moe_products import activated, grouped_experts
+from skyline.kernels.triton.moe_tiles import Groups, Kind, Tile, tile_for
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import FEW_PAIRS
 from skyline.ops import Fp4Weight
@@ -381,10 +382,10 @@ def _experts(
     weights, ids = weights.contiguous(), ids.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
-    fp4 = isinstance(gate_up, Fp4Weight) or isinstance(down, Fp4Weight)
-    if tokens <= _STREAM_TOKENS and not (isinstance(gate_up, Fp4Weight) or isinstance(down, Fp4Weight)):
+    if tokens <= _STREAM_TOKENS and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return _stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, fp4=fp4))
+    kind: Kind = "fp4" if isinstance(gate_up, Fp4Weight) else "plain"
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
     return combine(rows, None, weights, residual)
 

@@ -1,14 +1,14 @@
-"""Mixtures of experts in FP8 and int8: the launches of skyline.kernels.triton.moe on bytes.
+"""Mixtures of experts in FP8, int8 and int4: the launches of skyline.kernels.triton.moe on what is quantized.
 
 One token in FP8: its row, and what the activation makes of it, stay as they are, and weights are read in words of four,
 as in linear_kernels.fp8_vector_kernel. Otherwise rows are quantized, with a scale for each 128 neighbours where weights
-have blocks, and tiles are products of bytes.
+have blocks, or, in int4, for each group of them, and tiles are products of what comes out; but for int8 of the weight
+alone, which is widened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import triton
@@ -17,17 +17,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps
+from skyline.kernels.triton.layouts import Int4Weight, pack_int4
 from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
 from skyline.kernels.triton.moe import combine, groups_of
-from skyline.kernels.triton.moe_tiles import product, tile_for
-from skyline.kernels.triton.quantized import quantize_rows_int8
+from skyline.kernels.triton.moe_products import Quantized, Weight, product
+from skyline.kernels.triton.moe_tiles import Kind, tile_for
+from skyline.kernels.triton.quantized import quantize_groups, quantize_rows_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import experts_in_words
 from skyline.ops import QuantizedWeight
 from skyline.ops.fp8 import Fp8Weight
-
-Weight = TypeVar("Weight", Fp8Weight, QuantizedWeight)
 
 _GATE_UP_BAND, _GATE_UP_COLUMNS = 2, 1024  # rows of gate and of up, and columns, that a program streams at a time
 _DOWN_BAND, _DOWN_COLUMNS = 8, 1024
@@ -220,34 +220,54 @@ def _grouped(
     down: Weight,
     weights: Tensor,
     ids: Tensor,
-    residual: Tensor | None,
-    quantize: Callable[[Tensor, Weight], tuple[Tensor, Tensor]],
+    kind: Kind,
+    quantize: Callable[[Tensor, Weight], Tensor | Quantized],
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """quantize: the rows that a weight is multiplied by -> bytes, and their scales."""
+    """quantize: the rows that a weight is multiplied by, as it wants them."""
+    weights, ids = weights.contiguous(), ids.contiguous()
     (tokens, top_k), experts = ids.shape, gate_up.shape[0]
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, in_bytes=True))
-    levels, scales = quantize(x, gate_up)
-    hidden = product(levels, gate_up.values, groups, top_k, True, scales=(scales, gate_up.scales), dtype=x.dtype)
-    levels, scales = quantize(hidden, down)
-    rows = product(levels, down.values, groups, 1, False, scales=(scales, down.scales), dtype=x.dtype)
+    if tokens == 0:
+        return torch.empty_like(x)
+    group = gate_up.group if isinstance(gate_up, Int4Weight) else 0
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind, group))
+    hidden = product(quantize(x, gate_up), gate_up, groups, top_k, True, x.dtype)
+    rows = product(quantize(hidden, down), down, groups, 1, False, x.dtype)
     return combine(rows, None, weights, residual)
 
 
 def moe_experts_fp8(
     x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    weights, ids = weights.contiguous(), ids.contiguous()
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
     if x.shape[0] == 1 and experts_in_words(gate_up, down):
-        return _stream(x, gate_up, down, weights, ids, residual)
-    return _grouped(x, gate_up, down, weights, ids, residual, lambda rows, weight: quantize_rows(rows, weight.blocks))
+        return _stream(x, gate_up, down, weights.contiguous(), ids.contiguous(), residual)
+
+    def quantize(rows: Tensor, weight: Weight) -> Quantized:
+        assert isinstance(weight, Fp8Weight)
+        return Quantized(*quantize_rows(rows, weight.blocks))
+
+    return _grouped(x, gate_up, down, weights, ids, "bytes", quantize, residual)
 
 
 def moe_experts_int8(
     x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor
 ) -> Tensor:
-    weights, ids = weights.contiguous(), ids.contiguous()
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
-    return _grouped(x, gate_up, down, weights, ids, None, lambda rows, _: quantize_rows_int8(rows))
+    return _grouped(x, gate_up, down, weights, ids, "bytes", lambda rows, _: Quantized(*quantize_rows_int8(rows)))
+
+
+def moe_experts_int8_weight_only(
+    x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor
+) -> Tensor:
+    return _grouped(x, gate_up, down, weights, ids, "plain", lambda rows, _: rows)
+
+
+def moe_experts_int4(
+    x: Tensor, gate_up: QuantizedWeight | Int4Weight, down: QuantizedWeight | Int4Weight, weights: Tensor, ids: Tensor
+) -> Tensor:
+    first, second = (pack_int4(each) if isinstance(each, QuantizedWeight) else each for each in (gate_up, down))
+
+    def quantize(rows: Tensor, weight: Weight) -> Quantized:
+        assert isinstance(weight, Int4Weight)
+        return Quantized(*quantize_groups(rows, weight.group))
+
+    return _grouped(x, first, second, weights, ids, "int4", quantize)

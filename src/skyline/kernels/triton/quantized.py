@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import multiprocessors
-from skyline.kernels.triton.four_bits import e2m1, fp4_scales, scaled
-from skyline.kernels.triton.layouts import SYMMETRIC_ZERO, Int4Weight, pack_int4
+from skyline.kernels.triton.four_bits import SYMMETRIC, biased, e2m1, fp4_scales, scaled
+from skyline.kernels.triton.layouts import Int4Weight, pack_int4
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import NVFP4_GROUP
@@ -28,7 +28,6 @@ from skyline.ops.fp4 import NVFP4_GROUP
 FEW_ROWS = 16  # up to so many rows of x the warps of a program share a band by columns
 
 _INT8_WEIGHT_ONLY, _INT8, _INT4, _FP4 = (tl.constexpr(kind) for kind in range(4))
-_SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)
 
 
 class Tactic(NamedTuple):
@@ -131,6 +130,11 @@ def _quantize(x: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
     return levels, scales, sums
 
 
+def quantize_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, K] -> integers [T, K] in bfloat16, and scales and sums of each `group` neighbours, [groups, T] float32."""
+    return _quantize(x, group)
+
+
 def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> int8 [T, K], and a scale a row [T] float32."""
     levels, scales, _ = _quantize(x, None)
@@ -141,12 +145,6 @@ def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def _turned(tile, SPLIT: tl.constexpr):
     """[.., BAND, WIDTH] -> [.., WIDTH, BAND]."""
     return tl.permute(tile, (0, 2, 1)) if SPLIT > 1 else tl.trans(tile)
-
-
-@triton.jit
-def _biased(nibbles):
-    """Integers 0..15 -> 128 more, in bfloat16: below 2^8 the lowest bits of its mantissa are the integer."""
-    return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -193,7 +191,7 @@ def _add_product(
         tile = _turned(stored, SPLIT)
         result = tl.dot(values, tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     elif KIND == _INT4:
-        tile = _turned(tl.interleave(_biased(stored & 15), _biased(stored >> 4)), SPLIT)
+        tile = _turned(tl.interleave(biased(stored & 15), biased(stored >> 4)), SPLIT)
         part = tl.dot(values, tile)
         group = first // GROUP
         if SPLIT > 1:
@@ -215,7 +213,7 @@ def _add_product(
         if ZEROS:
             part -= x_sum * bias
         else:
-            part -= x_sum * _SYMMETRIC
+            part -= x_sum * SYMMETRIC
         result = total + part * x_scale * scale
     else:
         PARTS: tl.constexpr = WIDTH // GROUP

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--models", nargs="*", default=["llama-3.1-8b", "qwen3-0.6b"], choices=SHAPES)
-    parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, int8, int4")
+    parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, mxfp4, int8, int4")
     parser.add_argument("--kv", nargs="*", default=["auto"], help="auto, fp8")
     parser.add_argument("--cases", type=int, default=1000, help="of an op and dtype, at most about")
     parser.add_argument("--seconds", type=float, default=300.0, help="for the ops")

@@ -61,6 +61,7 @@ FORMATS: dict[str, Format] = {
     "stored int8": Format(stored=lambda gpu: IntegerFormat(8)),
     "stored int4": Format(stored=lambda gpu: IntegerFormat(4, 128, zeros=True)),
     "fp8": Format({"quantization": "fp8"}),
+    "mxfp4": Format({"quantization": "mxfp4"}),
     "int8": Format({"quantization": "int8"}),
     "int8-weight-only": Format({"quantization": "int8-weight-only"}),
     "int4": Format({"quantization": "int4"}),

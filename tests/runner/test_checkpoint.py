@@ -15,8 +15,10 @@ from skyline.checkpoint.config import load_config
 from skyline.checkpoint.errors import CheckpointError
 from skyline.engine.config import EngineConfig
 from skyline.graph import Program
+from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
+from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program
 from skyline.runner.weight_store import WeightStore
@@ -124,7 +126,7 @@ def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
     theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
     theirs = quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
     program, _, report = _on_h200(tmp_path / "small")
-    assert report == [{"format": "mxfp4, groups of 32", "becomes": "fp4, as stored", "weights": 6}]
+    assert report == [{"format": "mxfp4, groups of 32", "becomes": "mxfp4, as stored", "weights": 6}]
     experts = [call for call in program.calls if "experts" in call.op.name]
     assert [call.op.name for call in experts] == ["moe_experts_clamped_fp4"] * 3
     assert {call.kernel.provider for call in experts} == {"triton"}
@@ -145,7 +147,7 @@ def test_linears_and_experts_stay_in_fp4(format: str, family: str, tmp_path: Pat
     settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **mixture}
     theirs = quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", family, **settings), format)
     program, model, report = _on_h200(tmp_path / "small")
-    assert {entry["becomes"] for entry in report} == {"fp4, as stored"}
+    assert {entry["becomes"] for entry in report} == {f"{format}, as stored"}
     ops = Counter(call.op.name for call in program.calls if "fp4" in call.op.name)
     assert ops == ({"linear_fp4": 12} if family == "Qwen3" else {"linear_fp4": 6, "moe_experts_fp4": 3})
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -172,7 +174,7 @@ def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     program, _, report = _on_h200(tmp_path / "small")
     assert {entry["becomes"]: entry["weights"] for entry in report} == {
-        "fp4, as stored": 18,
+        "mxfp4, as stored": 18,
         "bfloat16, exactly": 2,
     }
     assert sum(call.op.name == "linear_fp4" for call in program.calls) == 11
@@ -184,3 +186,30 @@ def test_other_checkpoints_that_see_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=r"multimodal.*Gemma3ForConditionalGeneration"):
         load_config(tmp_path)
+
+
+def test_a_checkpoint_in_bfloat16_becomes_mxfp4_for_a_gpu(tmp_path: Path) -> None:
+    """By the rule of `skyline quantize`; gpt-oss's experts as well."""
+    settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 48, "head_dim": 16}
+    theirs = save_tiny(tmp_path, "GptOss", **settings)
+    config = load_config(tmp_path)
+    model = create_model(config, torch.float32, CPU, allocate=False)
+    asked = EngineConfig(model=str(tmp_path), device="cuda", dtype="float32", quantization="mxfp4")
+    with Checkpoint(tmp_path, config) as checkpoint:
+        program = build_program(asked, model, torch.float32, gpu=GPUS["h200"])
+        checkpoint.load(model, WeightStore(model, program, CPU).write)
+    ops = Counter(call.op.name for call in program.calls if "fp4" in call.op.name)
+    assert ops == {"linear_fp4": 6, "moe_experts_clamped_fp4": 3}
+    down = next(program.constant(call.arguments[3]) for call in program.calls if "experts" in call.op.name)
+    wanted = theirs.model.layers[0].mlp.experts.down_proj.detach().transpose(1, 2).reshape(-1, 48)
+    made = mxfp4(torch.nn.functional.pad(wanted, (0, 16)))
+    assert torch.equal(down.values.flatten(0, 1), made["weight_packed"][:, :24])
+    assert torch.equal(down.scales.flatten(0, 1), made["weight_scale"])
+
+
+def test_nvfp4_is_not_made_of_rows() -> None:
+    target = FP4[16].allocate((2, 32), torch.bfloat16)
+    with pytest.raises(ValueError, match="skyline quantize"):
+        FP4[16].write(target, 0, torch.ones(2, 32))
+    with pytest.raises(ValueError, match="33 values"):
+        FP4[32].write(target, 0, torch.ones(2, 33))

@@ -9,7 +9,7 @@ import msgspec
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
-Quantization = Literal["none", "fp8", "int8", "int8-weight-only", "int4"]
+Quantization = Literal["none", "fp8", "mxfp4", "int8", "int8-weight-only", "int4"]
 Provider = Literal["cpu", "triton", "flashinfer", "torch"]
 QUANTIZATION_GROUPS = (32, 64, 128)
 
@@ -57,8 +57,11 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.quantization_group not in QUANTIZATION_GROUPS:
             raise ValueError(f"quantization_group must be 32, 64 or 128, not {self.quantization_group}")
-        if self.quantization == "fp8" and not self.device.startswith("cuda"):
-            raise ValueError("quantization fp8 is for GPUs; on a CPU use int8, which its kernels compute in")
+        if self.quantization in ("fp8", "mxfp4") and not self.device.startswith("cuda"):
+            instead = "int8" if self.quantization == "fp8" else "int4"
+            raise ValueError(
+                f"quantization {self.quantization} is for GPUs; on a CPU use {instead}, which its kernels compute in"
+            )
         if self.weight_cache and self.device.startswith("cuda"):
             raise ValueError("weight_cache is for the CPU's kernels; leave it out with device cuda")
         if self.weight_cache and self.load_format == "dummy":

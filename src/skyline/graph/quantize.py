@@ -12,6 +12,7 @@ from torch import fx
 from skyline import ops
 from skyline.graph.capture import VALUE
 from skyline.ops import Op
+from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, set_integers
 from skyline.quantization import SCHEMES, Scheme
 
@@ -33,7 +34,7 @@ def quantize_linears(
     """Rewrite `linear` and `moe_experts` to ops on integers, FP8 or FP4; the result is how often each was put in.
 
     With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
-    such: `stored`, by the parameter's id; so are gpt-oss's experts in either case, for which there is no scheme.
+    such: `stored`, by the parameter's id; so are gpt-oss's experts under a scheme that has no op for them.
     Arguments stay as they are: the weight is still the attribute of the model, which is told what it becomes
     (skyline.ops.quantized.set_integers), and the kernel's layout does that while its rows are read. What decides stays
     dense under a scheme: routers, gates, the weights of the indexer's heads. Run it before the passes that fuse. Raises
@@ -46,7 +47,7 @@ def quantize_linears(
         if node.op != "call_function" or node.target not in _WEIGHTS:
             continue
         weights = [node.args[index].meta[VALUE] for index in _WEIGHTS[node.target]]
-        if scheme and node.target is not ops.moe_experts_clamped:
+        if scheme and not (node.target is ops.moe_experts_clamped and SCHEMES[scheme].clamped is None):
             found = _from_scheme(node, SCHEMES[scheme], group)
         else:
             found = _as_stored(node, weights, stored or {})
@@ -60,14 +61,19 @@ def quantize_linears(
 
 
 def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, IntegerFormat] | None:
+    op: Op | None
     if node.target is ops.moe_experts:
         op = scheme.experts
+    elif node.target is ops.moe_experts_clamped:
+        op = scheme.clamped
     elif _decides(node):
         return None
     else:
         op = scheme.head if any(user.op == "output" for user in node.users) else scheme.linear
-    if op is node.target:
+    if op is None or op is node.target:
         return None
+    if op in _FP4.values():
+        return op, IntegerFormat(4, MXFP4_GROUP, fp4=True)
     if op in (ops.linear_fp8, ops.moe_experts_fp8):
         return op, IntegerFormat(8, fp8=True)
     return op, IntegerFormat(4, group) if op in (ops.linear_int4, ops.moe_experts_int4) else IntegerFormat(8)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.kernels.registry import CPU, Layout
@@ -13,10 +14,11 @@ from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
 from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.quantized import integers_of
+from skyline.quantization.compress import mxfp4
 
 
 class Fp4Layout:
-    """`Fp4Weight`, of rows that are one already."""
+    """`Fp4Weight`. Of rows of floats MXFP4 is made, as skyline.quantization.compress.mxfp4 does; NVFP4 is only kept."""
 
     def __init__(self, group: int) -> None:
         self.name = "mxfp4" if group == MXFP4_GROUP else "nvfp4"
@@ -30,9 +32,9 @@ class Fp4Layout:
         return Fp4Weight(values, of_dtype, torch.empty((*lead, n), device=device), self.group)
 
     def write(self, target: Fp4Weight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
-        """Raises ValueError if the rows are no FP4: nothing is quantized to it while it is read."""
+        """Raises ValueError if a value is NaN or infinite, if K is odd, or if NVFP4 is to be made."""
         if not isinstance(rows, Fp4Weight):
-            raise ValueError(f"rows of a weight in {self.name} have to be stored as such; quantize all of it again")
+            rows = self._made(rows if isinstance(rows, Tensor) else rows.dequantize(), target.values.device)
         place = slice(first_row, first_row + rows.shape[0])
         for whole, part in (
             (target.values, rows.values),
@@ -40,6 +42,16 @@ class Fp4Layout:
         ):
             whole.view(-1, whole.shape[-1])[place] = part.to(whole.device)
         target.row_scales.view(-1)[place] = rows.row_scales.to(target.row_scales.device)
+
+    def _made(self, rows: Tensor, device: torch.device) -> Fp4Weight:
+        count, k = rows.shape
+        if self.group != MXFP4_GROUP:
+            raise ValueError("nvfp4 has a scale for a whole tensor, so it is made by `skyline quantize` only")
+        if k % 2:
+            raise ValueError(f"fp4 lies two in a byte, but rows have {k} values")
+        made = mxfp4(F.pad(rows.to(device), (0, -k % MXFP4_GROUP)))
+        values = made["weight_packed"][:, : k // 2]
+        return Fp4Weight(values, made["weight_scale"], torch.ones(count, device=device), MXFP4_GROUP)
 
 
 FP4 = {group: Fp4Layout(group) for group in (MXFP4_GROUP, NVFP4_GROUP)}

@@ -89,7 +89,7 @@ def mxfp4(weight: Tensor) -> dict[str, Tensor]:
 def _to_fp4(values: Tensor) -> Tensor:
     """The nearest number of e2m1, beyond 6 the largest, as its code: sign, two bits of exponent, one of mantissa."""
     magnitude = values.abs()
-    code = torch.zeros(values.shape, dtype=torch.uint8)
+    code = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for bound, up in zip(_FP4_BOUNDS, _FP4_TIES_UP, strict=True):
         code += (magnitude >= bound) if up else (magnitude > bound)
     return code | (values.signbit().to(torch.uint8) << 3)

@@ -17,6 +17,7 @@ from skyline.checkpoint.weights import Derived, Destination, LoadReport, Safeten
 from skyline.kernels.gpu import Gpu
 from skyline.models import destinations, ignorable
 from skyline.ops import Fp4Weight, KVCache
+from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.quantized import IntegerFormat, integers_of
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeights
@@ -241,7 +242,7 @@ def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
 
 def _described(format: IntegerFormat) -> str:
     if format.fp4:
-        return "fp4"
+        return "mxfp4" if format.group == MXFP4_GROUP else "nvfp4"
     if format.fp8:
         return "fp8" if format.group is None else f"fp8 in blocks of {format.group}x{format.group}"
     group = "" if format.group is None else f" in groups of {format.group}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skyline.ops import Fp4Weight
 from skyline.ops.fp8 import Fp8Rows
 from skyline.quantization.formats import QuantizedWeights, Stored, detect
 
@@ -63,7 +64,10 @@ def whole(stored: Stored) -> Tensor:
         assert torch.equal(stored.read(start, stop), values[start:stop]), (start, stop)
     if stored.exact:
         assert torch.equal(values.bfloat16().float(), values)
-    if stored.integers is not None:
+    if stored.integers is not None and stored.integers.fp4:
+        for start, stop in ((0, n), *cuts(n)):
+            _same_in_fp4(stored, start, stop, values[start:stop])
+    elif stored.integers is not None:
         weight = stored.levels(0, n)
         assert torch.equal(weight.dequantize(), values)
         if isinstance(weight, Fp8Rows):
@@ -77,6 +81,15 @@ def whole(stored: Stored) -> Tensor:
         for start, stop in cuts(n):
             assert torch.equal(stored.levels(start, stop).dequantize(), values[start:stop])
     return values
+
+
+def _same_in_fp4(stored: Stored, start: int, stop: int, values: Tensor) -> None:
+    """Rows of experts one after the other, as they lie in the file; the scale of a whole tensor is multiplied last."""
+    rows = stored.levels(start, stop)
+    assert isinstance(rows, Fp4Weight) and stored.integers is not None and rows.group == stored.integers.group
+    lying = values.transpose(1, 2) if values.dim() == 3 else values
+    wanted = lying.reshape(-1, lying.shape[-1])
+    torch.testing.assert_close(rows.dequantize(), wanted, rtol=0 if rows.group == 32 else 3e-7, atol=0)
 
 
 def cuts(n: int) -> list[tuple[int, int]]:

@@ -174,6 +174,8 @@ def test_experts_of_gpt_oss(config: dict[str, Any] | None) -> None:
     assert stored.read(0, 2).isfinite().all()
     with pytest.raises(CheckpointError, match="gate_up_proj_scales"):
         stored.read(2, 3)
+    with pytest.raises(CheckpointError, match="gate_up_proj_scales"):
+        stored.levels(2, 3)
     for bad in ({f"{name}_scales": scales[:, :, :3]}, {f"{name}_blocks": blocks[..., :8]}):
         with pytest.raises(CheckpointError, match="gate_up_proj_"):
             detect({"quant_method": "mxfp4"}, Tensors({**tensors, **bad}))

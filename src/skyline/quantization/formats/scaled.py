@@ -114,8 +114,9 @@ class ScaledWeight:
 
     def _four_bits(self, start: int, stop: int) -> Fp4Weight:
         """Of experts all rows, one after the other, as they are stored: not transposed."""
-        values = self.source.get(self.elements)[start:stop].reshape(-1, self.matrix[-1] // 2)
-        scales = self.source.get(self.scales)[start:stop].reshape(values.shape[0], -1)
+        rows = (stop - start) * (self.matrix[-2] if len(self.matrix) == 3 else 1)
+        values = self.source.get(self.elements)[start:stop].reshape(rows, self.matrix[-1] // 2)
+        scales = self.source.get(self.scales)[start:stop].reshape(rows, self.grid.shape[-1])
         is_e8m0 = scales.dtype in E8M0_SCALES
         checked(self.source, self.scales, exponents(scales) if is_e8m0 else scales)
         if is_e8m0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skyline.ops.contract import Case, Cost, Op, Tolerance, nbytes, randn, register
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight, fp4_weight_bytes, linear_fp4
-from skyline.ops.moe import clamped_swiglu
+from skyline.ops.moe import clamped_cases, clamped_cost, clamped_swiglu
 
 
 def _moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> Tensor:
@@ -62,21 +62,6 @@ def _cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> C
     return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i))
 
 
-def _clamped_cost(
-    x: Tensor,
-    gate_up: Any,
-    gate_up_bias: Tensor,
-    down: Any,
-    down_bias: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    alpha: float,
-    limit: float,
-) -> Cost:
-    biases = nbytes(gate_up_bias, down_bias) // gate_up.shape[0] * min(gate_up.shape[0], ids.numel())
-    return _cost(x, gate_up, down, weights, ids) + Cost(biases, 0)
-
-
 def _stacked(matrices: list[Fp4Weight]) -> Fp4Weight:
     """Matrices [N, K] as one weight [E, N, K]."""
     scales = torch.stack([matrix.scales.view(torch.uint8) for matrix in matrices]).view(matrices[0].scales.dtype)
@@ -107,15 +92,6 @@ def _cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
                 yield Case(label, (x, gate_up, down, weights, ids))
 
 
-def _clamped_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    for case in _cases(dtype, generator):
-        x, gate_up, down, weights, ids = case.args
-        biases = (randn(gate_up.shape[:2], dtype, generator, 0.5), randn(down.shape[:2], dtype, generator, 0.5))
-        for limit in (7.0, 0.6):
-            arguments = (x, gate_up, biases[0], down, biases[1], weights, ids, 1.702, limit)
-            yield Case(f"{case.label} limit={limit}", arguments)
-
-
 # Two products behind each other: the hidden values are rounded, and each expert's result.
 _TOLERANCE: Tolerance = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 3e-2), torch.float16: (4e-3, 5e-3)}
 
@@ -133,8 +109,8 @@ moe_experts_clamped_fp4 = register(
     Op(
         "moe_experts_clamped_fp4",
         _moe_experts_clamped_fp4,
-        cost=_clamped_cost,
-        cases=_clamped_cases,
+        cost=clamped_cost(_cost),
+        cases=clamped_cases(_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
+from skyline.ops.contract import Case, CaseGenerator, Cost, Op, nbytes, randn, register
 
 
 def _topk_router(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -156,37 +157,46 @@ def clamped_swiglu(product: Tensor, alpha: float, limit: float) -> Tensor:
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
-def _moe_experts_clamped_cost(
-    x: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    alpha: float,
-    limit: float,
-) -> Cost:
-    cost = _moe_experts_cost(x, gate_up, down, weights, ids)
-    biases = nbytes(gate_up_bias, down_bias) // gate_up.shape[0] * min(gate_up.shape[0], ids.numel())
-    return cost + Cost(biases, 0)
+def clamped_cost(plain: Callable[..., Cost]) -> Callable[..., Cost]:
+    """That of `moe_experts_clamped`, from that of the op without biases."""
+
+    def cost(
+        x: Tensor,
+        gate_up: Any,
+        gate_up_bias: Tensor,
+        down: Any,
+        down_bias: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        alpha: float,
+        limit: float,
+    ) -> Cost:
+        biases = nbytes(gate_up_bias, down_bias) // gate_up.shape[0] * min(gate_up.shape[0], ids.numel())
+        return plain(x, gate_up, down, weights, ids) + Cost(biases, 0)
+
+    return cost
 
 
-def _moe_experts_clamped_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-    for case in _moe_experts_cases(dtype, generator):
-        x, gate_up, down, weights, ids = case.args
-        biases = (randn(gate_up.shape[:2], dtype, generator, 0.5), randn(down.shape[:2], dtype, generator, 0.5))
-        for limit in (7.0, 0.6):
-            arguments = (x, gate_up, biases[0], down, biases[1], weights, ids, 1.702, limit)
-            yield Case(f"{case.label} limit={limit}", arguments)
+def clamped_cases(plain: CaseGenerator) -> CaseGenerator:
+    """Those of `moe_experts_clamped`, from those of the op without biases."""
+
+    def cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+        for case in plain(dtype, generator):
+            x, gate_up, down, weights, ids = case.args
+            biases = (randn(gate_up.shape[:2], dtype, generator, 0.5), randn(down.shape[:2], dtype, generator, 0.5))
+            for limit in (7.0, 0.6):
+                arguments = (x, gate_up, biases[0], down, biases[1], weights, ids, 1.702, limit)
+                yield Case(f"{case.label} limit={limit}", arguments)
+
+    return cases
 
 
 moe_experts_clamped = register(
     Op(
         "moe_experts_clamped",
         _moe_experts_clamped,
-        cost=_moe_experts_clamped_cost,
-        cases=_moe_experts_clamped_cases,
+        cost=clamped_cost(_moe_experts_cost),
+        cases=clamped_cases(_moe_experts_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
     )
 )

@@ -13,7 +13,7 @@ from torch import nn
 from skyline.checkpoint.config import ModelConfig
 from skyline.checkpoint.errors import CheckpointError
 from skyline.checkpoint.gguf import WEIGHTS_FILE
-from skyline.checkpoint.weights import Derived, Destination, LoadReport, SafetensorsWeights, Weights, load
+from skyline.checkpoint.weights import Destination, LoadReport, SafetensorsWeights, Weights, load
 from skyline.kernels.gpu import Gpu
 from skyline.models import destinations, ignorable
 from skyline.ops import Fp4Weight, KVCache
@@ -140,30 +140,24 @@ class Checkpoint:
         return values.expand(heads).clone()
 
 
-class _AsWanted(Derived):
+class _AsWanted:
     """Rows of a stored weight as its parameter takes them: integers where those are what it becomes, else floats.
 
     in_order: they come as the parameter's rows lie, so that no transform is left to do.
     """
 
     def __init__(self, stored: Stored, place: Destination | None) -> None:
-        self._stored = stored
         decided = None if place is None else integers_of(_whole(place.tensor))
+        self._stored, self.shape = stored, stored.shape
+        self._as_integers = self.in_order = False
         self._order: torch.Tensor | None = None
-        self.in_order = False
-        if decided is not None and decided == stored.integers and place is not None and place.transform is not None:
-            self._order = _order(stored, place)
-            self.in_order = self._order is not None
-        self._as_integers = (
-            decided == stored.integers
-            and decided is not None
-            and (self.in_order or place is None or place.transform is None)
-        )
-        self._shape = tuple(place.tensor.shape) if self.in_order and place is not None else stored.shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
+        if place is None or decided is None or decided != stored.integers:
+            return
+        if place.transform is None:
+            self._as_integers = True
+        elif (order := _order(stored, place)) is not None:
+            self._as_integers = self.in_order = True
+            self._order, self.shape = order, tuple(place.tensor.shape)
 
     def read(self, start: int, stop: int) -> Any:
         if not self._as_integers:

@@ -96,7 +96,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _write(arguments: argparse.Namespace, results: Results) -> tuple[Path, Path]:
-    given = [argument.replace(str(arguments.work), "WORK") for argument in sys.argv[1:]]
+    given = [a.replace(str(arguments.work), "WORK").replace(str(arguments.out), "OUT") for a in sys.argv[1:]]
     command = " ".join(["python", "-m", "benchmarks.peers", *given])
     lengths = {"prompt_tokens": arguments.prompt, "new_tokens": arguments.new, "prefill_tokens": arguments.prefill}
     about = report.provenance(command, arguments.threads, lengths, results)

@@ -18,6 +18,7 @@ from skyline.graph import Program
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
+from skyline.ops import Fp4Weight
 from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program
@@ -213,3 +214,14 @@ def test_nvfp4_is_not_made_of_rows() -> None:
         FP4[16].write(target, 0, torch.ones(2, 32))
     with pytest.raises(ValueError, match="33 values"):
         FP4[32].write(target, 0, torch.ones(2, 33))
+
+
+def test_scales_that_kernels_cannot_multiply_are_refused() -> None:
+    def rows(code: int) -> Fp4Weight:
+        values, scales = (torch.full((2, k), code if k == 1 else 0, dtype=torch.uint8) for k in (16, 1))
+        return Fp4Weight(values, scales, torch.ones(2), 32)
+
+    target = FP4[32].allocate((2, 32), torch.bfloat16)
+    FP4[32].write(target, 0, rows(240))
+    with pytest.raises(ValueError, match="--quantization none"):
+        FP4[32].write(target, 0, rows(241))

@@ -16,6 +16,8 @@ from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.quantized import integers_of
 from skyline.quantization.compress import mxfp4
 
+_LARGEST = 240  # of E8M0: kernels multiply it by 2^14 in float32 (skyline.kernels.triton.four_bits)
+
 
 class Fp4Layout:
     """`Fp4Weight`. Of rows of floats MXFP4 is made, as skyline.quantization.compress.mxfp4 does; NVFP4 is only kept."""
@@ -32,9 +34,11 @@ class Fp4Layout:
         return Fp4Weight(values, of_dtype, torch.empty((*lead, n), device=device), self.group)
 
     def write(self, target: Fp4Weight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
-        """Raises ValueError if a value is NaN or infinite, if K is odd, or if NVFP4 is to be made."""
+        """Raises ValueError if a value is NaN or infinite, if K is odd, if NVFP4 is to be made, or for huge scales."""
         if not isinstance(rows, Fp4Weight):
             rows = self._made(rows if isinstance(rows, Tensor) else rows.dequantize(), target.values.device)
+        if self.group == MXFP4_GROUP and rows.scales.numel() and int(rows.scales.max()) > _LARGEST:
+            raise ValueError("a scale is above 2^113, more than kernels take; ask for --quantization none")
         place = slice(first_row, first_row + rows.shape[0])
         for whole, part in (
             (target.values, rows.values),

@@ -19,24 +19,25 @@ from skyline.graph.passes import GPU_PASSES
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
 from skyline.ops import IndexCache, LatentCache
-from tests.graph.test_passes import HIDDEN, VARIANTS, Body, _check, _count, _logits
+from skyline.ops.fp8 import quantize_fp8
+from tests.graph.test_passes import HIDDEN, VARIANTS, Body, _check, _count, _Hand, _logits, _run
 from tests.models.families import FAMILIES
 from tests.models.harness import load_ours, save_tiny
 
 # Calls of a Program for an H200 from one layer's attention to the next's, in bfloat16 and with weights of FP8, in the
 # order of the layers; of the families of other tests, those of their first and second layer.
 GPU_LAUNCHES: dict[str, tuple[list[int], list[int]]] = {
-    "llama": ([6, 6], [6, 6]),
-    "mistral, window": ([6, 6], [6, 6]),
-    "qwen2": ([6, 6], [6, 6]),
-    "qwen3": ([6, 6], [6, 6]),
-    "qwen3-moe": ([8, 8], [8, 8]),
-    "DeepseekV3": ([7, 9], [7, 9]),
-    "DeepseekV32": ([8, 10], [8, 10]),
+    "llama": ([6, 6], [4, 4]),
+    "mistral, window": ([6, 6], [4, 4]),
+    "qwen2": ([6, 6], [4, 4]),
+    "qwen3": ([6, 6], [4, 4]),
+    "qwen3-moe": ([8, 8], [7, 7]),
+    "DeepseekV3": ([7, 9], [6, 8]),
+    "DeepseekV32": ([8, 10], [7, 9]),
 }
 # The bars that the project has set itself.
 MOST_LAUNCHES = {"llama": 7, "qwen2": 7, "qwen3": 7, "DeepseekV32": 10}
-_MIXERS = {"paged_attention", "latent_attention", "gated_delta_rule"}
+_MIXERS = {"paged_attention", "attention_linear_fp8", "latent_attention", "gated_delta_rule"}
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8"])
@@ -76,6 +77,8 @@ def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path
         "norm_linear": layers + dense + 1,
         "add_rms_norm": 0,
         "rope_kv_write": layers,
+        "gated_mlp_fp8": 0,
+        "attention_linear_fp8": 0,
     }
     around = 3  # embedding, select_rows, the output head
     assert _count(graph).total() == layers * (8 if experts else 6) + around
@@ -233,3 +236,89 @@ def test_norm_of_what_is_cached(make: Callable[..., Body], cache: Any, size: int
     )
     assert len(_count(graph)) == 1 + again
     assert run_passes(graph, "cuda") == dict.fromkeys(GPU_PASSES, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp8_linears_take_what_makes_their_input(variant: str, tmp_path: Path) -> None:
+    """Attention and MLPs of FP8 weights; not on a GPU that leaves FP8 to torch."""
+    family, settings, _, _, experts = VARIANTS[variant]
+    save_tiny(tmp_path, family, **settings)
+    model = load_ours(tmp_path)
+    fused = not experts and not settings.get("mlp_bias", False)
+    for fp8 in (True, False):
+        graph = capture(model)
+        quantize_linears(graph, "fp8")
+        found = run_passes(graph, "cuda", fp8)
+        layers = found["rope_kv_write"]
+        assert found.get("attention_linear_fp8", 0) == fp8 * layers
+        assert found.get("gated_mlp_fp8", 0) == (fp8 and fused) * layers
+        assert ("paged_attention" in _count(graph)) is not fp8
+
+
+def _check_fp8(body: Body, expected: dict[str, int], **attributes: Any) -> Any:
+    """As `_check`: matrices become weights of FP8 after the graph was captured."""
+    model = _Hand(body, **attributes)
+    graph = capture(model)
+    for name, value in attributes.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2:
+            setattr(model, name, quantize_fp8(value))
+    before = _run(model, graph)
+    assert run_passes(graph, "cuda") == {name: expected.get(name, 0) for name in GPU_PASSES}
+    for one, other in zip(before, _run(model, graph), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    return graph
+
+
+def _mlp(self, x, *_):
+    hidden = ops.linear_fp8(ops.rms_norm(x, self.norm, 0.03), self.gate_up, None, True)
+    return ops.add(x, ops.linear_fp8(hidden, self.down))
+
+
+def _read_again(self, x, *_):
+    hidden = ops.linear_fp8(x, self.gate_up, None, True)
+    return hidden, ops.linear_fp8(hidden, self.down)
+
+
+def _biased(self, x, *_):
+    return ops.linear_fp8(ops.linear_fp8(x, self.gate_up, self.bias, True), self.down)
+
+
+def _not_gated(self, x, *_):
+    return ops.linear_fp8(ops.linear_fp8(x, self.narrow), self.down)
+
+
+def _norm_between(self, x, *_):
+    return ops.linear_fp8(ops.rms_norm(ops.linear_fp8(x, self.gate_up, None, True), self.norm12, 0.1), self.down)
+
+
+@pytest.mark.parametrize(
+    "body,found",
+    [
+        (_mlp, {"gated_mlp_fp8": 1, "norm_linear": 1, "linear_add": 1}),
+        (_read_again, {}),
+        (_biased, {}),
+        (_not_gated, {}),
+        (_norm_between, {"norm_linear": 1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_both_products_of_an_mlp(body: Body, found: dict[str, int]) -> None:
+    shapes = {"gate_up": (24, HIDDEN), "narrow": (12, HIDDEN), "down": (HIDDEN, 12), "bias": (24,)}
+    weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in shapes.items()}
+    graph = _check_fp8(body, found, norm12=torch.ones(12), **weights)
+    if body is _mlp:
+        assert _count(graph) == {"gated_mlp_fp8": 1}
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_attention_whose_cache_is_written_before_the_linear(between: bool) -> None:
+    def body(self, x, positions, batch):
+        q, k, v = ops.split(x, (32, 16, 16))
+        attended = ops.paged_attention(q, self.cache, batch, 0.3)
+        if between:
+            ops.kv_write(k, v, self.cache, batch)
+        return ops.add(x, ops.linear_fp8(attended, self.out))
+
+    out = torch.randn((HIDDEN, 32), generator=torch.Generator().manual_seed(4))
+    found = {"linear_add": 1} if between else {"linear_add": 1, "attention_linear_fp8": 1}
+    assert ("paged_attention" in _count(_check_fp8(body, found, out=out))) is between

@@ -75,7 +75,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8 KV": {"kv_dtype": torch.int8},
     "FlashInfer preferred": {"prefer": "flashinfer"},
 }
-CACHED = ("kv_write", "paged_attention", "rope_kv_write")  # ops that go by the dtype of keys and values
+CACHED = (  # ops that go by the dtype of what is cached
+    "attention_linear_fp8",
+    "index_topk",
+    "kv_write",
+    "latent_attention",
+    "latent_rope_write",
+    "paged_attention",
+    "rope_kv_write",
+)
 MACHINES: dict[str, Gpu] = {
     **GPUS,
     **{f"h200 without {library}": GPUS["h200"].without(library) for library in ("flashinfer", "triton")},

@@ -14,12 +14,14 @@ from .oracles import ORACLES, oracle
 
 @oracle
 def linear_fp8(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, activated: bool = False) -> list[Tensor]:
-    n, k = weight.shape
-    plain = torch.empty((n, k), dtype=torch.float64)
-    for row in range(n):
-        for column in range(k):
-            scale = weight.scales[row // 128, column // 128] if weight.scales.dim() == 2 else weight.scales[row]
-            plain[row, column] = float(weight.values[row, column]) * float(scale)
+    values, scales = weight.values.double().tolist(), weight.scales.double().tolist()  # elements of tensors are slow
+    blocks = weight.scales.dim() == 2
+
+    def scale(row: int, column: int) -> float:
+        return scales[row // 128][column // 128] if blocks else scales[row]
+
+    rows = [[value * scale(row, column) for column, value in enumerate(line)] for row, line in enumerate(values)]
+    plain = torch.tensor(rows, dtype=torch.float64)
     return ORACLES["linear"](x, plain, bias, activated)
 
 
@@ -31,6 +33,21 @@ def fused_linear(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
 @oracle
 def fused_linear_fp8(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
     return _fused("linear_fp8", x, weight, *rest)
+
+
+@oracle
+def gated_mlp_fp8(
+    x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, norm: Tensor | None, eps: float, residual: Tensor | None
+) -> list[Tensor]:
+    (hidden,) = _fused("linear_fp8", x, gate_up, None, True, norm, eps, None)
+    return _fused("linear_fp8", hidden.to(x.dtype), down, None, False, None, 0.0, residual)
+
+
+@oracle
+def attention_linear_fp8(q: Tensor, weight: Fp8Weight, *rest: Any) -> list[Tensor]:
+    *attends, bias, residual = rest
+    (attended,) = ORACLES["paged_attention"](q, *attends)
+    return _fused("linear_fp8", attended.to(q.dtype), weight, bias, False, None, 0.0, residual)
 
 
 def _fused(

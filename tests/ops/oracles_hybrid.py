@@ -123,6 +123,32 @@ def moe_experts_clamped(
     return [result]
 
 
+def _quantized(row: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[float]]:
+    """Each 128 numbers of a row over their scale, in the numbers of the type; the scales. float32, as in memory."""
+    values, scales = [], []
+    for group in row.float().split(128):
+        largest = torch.tensor(max(abs(x) for x in group.tolist()))
+        if dtype == torch.int8:
+            scales.append(float(largest / torch.tensor(127.0)))
+            inverse = torch.tensor(127.0) / largest
+            values += [round(float(x * inverse)) for x in group]
+        else:
+            scale = largest / torch.tensor(448.0)
+            scales.append(float(scale))
+            values += [float((x / scale).to(dtype)) for x in group]
+    return torch.tensor(values, dtype=torch.float64), scales
+
+
+def _latents(cache: LatentCache) -> tuple[Tensor, Tensor]:
+    """What is cached, [blocks, block size, rank] and [.., rope_dim]."""
+    if cache.quantized is None:
+        return torch.split(cache.tensors[0].double(), [cache.rank, cache.rope_dim], dim=-1)  # type: ignore[return-value]
+    values, scales, keys = (part.double() for part in cache.tensors)
+    for column in range(cache.rank):
+        values[..., column] *= scales[..., column // 128]
+    return values, keys
+
+
 @oracle
 def latent_rope_write(
     q: Tensor,
@@ -149,17 +175,21 @@ def latent_rope_write(
             result[i], result[half + i] = first * cos - second * sin, second * cos + first * sin
         return result
 
-    expected = cache.tensors[0].double().clone()
+    expected = [part.double().clone() for part in cache.tensors]
     out = q.double().clone()
     for token, request, position in tokens_of(batch):
         assert positions[token] == position
-        place = _place(batch, request, position, expected.shape[1])
-        expected[place][: cache.rank] = latent[token].double()
-        expected[place][cache.rank :] = torch.tensor(turned(k[token].tolist(), position), dtype=torch.float64)
+        place = _place(batch, request, position, expected[0].shape[1])
+        key = torch.tensor(turned(k[token].tolist(), position), dtype=torch.float64)
+        if cache.quantized is None:
+            expected[0][place] = torch.cat((latent[token].double(), key))
+        else:
+            expected[0][place], scales = _quantized(latent[token], cache.quantized)
+            expected[1][place], expected[2][place] = torch.tensor(scales, dtype=torch.float64), key
         for end in range(head_dim, q.shape[1] + 1, head_dim):
             columns = slice(end - cache.rope_dim, end)
             out[token, columns] = torch.tensor(turned(q[token, columns].tolist(), position), dtype=torch.float64)
-    return [out, expected]
+    return [out, *expected]
 
 
 @oracle
@@ -174,17 +204,17 @@ def latent_attention(
     chosen: Tensor | None,
 ) -> list[Tensor]:
     """Every head's keys and values written out, for every query anew."""
-    data = cache.tensors[0].double()
+    latents, keys = _latents(cache)
     head_dim = q.shape[1] // heads
     plain = head_dim - cache.rope_dim
     result = torch.empty((q.shape[0], heads * value_dim), dtype=torch.float64)
     for token, request, position in tokens_of(batch):
         seen = range(position + 1) if chosen is None else [p for p in chosen[token].tolist() if p >= 0]
-        places = [_place(batch, request, p, data.shape[1]) for p in seen]
+        places = [_place(batch, request, p, keys.shape[1]) for p in seen]
         for head in range(heads):
             rows = kv_b[head * (plain + value_dim) : (head + 1) * (plain + value_dim)].double()
             query = q[token, head * head_dim : (head + 1) * head_dim].double()
-            entries = [(rows @ data[place][: cache.rank], data[place][cache.rank :]) for place in places]
+            entries = [(rows @ latents[place], keys[place]) for place in places]
             scores = [
                 math.exp(scale * float(query[:plain] @ made[:plain] + query[plain:] @ shared))
                 for made, shared in entries
@@ -221,20 +251,25 @@ def index_topk(
             result[half + i] = float(row[half + i]) * cos + float(row[i]) * sin
         return result
 
-    keys = cache.tensors[0].double().clone()
+    keys, *scales = (part.double().clone() for part in cache.tensors)
     result = torch.full((q.shape[0], top_k), -1)
     for token, request, position in tokens_of(batch):
-        keys[_place(batch, request, position, keys.shape[1])] = turned(k[token], position)
+        place, key = _place(batch, request, position, keys.shape[1]), turned(k[token], position)
+        if cache.quantized is None:
+            keys[place] = key
+        else:
+            keys[place], (scales[0][place],) = _quantized(key.to(q.dtype), cache.quantized)
     for token, request, position in tokens_of(batch):
         scores = []
         for seen in range(position + 1):
-            key = keys[_place(batch, request, seen, keys.shape[1])]
+            place = _place(batch, request, seen, keys.shape[1])
+            key = keys[place] * scales[0][place] if scales else keys[place]
             heads = q[token].view(-1, cache.head_dim)
             products = [max(0.0, float(turned(head, position) @ key) * scale) for head in heads]
             scores.append(sum(float(w) * p for w, p in zip(weights[token], products, strict=True)))
         order = sorted(range(position + 1), key=lambda p, key=scores: -key[p])[:top_k]  # type: ignore[misc]
         result[token, : len(order)] = torch.tensor(order)
-    return [result.int(), keys]
+    return [result.int(), keys, *scales]
 
 
 @oracle

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from skyline import ops
@@ -15,8 +14,7 @@ from skyline.models import kv_caches
 from skyline.ops import KVCache
 from skyline.ops.attention import gather, make_batch
 from skyline.runner.explain import explain
-from tests.models.families import FAMILIES
-from tests.models.harness import PagedRunner, load_ours, save_tiny
+from tests.models.harness import PagedRunner, load_ours
 from tests.oracle.engine import Job, run_engine
 
 FP8 = torch.float8_e4m3fn
@@ -76,13 +74,6 @@ def test_the_engine_runs_on_it(tiny_checkpoint: Path) -> None:
         facts["memory"][0]["bytes_per_token"] * 4
         == explain(EngineConfig(model=str(tiny_checkpoint)))["memory"][0]["bytes_per_token"]
     )
-
-
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-def test_latents_have_no_such_form(dtype: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path, "DeepseekV3", **FAMILIES["DeepseekV3"])
-    with pytest.raises(ValueError, match=f"kv_cache_dtype {dtype} is for keys and values"):
-        explain(EngineConfig(model=str(tmp_path), kv_cache_dtype=dtype), context=9, prefill=9)  # type: ignore[arg-type]
 
 
 def test_scales_of_the_checkpoint_go_where_the_cache_is() -> None:

@@ -19,7 +19,9 @@ from skyline.kernels.torch_invariant import ROW_TILE
 from skyline.ops import (
     Op,
     QuantizedWeight,
+    attention_linear_fp8,
     fused_linear_fp8,
+    gated_mlp_fp8,
     linear_fp4,
     linear_fp8,
     linear_int4,
@@ -144,6 +146,8 @@ _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)}
 _FLOATS: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], ...] = (
     (linear_fp8, {1: fp8_layout(1)}),
     (fused_linear_fp8, {1: fp8_layout(1)}),
+    (attention_linear_fp8, {1: fp8_layout(1)}),
+    (gated_mlp_fp8, {1: fp8_layout(1), 2: fp8_layout(2)}),
     (moe_experts_fp8, {1: fp8_layout(1), 2: fp8_layout(2)}),
     (linear_fp4, {1: fp4_layout(1)}),
     (moe_experts_fp4, {1: fp4_layout(1), 2: fp4_layout(2)}),

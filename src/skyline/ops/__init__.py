@@ -11,6 +11,7 @@ from skyline.ops.fp4_moe import moe_experts_clamped_fp4, moe_experts_fp4
 from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fp8_moe import moe_experts_fp8
 from skyline.ops.fused import add_rms_norm, rope_kv_write
+from skyline.ops.fused_fp8 import attention_linear_fp8, gated_mlp_fp8
 from skyline.ops.fused_linear import fused_linear, fused_linear_fp8
 from skyline.ops.gates import (
     gated_rms_norm,
@@ -44,12 +45,14 @@ __all__ = [
     "StateCache",
     "add",
     "add_rms_norm",
+    "attention_linear_fp8",
     "causal_conv",
     "embedding",
     "fused_experts",
     "fused_linear",
     "fused_linear_fp8",
     "gated_delta_rule",
+    "gated_mlp_fp8",
     "gated_rms_norm",
     "gelu_mul",
     "head_rms_norm",

@@ -103,58 +103,91 @@ class KVCache(LayerCache):
         return 2 * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
 
 
+LATENT_GROUP = 128  # neighbours in a quantized latent that share a scale
+
+
 @dataclass(slots=True, eq=False)
 class LatentCache(LayerCache):
     """What multi-head latent attention keeps of a token (DeepSeek-V2, arXiv:2405.04434): one vector for all heads.
 
     data: [num_blocks, block_size, rank + rope_dim]: the normalised latent, from which each head's key and value are
-    made, and the rotated part of the key, which the heads share.
+    made, and the rotated part of the key, which the heads share; both of `dtype`.
+
+    With `quantized`, int8 or float8_e4m3fn, the latent alone is data, [num_blocks, block_size, rank], each 128
+    neighbours times their own scale, in scales [num_blocks, block_size, ceil(rank / 128)] float32. The rotated part
+    is kept in keys [num_blocks, block_size, rope_dim] of `dtype`: positions suffer more from rounding (as FlashMLA
+    keeps FP8, github.com/deepseek-ai/FlashMLA).
     """
 
     rank: int
     rope_dim: int
     dtype: torch.dtype
     data: torch.Tensor | None = None
+    quantized: torch.dtype | None = None
+    scales: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
     @property
     def kind(self) -> CacheKind:
         return "latent"
 
+    @property
+    def groups(self) -> int:
+        """Scales of a quantized latent."""
+        return -(-self.rank // LATENT_GROUP)
+
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        self.data = reserve((num_blocks, block_size, self.rank + self.rope_dim), self.dtype, device)
+        shape = (num_blocks, block_size)
+        if self.quantized is None:
+            self.data = reserve((*shape, self.rank + self.rope_dim), self.dtype, device)
+        else:
+            self.data = reserve((*shape, self.rank), self.quantized, device)
+            self.scales = reserve((*shape, self.groups), torch.float32, device)
+            self.keys = reserve((*shape, self.rope_dim), self.dtype, device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return _allocated(self.data)
+        """data, and of a quantized cache scales and keys."""
+        return _allocated(self.data) if self.quantized is None else _allocated(self.data, self.scales, self.keys)
 
     def bytes_per_token(self) -> int:
-        return (self.rank + self.rope_dim) * self.dtype.itemsize
+        if self.quantized is None:
+            return (self.rank + self.rope_dim) * self.dtype.itemsize
+        return self.rank + self.groups * torch.float32.itemsize + self.rope_dim * self.dtype.itemsize
 
 
 @dataclass(slots=True, eq=False)
 class IndexCache(LayerCache):
     """Keys of the lightning indexer (DeepSeek-V3.2), by which queries choose the tokens they attend to.
 
-    keys: [num_blocks, block_size, head_dim].
+    keys: [num_blocks, block_size, head_dim]; with `quantized`, int8 or float8_e4m3fn, of that type, each key times its
+    own scale, in scales [num_blocks, block_size] float32.
     """
 
     head_dim: int
     dtype: torch.dtype
     keys: torch.Tensor | None = None
+    quantized: torch.dtype | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def kind(self) -> CacheKind:
         return "index"
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
-        self.keys = reserve((num_blocks, block_size, self.head_dim), self.dtype, device)
+        self.keys = reserve((num_blocks, block_size, self.head_dim), self.quantized or self.dtype, device)
+        if self.quantized is not None:
+            self.scales = reserve((num_blocks, block_size), torch.float32, device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return _allocated(self.keys)
+        """keys, and of a quantized cache scales."""
+        return _allocated(self.keys) if self.quantized is None else _allocated(self.keys, self.scales)
 
     def bytes_per_token(self) -> int:
-        return self.head_dim * self.dtype.itemsize
+        if self.quantized is None:
+            return self.head_dim * self.dtype.itemsize
+        return self.head_dim + torch.float32.itemsize
 
 
 @dataclass(slots=True, eq=False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.ops import dense, gates
-from skyline.ops.attention import BATCHES, causal_mask, make_batch
+from skyline.ops.attention import BATCHES, FP8_MAX, causal_mask, make_batch, quantized
 from skyline.ops.batch import AttentionBatch
-from skyline.ops.caches import IndexCache, LatentCache
+from skyline.ops.caches import LATENT_GROUP, IndexCache, LatentCache
 from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
 
 # Up to so many queries of a request, attention goes over the latents themselves ("absorbed"): nothing is expanded,
@@ -47,10 +48,55 @@ def _latent_rope_write(
     if not interleaved:
         turned, key = (torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2) for x in (turned, key))
     key = _turn_pairs(key, positions, table).squeeze(1)
-    (data,) = cache.tensors
-    row = torch.cat((latent, key), dim=-1).to(data.dtype)
-    data.view(-1, data.shape[-1]).index_copy_(0, batch.of(cache).slot_mapping, row)
+    if cache.quantized is None:
+        fresh: tuple[Tensor, ...] = (torch.cat((latent, key), dim=-1),)
+    else:
+        fresh = (*quantize_latents(latent, cache.quantized), key)
+    places = batch.of(cache).slot_mapping
+    for rows, cached in zip(fresh, cache.tensors, strict=True):
+        _as_bytes(cached).flatten(0, 1).index_copy_(0, places, _as_bytes(rows.to(cached.dtype)))
     return torch.cat((plain, _turn_pairs(turned, positions, table)), dim=-1).flatten(1)
+
+
+def quantize_latents(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [T, rank] in int8 or float8_e4m3fn, and scales [T, ceil(rank / 128)] float32, of each 128 neighbours."""
+    padded = F.pad(x.float(), (0, -x.shape[1] % LATENT_GROUP))
+    values, scales = _quantize(padded.view(x.shape[0], padded.shape[1] // LATENT_GROUP, LATENT_GROUP), dtype)
+    return _as_bytes(values).flatten(1)[:, : x.shape[1]].view(dtype), scales
+
+
+def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> values [..., D] of int8 or float8_e4m3fn, and scales [...] float32.
+
+    The largest of each D becomes the largest number of the type. NaN stays NaN in FP8, and becomes a scale in int8.
+    """
+    if dtype == torch.int8:
+        return quantized(x)
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    scales = torch.where(largest > 0, largest / torch.full_like(largest, FP8_MAX), 1.0)
+    return (wide / scales.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(dtype), scales
+
+
+def known_latents(cache: LatentCache, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the blocks of one request, latents [len(blocks) * block_size, rank] and rotated keys [.., rope_dim]."""
+    parts = _in_blocks(cache, blocks)
+    if cache.quantized is None:
+        latents, keys = torch.split(parts[0].to(dtype), [cache.rank, cache.rope_dim], dim=-1)
+        return latents, keys
+    values, scales, keys = parts
+    spread = scales.repeat_interleave(LATENT_GROUP, -1)[:, : cache.rank]
+    return (values.float() * spread).to(dtype), keys.to(dtype)
+
+
+def _in_blocks(cache: LatentCache | IndexCache, blocks: Tensor) -> list[Tensor]:
+    """Its tensors in some blocks, as they are, [len(blocks) * block_size, ...]."""
+    return [_as_bytes(part).index_select(0, blocks).flatten(0, 1).view(part.dtype) for part in cache.tensors]
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """FP8 as uint8: torch copies no rows of the former on a CPU."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _latent_rope_write_cost(
@@ -62,8 +108,17 @@ def _latent_rope_write_cost(
     return Cost(2 * nbytes(q, latent, k) + turns + nbytes(norm), flops)
 
 
-def _make_cache(dtype: torch.dtype, generator: torch.Generator, rank: int = 16, rope_dim: int = 8) -> LatentCache:
-    return LatentCache(rank, rope_dim, dtype, randn((12, 4, rank + rope_dim), dtype, generator))
+_FORMS: tuple[tuple[int, torch.dtype | None], ...] = ((16, None), (16, torch.int8), (160, torch.float8_e4m3fn))
+
+
+def _make_cache(
+    dtype: torch.dtype, generator: torch.Generator, rank: int = 16, quantized: torch.dtype | None = None
+) -> LatentCache:
+    latents, keys = (randn((12, 4, size), dtype, generator) for size in (rank, 8))
+    if quantized is None:
+        return LatentCache(rank, 8, dtype, torch.cat((latents, keys), -1))
+    values, scales = quantize_latents(latents.flatten(0, 1), quantized)
+    return LatentCache(rank, 8, dtype, values.view(12, 4, -1), quantized, scales.view(12, 4, -1), keys)
 
 
 def _positions(starts: list[int], lengths: list[int]) -> Tensor:
@@ -81,6 +136,14 @@ def _latent_rope_write_cases(dtype: torch.dtype, generator: torch.Generator) -> 
             yield Case(
                 f"starts={starts} lengths={lengths} interleaved={interleaved} norm={normed}",
                 (q, latent, k, _positions(starts, lengths), table, 20, cache, batch, interleaved, *norm),
+                mutated=cache.tensors,
+            )
+        for rank, form in _FORMS[1:]:
+            cache = _make_cache(dtype, generator, rank, form)
+            q, latent, k = (randn((rows, n), dtype, generator) for n in (3 * 20, rank, 8))
+            yield Case(
+                f"starts={starts} lengths={lengths} {form}",
+                (q, latent, k, _positions(starts, lengths), table, 20, cache, batch, True, None, 0.0),
                 mutated=cache.tensors,
             )
 
@@ -114,13 +177,12 @@ def _latent_attention(
     """
     plain = q.shape[1] // heads - cache.rope_dim
     w_k, w_v = torch.split(kv_b.view(heads, plain + value_dim, cache.rank), [plain, value_dim], dim=1)
-    (data,) = cache.tensors
+    block_size = cache.tensors[0].shape[1]
     output = q.new_empty((q.shape[0], heads * value_dim))
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
-        blocks = batch.of(cache).block_tables[row, : -(-context // data.shape[1])]
-        known = data.index_select(0, blocks).flatten(0, 1)[:context].to(q.dtype)
-        latents, shared = torch.split(known, [cache.rank, cache.rope_dim], dim=-1)
+        blocks = batch.of(cache).block_tables[row, : -(-context // block_size)]
+        latents, shared = (part[:context] for part in known_latents(cache, blocks, q.dtype))
         mine = q[offset : offset + queries].view(queries, heads, -1).transpose(0, 1)  # [heads, n, D]
         q_plain, q_turned = torch.split(mine, [plain, cache.rope_dim], dim=-1)
         absorbed = queries <= ABSORBED_QUERIES
@@ -175,15 +237,17 @@ def _latent_attention_cost(
 def _latent_attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     heads, plain, value_dim = 3, 12, 10
     for starts, lengths in (*BATCHES, ([3], [ABSORBED_QUERIES + 4])):
-        batch, cache, rows = make_batch(starts, lengths), _make_cache(dtype, generator), sum(lengths)
-        q = randn((rows, heads * (plain + cache.rope_dim)), dtype, generator)
-        kv_b = randn((heads * (plain + value_dim), cache.rank), dtype, generator, 0.25)
-        shape = (q, kv_b, cache, batch, heads, value_dim, 0.3)
-        yield Case(f"starts={starts} lengths={lengths}", (*shape, None))
-        # Each sees itself, one other if there is one, and an empty place.
-        position = _positions(starts, lengths).int()
-        chosen = torch.stack((position, torch.where(position > 0, position - 1, -1), torch.full_like(position, -1)), 1)
-        yield Case(f"starts={starts} lengths={lengths} chosen", (*shape, chosen))
+        for rank, form in _FORMS:
+            batch, rows = make_batch(starts, lengths), sum(lengths)
+            cache = _make_cache(dtype, generator, rank, form)
+            q = randn((rows, heads * (plain + cache.rope_dim)), dtype, generator)
+            kv_b = randn((heads * (plain + value_dim), cache.rank), dtype, generator, rank**-0.5)
+            shape, name = (q, kv_b, cache, batch, heads, value_dim, 0.3), f"starts={starts} lengths={lengths} {form}"
+            yield Case(name, (*shape, None))
+            # Each sees itself, one other if there is one, and an empty place.
+            last = _positions(starts, lengths).int()
+            chosen = torch.stack((last, torch.where(last > 0, last - 1, -1), torch.full_like(last, -1)), 1)
+            yield Case(f"{name} chosen", (*shape, chosen))
 
 
 latent_attention = register(
@@ -218,7 +282,8 @@ def _index_topk(
     q [T, heads * D], k [T, D]: their first R dimensions are rotated (table [P, R], dimension i with i + R/2), then k is
     cached. The score of a position is the sum over heads of weights [T, heads] * relu(q . k) * scale, in float32; the
     `top_k` best are chosen, all if there are no more. (DeepSeek-V3.2, arXiv:2512.02556, section 2.1. Its Hadamard
-    transform of q and k leaves the products as they are and is left out.) norm, norm_bias [D]: those of the layer_norm
+    transform of q and k leaves the products as they are and is left out.) A quantized cache keeps each key times a
+    scale, by which the score is multiplied. norm, norm_bias [D]: those of the layer_norm
     of k, if that is to be done here.
     """
     if norm is not None and norm_bias is not None:
@@ -230,17 +295,20 @@ def _index_topk(
         first, second, rest = torch.split(x, [rotary // 2, rotary // 2, size - rotary], dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
-    (keys,) = cache.tensors
-    fresh = turned(k.view(len(k), 1, size)).squeeze(1).to(keys.dtype)
-    keys.view(-1, size).index_copy_(0, batch.of(cache).slot_mapping, fresh)
+    key = turned(k.view(len(k), 1, size)).squeeze(1)
+    fresh = (key,) if cache.quantized is None else _quantize(key, cache.quantized)
+    for rows, cached in zip(fresh, cache.tensors, strict=True):
+        _as_bytes(cached).flatten(0, 1).index_copy_(0, batch.of(cache).slot_mapping, _as_bytes(rows.to(cached.dtype)))
+    block_size = cache.tensors[0].shape[1]
     heads = turned(q.view(len(q), -1, size)).float()
     chosen = torch.full((q.shape[0], top_k), -1, dtype=torch.int32, device=q.device)
     offset = 0
     for row, (queries, context) in enumerate(zip(batch.host_query_lens, batch.host_context_lens, strict=True)):
         mine = slice(offset, offset + queries)
-        blocks = batch.of(cache).block_tables[row, : -(-context // keys.shape[1])]
-        known = keys.index_select(0, blocks).flatten(0, 1)[:context].float()
-        scores = (heads[mine] @ known.T * scale).relu()  # [n, heads, context]
+        blocks = batch.of(cache).block_tables[row, : -(-context // block_size)]
+        known, *scales = (part[:context] for part in _in_blocks(cache, blocks))
+        factor = scale * scales[0] if scales else scale
+        scores = (heads[mine] @ known.float().T * factor).relu()  # [n, heads, context]
         scores = (weights[mine].float().unsqueeze(1) @ scores).squeeze(1)
         scores = scores.masked_fill(~causal_mask(queries, context, None, q.device), float("-inf"))
         # A stable sort: of equals, and scores of 0 are common, the earlier go first, however the prompt is cut.
@@ -267,26 +335,36 @@ def _index_topk_cost(
 def _index_topk_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     angles = torch.rand((40, 2), generator=generator) * 0.1
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    straight = torch.cat((torch.ones_like(angles), torch.zeros_like(angles)), dim=-1)
     for starts, lengths in BATCHES:
         for top_k in (2, 16):
             batch, rows = make_batch(starts, lengths), sum(lengths)
             # Lengths of the keys well apart, so that the order is plain in every dtype.
             sizes = 1.4 ** torch.randperm(48, generator=generator).view(12, 4, 1)
-            cache = IndexCache(8, dtype, (sizes * (1 + 0.1 * torch.rand((12, 4, 8), generator=generator))).to(dtype))
+            known = (sizes * (1 + 0.1 * torch.rand((12, 4, 8), generator=generator))).to(dtype)
+            cache = IndexCache(8, dtype, known)
             q = (1 + 0.1 * torch.rand((rows, 3 * 8), generator=generator)).to(dtype)
             k = ((1.4 ** torch.randperm(rows, generator=generator) * 0.01).view(-1, 1) * torch.ones(8)).to(dtype)
             weights = (0.5 + torch.rand((rows, 3), generator=generator)).to(dtype)
             arguments = (q, k, weights, _positions(starts, lengths), table, cache, batch, top_k, 0.3)
             label = f"starts={starts} lengths={lengths} k={top_k}"
             yield Case(label, (*arguments, None, None, 0.0), mutated=cache.tensors)
+            for form in (torch.int8, torch.float8_e4m3fn):
+                values, scales = _quantize(known, form)
+                quantized_keys = IndexCache(8, dtype, values, form, scales)
+                # Not rotated, so that no other rounding comes before that to the form.
+                case = (*arguments[:4], straight, quantized_keys, *arguments[6:], None, None, 0.0)
+                yield Case(f"{label} {form}", case, mutated=quantized_keys.tensors)
             # An eps beside which lengths still tell normed keys apart: their columns alternate about a mean of 0.
+            normed_keys = IndexCache(8, dtype, known.clone())
             signs = torch.tensor([1.0, -1.0]).repeat(4)
             norm = (
                 (signs * (1 + 0.1 * torch.rand(8, generator=generator))).to(dtype),
                 torch.full((8,), 0.002).to(dtype),
             )
             longer = 5 * k * signs.to(dtype)
-            yield Case(f"{label} norm", (q, longer, *arguments[2:], *norm, 100.0), mutated=cache.tensors)
+            with_norm = (q, longer, *arguments[2:5], normed_keys, *arguments[6:], *norm, 100.0)
+            yield Case(f"{label} norm", with_norm, mutated=normed_keys.tensors)
 
 
 index_topk = register(

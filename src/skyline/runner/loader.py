@@ -18,7 +18,7 @@ from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
-from skyline.ops import LayerCache
+from skyline.ops import KVCache, LayerCache
 from skyline.ops.quantized import IntegerFormat
 from skyline.runner import decode_knobs, dry_run
 from skyline.runner.checkpoint import Checkpoint
@@ -89,7 +89,7 @@ def build_program(
     graph = capture(model)
     if config.quantization != "none":
         quantize_linears(graph, config.quantization, config.quantization_group, stored)
-    fusions = run_passes(graph, device.type)
+    fusions = run_passes(graph, device.type, gpu is None or gpu.fp8)
     if isa is None:
         isa = native.available() if config.device == "cpu" else "none"
     program = lower(
@@ -203,7 +203,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         report["decode steps"] = call_by_call or "recorded as CUDA graphs while there is nothing else to do"
     if stored:
         report["stored"] = stored
-    if config.kv_cache_dtype == "fp8":
+    if config.kv_cache_dtype == "fp8" and any(isinstance(cache, KVCache) for cache in caches):
         source_of = f"the checkpoint's, in {scaled} layers" if scaled else "1, for the checkpoint has none"
         report["KV scales"] = source_of
     if tunings is not None and tunings.tactics:

@@ -12,7 +12,7 @@ import torch
 from skyline.engine.config import EngineConfig
 from skyline.engine.kv_memory import KVGroup, blocks_for_one
 from skyline.graph import Call, Program
-from skyline.ops import KVCache, LatentCache, LayerCache, StateCache
+from skyline.ops import IndexCache, KVCache, LatentCache, LayerCache, StateCache
 
 # What the allocator, the sampler's temporaries and the libraries need beside the activations that can be counted.
 RESERVE_BYTES = 256 << 20
@@ -116,16 +116,15 @@ def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> i
 
 
 def set_kv_dtype(config: EngineConfig, caches: list[LayerCache]) -> None:
-    """Before caches are measured and allocated. Raises ValueError for kinds of memory that have no such form."""
+    """Before caches are measured and allocated. What is no attention's memory stays as it is."""
     dtype = KV_DTYPES.get(config.kv_cache_dtype)
     if dtype is None:
         return
     for cache in caches:
         if isinstance(cache, KVCache):
             cache.dtype = dtype
-        elif isinstance(cache, LatentCache):
-            wanted = config.kv_cache_dtype
-            raise ValueError(f"kv_cache_dtype {wanted} is for keys and values; this model's latents have no such form")
+        elif isinstance(cache, LatentCache | IndexCache):
+            cache.quantized = dtype
 
 
 def plan_memory(

@@ -107,5 +107,5 @@ def _names(size: int, fp8: bool) -> list[str]:
     if size == 1:
         names += ["prefetch", *(["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"])]
     elif fp8 and size <= 64:
-        names += ["prefetch", "bands"]
+        names += ["prefetch", "early_scales", "bands"]
     return names

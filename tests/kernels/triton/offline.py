@@ -90,6 +90,15 @@ def install(capability: int) -> OfflineDriver:
     return driver
 
 
+def _caches_fp8(arguments: tuple[Any, ...]) -> bool:
+    import torch
+
+    from skyline.ops import LayerCache
+
+    caches = [argument for argument in arguments if isinstance(argument, LayerCache)]
+    return any(part.dtype == torch.float8_e4m3fn for cache in caches for part in cache.tensors)
+
+
 def main() -> int:
     import torch
 
@@ -117,6 +126,8 @@ def main() -> int:
         for dtype in (torch.bfloat16, torch.float32):
             cases = list(op.cases(dtype, torch.Generator().manual_seed(0)))
             for case in cases[:: -(-len(cases) // arguments.most)]:
+                if not by_capability(capability).fp8 and _caches_fp8(case.args):
+                    continue
                 try:
                     kernel.run(*case.args)
                 except Exception as error:

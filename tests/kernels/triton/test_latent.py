@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from skyline.kernels.triton import indexer, latent, latent_absorbed, latent_tactics
 from skyline.ops import OPS, AttentionBatch, IndexCache, LatentCache
+from skyline.ops.latent import known_latents, quantize_latents
 from tests.kernels.test_kernels import _wide
 from tests.kernels.triton.test_ops import DEVICE, moved
 
@@ -45,9 +47,16 @@ def _blocks(batch: AttentionBatch) -> int:
     return int(batch.tables[0].block_tables.max()) + 1
 
 
-def _latents(rank: int, rope_dim: int, dtype: torch.dtype, batch: AttentionBatch) -> LatentCache:
-    data = _fill((_blocks(batch), BLOCK, rank + rope_dim), dtype, batch)
-    return LatentCache(rank, rope_dim, dtype, data)
+def _latents(
+    rank: int, rope_dim: int, dtype: torch.dtype, batch: AttentionBatch, quantized: torch.dtype | None
+) -> LatentCache:
+    shape = (_blocks(batch), BLOCK)
+    data = _fill((*shape, rank + rope_dim), dtype, batch)
+    if quantized is None:
+        return LatentCache(rank, rope_dim, dtype, data)
+    values, scales = quantize_latents(data[..., :rank].flatten(0, 1), quantized)
+    parts = (values.view(*shape, rank), scales.view(*shape, -1), data[..., rank:].contiguous())
+    return LatentCache(rank, rope_dim, dtype, parts[0], quantized, *parts[1:])
 
 
 def _arguments(
@@ -56,6 +65,7 @@ def _arguments(
     dtype: torch.dtype = torch.float32,
     sizes: tuple[int, int, int, int, int] = (5, 24, 64, 16, 40),
     listed: int | None = None,
+    quantized: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
     """sizes: heads, plain, rank, rope_dim, value_dim. q is columns of a wider matrix."""
     heads, plain, rank, rope_dim, value_dim = sizes
@@ -71,7 +81,12 @@ def _arguments(
             # Places that are empty are not only the last ones, nor are positions sorted.
             chosen[row, torch.randperm(listed, generator=_generator(row))[: len(some)]] = some
     scale = 3 * (plain + rope_dim) ** -0.5
-    return q, kv_b, _latents(rank, rope_dim, dtype, batch), batch, heads, value_dim, scale, chosen
+    return q, kv_b, _latents(rank, rope_dim, dtype, batch, quantized), batch, heads, value_dim, scale, chosen
+
+
+def _cpu(cache: LatentCache) -> LatentCache:
+    parts = {name: None if (x := getattr(cache, name)) is None else x.cpu() for name in ("data", "scales", "keys")}
+    return dataclasses.replace(cache, **parts)
 
 
 def _compare(arguments: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -106,10 +121,22 @@ def test_chosen(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _compare(_arguments([0, 16, 299, 60], [1, 1, 1, 9], listed=40))
 
 
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
+
+
 @pytest.mark.parametrize("listed", [None, 40])
-def test_full_size(listed: int | None) -> None:
-    arguments = _arguments([2, 150], [1, 1], torch.bfloat16, (20, 128, 512, 64, 128), listed)
+@pytest.mark.parametrize("quantized", [None, *QUANTIZED])
+def test_full_size(listed: int | None, quantized: torch.dtype | None) -> None:
+    arguments = _arguments([2, 150], [1, 1], torch.bfloat16, (20, 128, 512, 64, 128), listed, quantized)
     _compare(arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+@pytest.mark.parametrize("rank", [64, 200])
+def test_quantized(rank: int, quantized: torch.dtype) -> None:
+    """Single queries, many of one request, and choices, with one group a token and with a part of a second one."""
+    for starts, lengths, listed in (([0, 299], [1, 1], None), ([20, 3], [66, 2], None), ([60, 0], [9, 1], 20)):
+        _compare(_arguments(starts, lengths, torch.float32, (5, 24, rank, 16, 40), listed, quantized))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
@@ -133,10 +160,14 @@ def test_padding_and_unknown_contexts(listed: int | None, splits: int, monkeypat
     assert not got[1].any()
 
 
+@pytest.mark.parametrize("quantized", [None, *QUANTIZED])
 @pytest.mark.parametrize("interleaved,normed", [(True, False), (False, False), (True, True)])
-def test_write(interleaved: bool, normed: bool) -> None:
+def test_write(interleaved: bool, normed: bool, quantized: torch.dtype | None) -> None:
     batch, dtype = _batch([0, 16, 299], [1, 1, 20]), torch.bfloat16
-    cache = LatentCache(96, 24, dtype, torch.ones((_blocks(batch), BLOCK, 120), dtype=dtype))
+    cache = LatentCache(96, 24, dtype, quantized=quantized)
+    cache.allocate(_blocks(batch), BLOCK, CPU)
+    for part in cache.tensors:
+        part.copy_(torch.ones(part.shape))
     wide = torch.randn((22, 8 + 96 + 24), generator=_generator()).to(dtype)
     q = torch.randn((22, 11 * 64 + 8), generator=_generator()).to(dtype)[:, 8:]
     angles = torch.rand((320, 12), generator=_generator()) * 6
@@ -157,14 +188,26 @@ def test_write(interleaved: bool, normed: bool) -> None:
     others = (moved(positions), moved(table), 64, mine, moved(batch), interleaved, *(moved(value) for value in norm))
     got = latent.latent_rope_write(*inputs, *others)
     torch.testing.assert_close(got.float().cpu()[kept], want, rtol=1.6e-2, atol=1e-2)
-    torch.testing.assert_close(mine.tensors[0].float().cpu(), _wide_cache.tensors[0], rtol=1.6e-2, atol=1e-2)
+    if quantized is not None and not normed:  # else a number between two of the type may go to either
+        assert torch.equal(mine.tensors[0].float().cpu(), _wide_cache.tensors[0])
+        assert torch.equal(mine.tensors[1].cpu(), _wide_cache.tensors[1])
+    rtol = {None: 1.6e-2, torch.int8: 2e-2, torch.float8_e4m3fn: 0.13}[quantized]
+    everything = torch.arange(_blocks(batch))
+    read = (known_latents(one, everything, torch.float32) for one in (_cpu(mine), _wide_cache))
+    for got_part, want_part in zip(*read, strict=True):
+        torch.testing.assert_close(got_part, want_part, rtol=rtol, atol=4e-2 if quantized else 1e-2)  # a level of int8
 
 
-def _index_arguments(starts: list[int], lengths: list[int], top_k: int) -> tuple[Any, ...]:
+def _index_arguments(
+    starts: list[int], lengths: list[int], top_k: int, quantized: torch.dtype | None = None
+) -> tuple[Any, ...]:
     """Small whole numbers, whose products are exact in any order, so that many scores are equal, and some zero."""
     batch, tokens, heads = _batch(starts, lengths), sum(lengths), 5
     data = torch.randint(-2, 3, (_blocks(batch), BLOCK, 24), generator=_generator()).float()
     cache = IndexCache(24, torch.float32, data + _fill(tuple(data.shape), torch.float32, batch) * 0)
+    if quantized is not None:  # with scales that are powers of two, by which scores stay exact
+        scales = 2.0 ** torch.randint(-2, 3, data.shape[:2], generator=_generator(9))
+        cache = dataclasses.replace(cache, keys=data.to(quantized), quantized=quantized, scales=scales)
     q, k, weights = (
         torch.randint(-2, 3, (tokens, size), generator=_generator(size)).float() for size in (heads * 24, 24, heads + 2)
     )
@@ -185,6 +228,19 @@ def test_index(starts: list[int], lengths: list[int], top_k: int, monkeypatch: p
     got = indexer.index_topk(*mine)
     assert torch.equal(got.cpu(), want)
     torch.testing.assert_close(mine[5].tensors[0].cpu(), arguments[5].tensors[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+def test_index_of_quantized_keys(quantized: torch.dtype) -> None:
+    """New ones are quantized as by the reference, and the same positions are chosen."""
+    arguments = _index_arguments([0, 280, 60, 7], [1, 30, 1, 5], 40, quantized)
+    mine = [moved(value) for value in arguments]
+    want = OPS["index_topk"].reference(*arguments)
+    got = indexer.index_topk(*mine)
+    for written, expected in zip(mine[5].tensors, arguments[5].tensors, strict=True):
+        assert torch.equal(written.float().cpu(), expected.float())
+    # Scales of 1/127 and 1/448 make sums that differ in their last bits: equals may change places.
+    assert (got.cpu().sort(1).values == want.sort(1).values).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("size,rotary,heads", [(128, 64, 20), (24, 24, 5), (40, 6, 3)])

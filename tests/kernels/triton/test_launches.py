@@ -159,6 +159,20 @@ FP8 = quantize_fp8(torch.ones((256, 128)))
 FP8_BLOCKS = Fp8Weight(FP8.values, torch.ones((2, 1)))
 
 
+def _mlp(weight: Fp8Weight, rows: int) -> tuple[Any, ...]:
+    """gate_up and down of 128 columns each, norm and residual."""
+    down = Fp8Weight(weight.values[:128], weight.scales[: 1 if weight.blocks else 128])
+    return "gated_mlp_fp8", (_rows(rows, 128), weight, down, torch.ones(128, dtype=BFLOAT16), 0.1, _rows(rows, 128))
+
+
+def _attention_linear(weight: Fp8Weight, starts: list[int], longest: int = 1) -> tuple[Any, ...]:
+    """One head of 128 numbers; of the first request `longest` tokens."""
+    cache, lengths = KVCache(1, 128, BFLOAT16), [longest, *[1] * (len(starts) - 1)]
+    batch, rows = _batch(starts, lengths, cache), sum(lengths)
+    return "attention_linear_fp8", (_rows(rows, 128), weight, cache, batch, 0.1, None, None, None, None,
+                                    _rows(rows, 256))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "case,expected",
     [
@@ -170,6 +184,14 @@ FP8_BLOCKS = Fp8Weight(FP8.values, torch.ones((2, 1)))
         (_linear("fused_linear_fp8", FP8, _rows(64, 128), False), 2),
         (_linear("fused_linear_fp8", FP8, _rows(65, 128), False), 3),
         (_linear("fused_linear_fp8", FP8_BLOCKS, _rows(65, 128), True), 3),
+        (_mlp(FP8, 1), 2),
+        (_mlp(FP8, 64), 4),
+        (_mlp(FP8, 65), 5),  # the residual is added by a launch of its own
+        (_mlp(FP8_BLOCKS, 65), 5),
+        (_attention_linear(FP8, [99]), 2),
+        (_attention_linear(FP8, [99] * 2), 3),
+        (_attention_linear(FP8_BLOCKS, [99] * 2), 2),
+        (_attention_linear(FP8_BLOCKS, [99] * 2, 70), 4),
         (_experts(1), 2),
         (_experts(32), 3),
         (_experts(33), 4),

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
-from skyline.kernels.triton import linear
+from skyline.kernels.triton import fused_fp8, linear
 from skyline.kernels.triton.knobs import Knobs, using
-from skyline.kernels.triton.thresholds import BAND_ROWS, in_words
-from skyline.ops import OPS, Fp8Weight
+from skyline.kernels.triton.thresholds import BAND_ROWS, in_words, quantizes_attention
+from skyline.ops import OPS, Fp8Weight, KVCache
+from skyline.ops.attention import make_batch
 from skyline.ops.fp8 import FP8, Fp8Rows, fp8_case_weight, quantize_fp8
 from tests.kernels.triton.test_ops import DEVICE, moved
 
@@ -103,3 +104,23 @@ def test_rows_come_into_memory_in_pieces(shape: tuple[int, ...]) -> None:
     assert torch.equal(blocks.dequantize().cpu().view(-1, k), Fp8Rows(values, spread).dequantize())
     with pytest.raises(ValueError, match="stored"):
         FP8_BLOCKS.write(blocks, 0, rows[:3])
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks"])
+@pytest.mark.parametrize(("starts", "lengths"), [([9, 0, 20], [1, 1, 1]), ([9, 0], [1, 20]), ([0], [70])])
+def test_attention_that_quantizes(kind: str, starts: list[int], lengths: list[int]) -> None:
+    """By a knob also for weights with scales by rows, unless they meet more rows than bands take."""
+    generator, rows = torch.Generator().manual_seed(1), sum(lengths)
+    cache = KVCache(2, 128, torch.bfloat16)
+    cache.k, cache.v = (torch.randn((12, 16, 2, 128), generator=generator).bfloat16() for _ in range(2))
+    q, residual = (torch.randn((rows, n), generator=generator).bfloat16() for n in (768, 80))
+    batch = make_batch(starts, lengths, 16)
+    arguments = (q, weight(80, 768, kind), cache, batch, 0.1, None, None, None, None, residual)
+    knobs = Knobs(early_scales=True, splits=8)
+    with using(knobs):
+        assert quantizes_attention(q, arguments[1], 128) is (kind == "blocks" or rows <= BAND_ROWS)
+        assert not quantizes_attention(q[:1], arguments[1], 128) and not quantizes_attention(q, arguments[1], 64)
+        got = fused_fp8.attention_linear_fp8(*(moved(value) for value in arguments))
+    want = OPS["attention_linear_fp8"].reference(*arguments)
+    error = (got.float().cpu() - want.float()).norm() / want.float().norm()
+    assert error < 6e-2

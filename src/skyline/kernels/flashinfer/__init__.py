@@ -15,12 +15,15 @@ copies where Triton takes one launch. Importing this package imports no FlashInf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Request, register
+from skyline.kernels.triton import LayoutOf, supports_fp8
 
 PROVIDER = "flashinfer"
 
@@ -57,14 +60,21 @@ def _supports_latent(request: Request) -> str | None:
     return None
 
 
-def _provide(op: str, module: str, check: Any = supports) -> None:
+def _supports_attention_linear(request: Request) -> str | None:
+    if (why_not := _supports_attention(request)) is not None:
+        return why_not
+    return supports_fp8(request)  # the product is Triton's
+
+
+def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, LayoutOf] | None = None) -> None:
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
 
-    register(Kernel(op, PROVIDER, run, check))
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}))
 
 
 _provide("rms_norm", "dense")
 _provide("silu_mul", "dense")
 _provide("paged_attention", "attention", _supports_attention)
+_provide("attention_linear_fp8", "attention", _supports_attention_linear, {1: fp8_layout(1)})
 _provide("latent_attention", "latent", _supports_latent)

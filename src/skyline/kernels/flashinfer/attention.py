@@ -11,7 +11,9 @@ from torch import Tensor
 from skyline.kernels.flashinfer import calls, step
 from skyline.kernels.triton import attention as triton
 from skyline.kernels.triton.device import capability
+from skyline.kernels.triton.linear import fused_linear_fp8
 from skyline.ops import AttentionBatch, KVCache
+from skyline.ops.fp8 import Fp8Weight
 
 _HEAD_DIMS = (64, 128, 256)
 _BLOCK_SIZES = (16, 32, 64)
@@ -59,3 +61,19 @@ def paged_attention(
     out = torch.empty_like(queries)
     wrapper.run(**calls.prefill_run(queries, k, v, out))
     return out.view(q.shape)
+
+
+def attention_linear_fp8(
+    q: Tensor,
+    weight: Fp8Weight,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    attended = paged_attention(q, cache, batch, scale, window, sinks, softcap)
+    return fused_linear_fp8(attended, weight, bias, residual=residual)

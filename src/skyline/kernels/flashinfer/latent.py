@@ -26,7 +26,7 @@ def latent_attention(
     scale: float,
     chosen: Tensor | None = None,
 ) -> Tensor:
-    (data,) = cache.tensors
+    data = cache.tensors[0]
     plain = q.shape[1] // heads - cache.rope_dim
     mine = step.of(batch)
     made_for = (plain, cache.rank, cache.rope_dim) == (_PLAIN, _RANK, _ROPE) and data.shape[1] in _BLOCK_SIZES

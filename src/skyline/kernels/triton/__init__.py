@@ -28,8 +28,18 @@ FALLS_BACK = True  # False where an error of the compiler is to be seen: in test
 _LOG = logging.getLogger(__name__)
 _warned: set[str] = set()
 
-# Ops that read or write keys and values as they are cached.
-_CACHED = frozenset({"kv_write", "paged_attention", "rope_kv_write"})
+# Ops that read or write what is cached for attention.
+_CACHED = frozenset(
+    {
+        "attention_linear_fp8",
+        "index_topk",
+        "kv_write",
+        "latent_attention",
+        "latent_rope_write",
+        "paged_attention",
+        "rope_kv_write",
+    }
+)
 
 T = TypeVar("T")
 LayoutOf = Layout | Callable[[tuple[Any, ...]], Layout]
@@ -153,6 +163,8 @@ for _module, _ops in _MODULES.items():
 
 for _op in ("linear_fp8", "fused_linear_fp8"):
     provide(_op, "linear", {1: fp8_layout(1)}, supports_fp8)
+provide("gated_mlp_fp8", "fused_fp8", {1: fp8_layout(1), 2: fp8_layout(2)}, supports_fp8)
+provide("attention_linear_fp8", "fused_fp8", {1: fp8_layout(1)}, supports_fp8)
 provide("moe_experts_fp8", "moe_bytes", {1: fp8_layout(1), 2: fp8_layout(2)}, supports_fp8)
 
 provide("linear_int8", "quantized", {1: INT8})

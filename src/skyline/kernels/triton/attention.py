@@ -19,6 +19,7 @@ from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memo
 from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, KVCache
+from skyline.ops.fp8 import BLOCK, FP8
 
 _LEAST_KEYS = 512  # of a context's upper bound that a split is worth
 _MOST_SPLITS = 64
@@ -77,12 +78,43 @@ def paged_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
+    out = q.new_empty(q.shape)
+    _attend(out, out, q, cache, batch, scale, window, sinks, softcap)
+    return out
+
+
+def quantized_attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`paged_attention` in FP8 [T, Hq * D], and float32 scales of each 128 numbers, [T, Hq * D / 128]."""
+    values = torch.empty(q.shape, dtype=FP8, device=q.device)
+    scales = torch.empty((q.shape[0], q.shape[1] // BLOCK), device=q.device)
+    _attend(values, scales, q, cache, batch, scale, window, sinks, softcap)
+    return values, scales
+
+
+def _attend(
+    out: Tensor,
+    out_scales: Tensor,
+    q: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> None:
     k, v = cache.tensors
     heads, size, block = cache.num_kv_heads, cache.head_dim, k.shape[1]
     group = q.shape[1] // (heads * size)
     tables = batch.of(cache).block_tables
     requests = len(batch.host_query_lens)
-    out = q.new_empty((q.shape[0], q.shape[1]))
     kind = {torch.float8_e4m3fn: 1, torch.int8: 2}.get(cache.dtype, 0)
     k_scale, v_scale = cache.scales or (out, out)
     item, shared = k.element_size() if kind == 0 else q.element_size(), shared_memory(q.device)
@@ -97,6 +129,7 @@ def paged_attention(
         batch.context_lens,
         out if sinks is None else sinks,
         out,
+        out_scales,
     )
     numbers = (q.stride(0), tables.stride(0), scale, softcap or 1.0, window or 0)
     wide = max(16, next_power_of_2(size))
@@ -110,6 +143,7 @@ def paged_attention(
         "WINDOW": window is not None,
         "SINKS": sinks is not None,
         "SOFTCAP": softcap is not None,
+        "QUANT": out.dtype == FP8,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
     longest = max(batch.host_query_lens, default=0)
@@ -150,4 +184,3 @@ def paged_attention(
             num_warps=chosen.warps,
             **options,
         )
-    return out

@@ -30,13 +30,29 @@ def factor_of(k_scale, head, scale, KIND: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def store_heads(out, scales, at, result, writes, SIZE: tl.constexpr, QUANT: tl.constexpr):
+    """Heads' results [ROWS, SIZE or more] to `at` [ROWS], counted in numbers; with QUANT as FP8, 128 to a scale."""
+    column = tl.arange(0, result.shape[1])
+    if QUANT:
+        PARTS: tl.constexpr = SIZE // 128
+        grouped = tl.reshape(result, (result.shape[0], PARTS, 128))
+        largest = tl.max(tl.abs(grouped), 2)
+        scale = tl.where(largest > 0, largest / 448.0, 1.0)
+        group = (at // 128)[:, None] + tl.arange(0, PARTS)[None, :]
+        tl.store(scales + group, scale, mask=writes[:, None])
+        result = tl.reshape(grouped / scale[:, :, None], (result.shape[0], SIZE))
+    place = out + at[:, None] + column[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=writes[:, None] & (column < SIZE)[None, :])
+
+
+@triton.jit
 def _finish(
-    out, sinks, v_scale, start, head, context, top, total, mixed,
+    out, out_scales, sinks, v_scale, start, head, context, top, total, mixed,
     ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    KIND: tl.constexpr, SINKS: tl.constexpr,
+    KIND: tl.constexpr, SINKS: tl.constexpr, QUANT: tl.constexpr,
 ):  # fmt: skip
     """Divide by the softmax's sum, and write the heads of one query."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    row = tl.arange(0, ROWS)
     real = row < GROUP
     if SINKS:
         sink = tl.load(sinks + head * GROUP + row, mask=real, other=float("-inf")).to(tl.float32) * 1.4426950408889634
@@ -47,9 +63,8 @@ def _finish(
     result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
     if KIND == 1:
         result *= tl.load(v_scale + head)
-    place = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row)[:, None] * SIZE + column[None, :]
-    writes = real[:, None] & (column < SIZE)[None, :]
-    tl.store(out + place, tl.where(context > 0, result, 0.0).to(out.dtype.element_ty), mask=writes)
+    at = start.to(tl.int64) * (HEADS * GROUP * SIZE) + (head * GROUP + row) * SIZE
+    store_heads(out, out_scales, at, tl.where(context > 0, result, 0.0), real, SIZE, QUANT)
 
 
 @triton.jit
@@ -63,7 +78,8 @@ def decode_kernel(
     query_starts,
     context_lens,
     sinks,  # [Hq]
-    out,  # [T, Hq * D]
+    out,  # [T, Hq * D], with QUANT float8_e4m3fn
+    out_scales,  # [T, Hq * D / 128] float32, with QUANT
     parts,  # [R * Hk, SPLITS, REAL, WIDE] float32
     sums,  # [R * Hk, SPLITS, 2, REAL] float32: the largest score, and the sum over it
     counters,  # [R * Hk] int32, zeros
@@ -87,6 +103,7 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    QUANT: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -142,8 +159,9 @@ def decode_kernel(
 
     if SPLITS == 1:
         _finish(
-            out, sinks, v_scale, start, head, context, top, total, mixed, ROWS, HEADS, GROUP, SIZE, WIDE, KIND, SINKS
-        )
+            out, out_scales, sinks, v_scale, start, head, context, top, total, mixed,
+            ROWS, HEADS, GROUP, SIZE, WIDE, KIND, SINKS, QUANT,
+        )  # fmt: skip
         return
     mine = pair.to(tl.int64) * SPLITS + split
     kept = row < REAL
@@ -174,20 +192,6 @@ def decode_kernel(
             factor = tl.where(high > float("-inf"), tl.exp2(high - highest[None, :]), 0.0)
             whole += tl.sum(factor[:, :, None] * some, 0)
         _finish(
-            out,
-            sinks,
-            v_scale,
-            start,
-            head,
-            context,
-            highest,
-            summed,
-            whole,
-            REAL,
-            HEADS,
-            GROUP,
-            SIZE,
-            WIDE,
-            KIND,
-            SINKS,
-        )
+            out, out_scales, sinks, v_scale, start, head, context, highest, summed, whole,
+            REAL, HEADS, GROUP, SIZE, WIDE, KIND, SINKS, QUANT,
+        )  # fmt: skip

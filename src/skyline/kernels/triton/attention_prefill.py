@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skyline.kernels.triton.attention_decode import cached, factor_of, in_base_2
+from skyline.kernels.triton.attention_decode import cached, factor_of, in_base_2, store_heads
 
 
 @triton.jit
@@ -67,6 +67,7 @@ def prefill_kernel(
     context_lens,
     sinks,
     out,
+    out_scales,
     q_stride,
     table_stride,
     scale,
@@ -84,6 +85,7 @@ def prefill_kernel(
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    QUANT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     request, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -132,5 +134,5 @@ def prefill_kernel(
     result = mixed / total[:, None]
     if KIND == 1:
         result *= tl.load(v_scale + head)
-    place = (start + index).to(tl.int64)[:, None] * (HEADS * GROUP * SIZE) + heads[:, None] * SIZE + column[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=real[:, None] & known[None, :])
+    at = (start + index).to(tl.int64) * (HEADS * GROUP * SIZE) + heads * SIZE
+    store_heads(out, out_scales, at, result, real, SIZE, QUANT)

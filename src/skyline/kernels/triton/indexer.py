@@ -20,8 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_absorbed import request_of
 from skyline.kernels.triton.latent_tactics import queries_at_once
+from skyline.kernels.triton.rope import to_fp8, to_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, IndexCache
+from skyline.ops.attention import FP8_MAX
 
 _LANES = 8  # heads of a token that are rotated together
 _ROWS = 128  # of queries' heads in a product, where there are several queries
@@ -39,6 +41,26 @@ def _normed(values, norm, bias, column, mean, factor, mask):
 
 
 @triton.jit
+def _store_quantized(place, scale_at, first, second, plain, turns, stays, HALF: tl.constexpr, MAX: tl.constexpr):
+    """A key [1, ..] in three parts, where `turns` and `stays`, and its scale."""
+    half, rest = tl.arange(0, first.shape[1])[None, :], 2 * HALF + tl.arange(0, plain.shape[1])[None, :]
+    first, second, plain = first.to(tl.float32), second.to(tl.float32), plain.to(tl.float32)
+    largest = tl.maximum(tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)), tl.max(tl.abs(plain), 1))
+    if place.dtype.element_ty == tl.int8:
+        top = tl.full(largest.shape, 127.0, tl.float32)
+        factor = tl.div_rn(largest, top)
+        inverse = tl.where(largest > 0, tl.div_rn(top, largest), 0.0)
+        first, second, plain = to_int8(first, inverse), to_int8(second, inverse), to_int8(plain, inverse)
+    else:
+        factor = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, MAX, tl.float32)), 1.0)
+        first, second, plain = to_fp8(first, factor), to_fp8(second, factor), to_fp8(plain, factor)
+    tl.store(scale_at, factor[:, None], mask=tl.max(turns.to(tl.int32), 1)[:, None] > 0)
+    tl.store(place + half, first.to(place.dtype.element_ty), mask=turns)
+    tl.store(place + HALF + half, second.to(place.dtype.element_ty), mask=turns)
+    tl.store(place + rest, plain.to(place.dtype.element_ty), mask=stays)
+
+
+@triton.jit
 def _turn_kernel(
     q,  # [T, HEADS * SIZE]
     k,  # [T, SIZE]
@@ -49,10 +71,13 @@ def _turn_kernel(
     slots,  # [T] int64
     q_out,  # like q, contiguous
     keys,  # [places, SIZE]
+    scales,  # [places] float32, if QUANTIZED
     q_stride,
     k_stride,
     eps,
     NORM: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    MAX: tl.constexpr,  # of FP8
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -94,9 +119,12 @@ def _turn_kernel(
     plain = plain.to(q.dtype.element_ty)
     if of_key:
         place = keys + slot * SIZE + head[:, None] * SIZE
-        tl.store(place + half, turned.to(keys.dtype.element_ty), mask=turns)
-        tl.store(place + HALF + half, other.to(keys.dtype.element_ty), mask=turns)
-        tl.store(place + rest, plain.to(keys.dtype.element_ty), mask=stays)
+        if QUANTIZED:
+            _store_quantized(place, (scales + slot + head)[:, None], turned, other, plain, turns, stays, HALF, MAX)
+        else:
+            tl.store(place + half, turned.to(keys.dtype.element_ty), mask=turns)
+            tl.store(place + HALF + half, other.to(keys.dtype.element_ty), mask=turns)
+            tl.store(place + rest, plain.to(keys.dtype.element_ty), mask=stays)
     else:
         target = q_out + row * (HEADS * SIZE) + head[:, None] * SIZE
         tl.store(target + half, turned, mask=turns)
@@ -108,6 +136,7 @@ def _turn_kernel(
 def _score_kernel(
     q,  # [T, HEADS * SIZE], contiguous
     keys,  # [places, SIZE]
+    scales,  # [places] float32, if QUANTIZED
     weights,  # [T, HEADS]
     tables,  # [R, longest]
     query_starts,
@@ -129,6 +158,7 @@ def _score_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     request, group, split = tl.program_id(0) // groups, tl.program_id(0) % groups, tl.program_id(1)
@@ -153,10 +183,15 @@ def _score_kernel(
         key = begin + tl.arange(0, KEYS)
         there = key < visible
         block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
-        place = (block * BLOCK + key % BLOCK) * SIZE
-        some = tl.load(keys + place[:, None] + column[None, :], mask=there[:, None] & known[None, :], other=0.0)
+        place = block * BLOCK + key % BLOCK
+        source = keys + (place * SIZE)[:, None] + column[None, :]
+        some = tl.load(source, mask=there[:, None] & known[None, :], other=0.0)
         products = tl.dot(query, some.to(query.dtype).T, input_precision=PRECISION)
-        products = tl.maximum(products * scale, 0.0) * factor[:, None]
+        if QUANTIZED:
+            products *= (scale * tl.load(scales + place, mask=there, other=0.0))[None, :]
+        else:
+            products *= scale
+        products = tl.maximum(products, 0.0) * factor[:, None]
         summed = tl.sum(tl.reshape(products, (QUERIES, WIDE_HEADS, KEYS)), 1)
         tl.store(out + key[None, :], summed, mask=(row < last)[:, None] & there[None, :])
 
@@ -260,7 +295,9 @@ def index_topk(
     norm_bias: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    (keys,) = cache.tensors
+    keys = cache.tensors[0]
+    scales = cache.tensors[-1]  # where there are none, they stand for nothing
+    quantized = cache.quantized is not None
     tokens, size, heads = q.shape[0], cache.head_dim, weights.shape[1]
     chosen = torch.empty((tokens, top_k), dtype=torch.int32, device=q.device)
     if not tokens:
@@ -278,10 +315,13 @@ def index_topk(
         places.slot_mapping,
         turned,
         keys,
+        scales,
         q.stride(0),
         k.stride(0),
         eps,
         NORM=norm is not None,
+        QUANTIZED=quantized,
+        MAX=FP8_MAX,
         HEADS=heads,
         SIZE=size,
         HALF=half,
@@ -291,6 +331,7 @@ def index_topk(
         EARLY=early,
         num_warps=2,
         launch_pdl=early,
+        enable_fp_fusion=cache.quantized != torch.int8,  # as in latent_rope_write
     )
 
     tables, longest = places.block_tables, max(batch.host_query_lens)
@@ -316,6 +357,7 @@ def index_topk(
         _score_kernel[(requests * groups, splits)](
             turned,
             keys,
+            scales,
             weights,
             tables,
             batch.query_starts,
@@ -337,6 +379,7 @@ def index_topk(
             KEYS=tile,
             STAGES=stages,
             SPLITS=splits,
+            QUANTIZED=quantized,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=4 if item == 2 and rows <= 64 else 8,
         )

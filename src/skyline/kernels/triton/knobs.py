@@ -18,8 +18,9 @@ class Knobs(msgspec.Struct, frozen=True):
     vector, gated: rows of a weight and columns a tile, and warps, of products of one row of x; gated: with silu_mul.
     fp8_vector, fp8_normed, fp8_gated: of such products of FP8, plain, behind a norm, with silu_mul. bands: rows,
     columns, warps and stages of FP8 products of few rows. prefetch: columns of its weight's rows that a program of a
-    product asks for, into the second-level cache, while it waits for the launch before it. splits: programs a
-    multiprocessor that attention is cut into. keys: of a tile of it. stages: of its pipeline.
+    product asks for, into the second-level cache, while it waits for the launch before it. early_scales: whether
+    attention writes FP8 also for weights that have scales by rows. splits: programs a multiprocessor that attention is
+    cut into. keys: of a tile of it. stages: of its pipeline.
     """
 
     vector: tuple[int, int, int] = (4, 512, 4)
@@ -29,6 +30,7 @@ class Knobs(msgspec.Struct, frozen=True):
     fp8_gated: tuple[int, int, int] = (2, 1024, 2)
     bands: tuple[int, int, int, int] = (64, 256, 4, 5)
     prefetch: int = 0
+    early_scales: bool = False
     splits: int = 2
     keys: int = 64
     stages: int = 3
@@ -45,6 +47,7 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "fp8_vector": ((8, 2048, 4), (4, 2048, 1), (4, 1024, 1)),
     "fp8_normed": ((8, 1024, 2), (4, 1024, 1), (4, 2048, 4)),
     "fp8_gated": ((2, 1024, 2), (2, 1024, 1), (4, 2048, 4)),
+    "early_scales": (False, True),
     "bands": ((64, 256, 4, 5), (64, 256, 4, 4), (64, 512, 4, 3), (128, 256, 8, 3), (64, 128, 4, 5)),
 }
 

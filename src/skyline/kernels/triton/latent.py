@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,10 +10,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.device import overlaps
-from skyline.kernels.triton.latent_absorbed import Heads, absorbed
+from skyline.kernels.triton.latent_absorbed import Heads, absorbed, parts_of
 from skyline.kernels.triton.latent_expanded import expanded
+from skyline.kernels.triton.rope import to_fp8, to_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache
+from skyline.ops.attention import FP8_MAX
+from skyline.ops.caches import LATENT_GROUP
 
 
 @triton.jit
@@ -26,18 +30,43 @@ def _turned(at, cosine, sine, inside, HALF: tl.constexpr, WIDTH: tl.constexpr, I
 
 
 @triton.jit
+def _store_quantized(
+    values, to, scales, RANK: tl.constexpr, WIDE_RANK: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr
+):  # fmt: skip
+    """A latent [WIDE_RANK], each GROUP of it with a scale of its own."""
+    GROUPS: tl.constexpr = WIDE_RANK // GROUP
+    group, within = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    wide = tl.reshape(values.to(tl.float32), (GROUPS, GROUP))
+    largest = tl.max(tl.abs(wide), 1)
+    if to.dtype.element_ty == tl.int8:
+        top = tl.full((GROUPS,), 127.0, tl.float32)
+        levels = to_int8(wide, tl.where(largest > 0, tl.div_rn(top, largest), 0.0))
+        scale = tl.div_rn(largest, top)
+    else:
+        scale = tl.where(largest > 0, tl.div_rn(largest, tl.full((GROUPS,), MAX, tl.float32)), 1.0)
+        levels = to_fp8(wide, scale)
+    column = group[:, None] * GROUP + within[None, :]
+    tl.store(to + column, levels.to(to.dtype.element_ty), mask=column < RANK)
+    tl.store(scales + group, scale, mask=group * GROUP < RANK)
+
+
+@triton.jit
 def _cache_token(
-    place, latent, k, norm, eps, cosine, sine,
+    slot, data, scales, keys, latent, k, norm, eps, cosine, sine,
     RANK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDE_RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """Write a token's latent, normed if there is a norm, and its key, rotated, to its place."""
-    TYPE: tl.constexpr = place.dtype.element_ty
     first, second = _turned(k + tl.zeros((1, 1), tl.int32), cosine, sine, True, HALF, WIDTH, INTERLEAVED)
     column = tl.arange(0, WIDTH)[None, :]
+    if QUANTIZED:
+        place, key = data + slot * RANK, keys + slot * (2 * HALF)
+    else:
+        place = data + slot * (RANK + 2 * HALF)
+        key = place + RANK
     # The key takes the type of k before that of the cache, as in the reference.
-    tl.store(place + RANK + column, first.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
-    tl.store(place + RANK + HALF + column, second.to(k.dtype.element_ty).to(TYPE), mask=column < HALF)
+    tl.store(key + column, first.to(k.dtype.element_ty).to(key.dtype.element_ty), mask=column < HALF)
+    tl.store(key + HALF + column, second.to(k.dtype.element_ty).to(key.dtype.element_ty), mask=column < HALF)
     rank = tl.arange(0, WIDE_RANK)
     values = tl.load(latent + rank, mask=rank < RANK, other=0.0)
     if NORM:
@@ -45,7 +74,11 @@ def _cache_token(
         normed = (wide * tl.rsqrt(tl.sum(wide * wide) / RANK + eps)).to(values.dtype).to(tl.float32)
         scale = tl.load(norm + rank, mask=rank < RANK, other=0.0).to(tl.float32)
         values = (normed * scale).to(values.dtype)
-    tl.store(place + rank, values.to(TYPE), mask=rank < RANK)
+    if QUANTIZED:
+        GROUPS: tl.constexpr = (RANK + GROUP - 1) // GROUP
+        _store_quantized(values, place, scales + slot * GROUPS, RANK, WIDE_RANK, GROUP, MAX)
+    else:
+        tl.store(place + rank, values.to(place.dtype.element_ty), mask=rank < RANK)
 
 
 @triton.jit
@@ -58,7 +91,9 @@ def _rope_write_kernel(
     slots,  # [T] int64
     norm,  # [RANK], or unused
     q_out,  # like q, contiguous
-    data,  # [places, RANK + 2 * HALF]
+    data,  # [places, RANK + 2 * HALF], or [places, RANK] if QUANTIZED
+    scales,  # [places, ceil(RANK / GROUP)] float32, if QUANTIZED
+    keys,  # [places, 2 * HALF], if QUANTIZED
     q_stride,
     latent_stride,
     k_stride,
@@ -73,6 +108,9 @@ def _rope_write_kernel(
     WIDE_PLAIN: tl.constexpr,
     WIDE_RANK: tl.constexpr,
     WIDTH: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A program takes some heads of a token, and the last one of each token what is cached."""
@@ -102,8 +140,8 @@ def _rope_write_kernel(
         slot = tl.load(slots + row)
         if slot >= 0:
             _cache_token(
-                data + slot * (RANK + 2 * HALF), latent + row * latent_stride, k + row * k_stride, norm, eps,
-                cosine, sine, RANK, HALF, INTERLEAVED, NORM, WIDE_RANK, WIDTH,
+                slot, data, scales, keys, latent + row * latent_stride, k + row * k_stride, norm, eps,
+                cosine, sine, RANK, HALF, INTERLEAVED, NORM, WIDE_RANK, WIDTH, QUANTIZED, GROUP, MAX,
             )  # fmt: skip
 
 
@@ -120,12 +158,12 @@ def latent_rope_write(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    (data,) = cache.tensors
+    data, scales, keys = parts_of(cache)
     out = q.new_empty(q.shape)
     rows, heads, plain = q.shape[0], q.shape[1] // head_dim, head_dim - cache.rope_dim
     if rows:
         lanes = min(8, next_power_of_2(heads))
-        early = overlaps(q.device)
+        early, wide_rank = overlaps(q.device), next_power_of_2(cache.rank)
         _rope_write_kernel[(rows, cdiv(heads, lanes) + 1)](
             q,
             latent,
@@ -136,6 +174,8 @@ def latent_rope_write(
             q if norm is None else norm,
             out,
             data,
+            scales,
+            keys,
             q.stride(0),
             latent.stride(0),
             k.stride(0),
@@ -148,11 +188,16 @@ def latent_rope_write(
             NORM=norm is not None,
             LANES=lanes,
             WIDE_PLAIN=next_power_of_2(max(1, plain)),
-            WIDE_RANK=next_power_of_2(cache.rank),
+            WIDE_RANK=wide_rank,
             WIDTH=next_power_of_2(cache.rope_dim // 2),
+            QUANTIZED=cache.quantized is not None,
+            GROUP=min(LATENT_GROUP, wide_rank),
+            MAX=FP8_MAX,
             EARLY=early,
             num_warps=2,
             launch_pdl=early,
+            # Levels of int8 are rounded products: fused with the addition that rounds them, they would not be.
+            enable_fp_fusion=cache.quantized != torch.int8,
         )
     return out
 

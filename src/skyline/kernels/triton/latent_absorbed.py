@@ -20,6 +20,7 @@ from skyline.kernels.triton.device import capability, multiprocessors, overlaps,
 from skyline.kernels.triton.latent_tactics import LEAST_KEYS, absorbed_tactic, num_splits
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache
+from skyline.ops.caches import LATENT_GROUP
 
 LOG2E = math.log2(math.e)
 
@@ -43,11 +44,25 @@ def request_of(token, query_starts, requests, WIDE: tl.constexpr):
     return tl.sum((ends <= token).to(tl.int32))
 
 
+@triton.jit
+def dequantized(values, scales, place, there, KEYS: tl.constexpr, RANK: tl.constexpr, WIDE_RANK: tl.constexpr,
+                GROUP: tl.constexpr):  # fmt: skip
+    """values [KEYS, WIDE_RANK] of a quantized cache times the scales of their places, float32."""
+    GROUPS: tl.constexpr = (RANK + GROUP - 1) // GROUP
+    WIDE: tl.constexpr = WIDE_RANK // GROUP
+    group = tl.arange(0, WIDE)[None, :]
+    scale = tl.load(scales + place[:, None] * GROUPS + group, mask=there[:, None] & (group < GROUPS), other=0.0)
+    wide = tl.reshape(values.to(tl.float32), (KEYS, WIDE, GROUP)) * scale[:, :, None]
+    return tl.reshape(wide, (KEYS, WIDE_RANK))
+
+
 @triton.jit(do_not_specialize=["first_token", "tokens", "requests", "tiles"])
 def _absorbed_kernel(
     q_latent,  # [HEADS, T, RANK]: queries times W_k
     q,  # [T, HEADS * (PLAIN + ROPE)]
-    data,  # [places, RANK + ROPE]
+    data,  # [places, RANK + ROPE], or [places, RANK] if QUANTIZED
+    scales,  # [places, ceil(RANK / GROUP)] float32, if QUANTIZED
+    keys,  # [places, ROPE], if QUANTIZED
     tables,  # [R, longest]
     query_starts,
     context_lens,
@@ -78,6 +93,8 @@ def _absorbed_kernel(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     CHOSEN: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -124,10 +141,17 @@ def _absorbed_kernel(
             there = (key >= 0) & (key <= earliest)
             key = tl.where(there, key, 0)
         block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
-        place = (data + (block * BLOCK + key % BLOCK) * (RANK + ROPE))[:, None]
-        latents = tl.load(place + rank[None, :], mask=there[:, None] & in_rank[None, :], other=0.0)
+        place = block * BLOCK + key % BLOCK
+        if QUANTIZED:
+            latent_at, turned_at = data + place * RANK, keys + place * ROPE
+        else:
+            latent_at = data + place * (RANK + ROPE)
+            turned_at = latent_at + RANK
+        latents = tl.load(latent_at[:, None] + rank[None, :], mask=there[:, None] & in_rank[None, :], other=0.0)
+        if QUANTIZED:
+            latents = dequantized(latents, scales, place, there, KEYS, RANK, WIDE_RANK, GROUP)
         latents = latents.to(q.dtype.element_ty)
-        turned = tl.load(place + RANK + turn[None, :], mask=there[:, None] & in_turn[None, :], other=0.0)
+        turned = tl.load(turned_at[:, None] + turn[None, :], mask=there[:, None] & in_turn[None, :], other=0.0)
         scores = tl.dot(q_plain, latents.T, input_precision=PRECISION)
         scores = tl.dot(q_turned, turned.to(q.dtype.element_ty).T, scores, input_precision=PRECISION)
         seen = there[None, :]
@@ -192,13 +216,20 @@ class Heads(NamedTuple):
     cache: LatentCache
 
 
+def parts_of(cache: LatentCache) -> tuple[Tensor, Tensor, Tensor]:
+    """data, scales and keys; where the cache is not quantized, the latter two stand for nothing."""
+    data, *others = cache.tensors
+    scales, keys = others or (data, data)
+    return data, scales, keys
+
+
 def absorbed(
     q: Tensor, out: Tensor, heads: Heads, batch: AttentionBatch, requests: slice, first_token: int, longest: int,
     chosen: Tensor | None,
 ) -> None:  # fmt: skip
     """Attention of some requests, whose tokens are q [T, heads * head_dim], to out [T, heads * value_dim]."""
     w, plain, scale, cache = heads
-    (data,) = cache.tensors
+    data, scales, keys = parts_of(cache)
     tokens, count, rank = q.shape[0], w.shape[0], cache.rank
     turned = q.view(tokens, count, -1)
     q_latent = torch.bmm(turned[..., :plain].transpose(0, 1), w[:, :plain])
@@ -207,7 +238,9 @@ def absorbed(
     rows = count if chosen is not None else count * longest
     hopper = capability(q.device)[0] == 9
     shared = shared_memory(q.device)
-    tactic = absorbed_tactic(rows, wide_rank + wide_rope, q.element_size(), shared, hopper, chosen is not None)
+    quantized = cache.quantized is not None
+    width, item = wide_rank + wide_rope, q.element_size()
+    tactic = absorbed_tactic(rows, width, item, shared, hopper, chosen is not None, quantized)
     tiles = cdiv(rows, tactic.rows)
     programs = (tokens if chosen is not None else tables.shape[0]) * tiles
     capacity = tables.shape[1] * data.shape[1] if chosen is None else chosen.shape[1]
@@ -220,6 +253,8 @@ def absorbed(
         q_latent,
         q,
         data,
+        scales,
+        keys,
         tables,
         batch.query_starts[requests.start :],
         batch.context_lens[requests],
@@ -250,6 +285,8 @@ def absorbed(
         STAGES=tactic.stages,
         SPLITS=splits,
         CHOSEN=chosen is not None,
+        QUANTIZED=quantized,
+        GROUP=min(LATENT_GROUP, wide_rank),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         EARLY=early,
         num_warps=tactic.warps,

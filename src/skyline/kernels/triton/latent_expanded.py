@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import shared_memory
-from skyline.kernels.triton.latent_absorbed import LOG2E, Heads, softmax_step
+from skyline.kernels.triton.latent_absorbed import LOG2E, Heads, dequantized, parts_of, softmax_step
 from skyline.kernels.triton.latent_tactics import Tactic, heads_at_once
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
-from skyline.ops import AttentionBatch
+from skyline.ops import AttentionBatch, LatentCache
+from skyline.ops.caches import LATENT_GROUP
 
 
 def expanded_tactic(head_dim: int, value_dim: int, item: int, shared: int) -> Tactic:
@@ -103,15 +104,72 @@ def _expanded_kernel(
     tl.store(at, result, mask=real[:, None] & (column < VALUE)[None, :])
 
 
+@triton.jit(do_not_specialize=["context"])
+def _widen_kernel(
+    data,  # [places, RANK]
+    scales,  # [places, ceil(RANK / GROUP)] float32
+    keys,  # [places, ROPE]
+    table,  # of the request's blocks
+    known,  # [context, RANK + ROPE], out
+    context,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    WIDE_RANK: tl.constexpr,
+    WIDE_ROPE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """What a request remembers in a quantized cache, as numbers that can be multiplied."""
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    there = key < context
+    place = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64) * BLOCK + key % BLOCK
+    out = (known + key.to(tl.int64) * (RANK + ROPE))[:, None]
+    rank, turn = tl.arange(0, WIDE_RANK)[None, :], tl.arange(0, WIDE_ROPE)[None, :]
+    mask = there[:, None] & (rank < RANK)
+    values = tl.load((data + place * RANK)[:, None] + rank, mask=mask, other=0.0)
+    latents = dequantized(values, scales, place, there, KEYS, RANK, WIDE_RANK, GROUP)
+    tl.store(out + rank, latents.to(known.dtype.element_ty), mask=mask)
+    mask = there[:, None] & (turn < ROPE)
+    turned = tl.load((keys + place * ROPE)[:, None] + turn, mask=mask, other=0.0)
+    tl.store(out + RANK + turn, turned.to(known.dtype.element_ty), mask=mask)
+
+
+def _known(cache: LatentCache, table: Tensor, context: int, q: Tensor) -> Tensor:
+    """Latents and rotated keys of a request, [context, rank + rope_dim] of q's type; table: its blocks."""
+    data, scales, keys = parts_of(cache)
+    block_size = data.shape[1]
+    if cache.quantized is None:
+        blocks = table[: cdiv(context, block_size)]
+        return data.index_select(0, blocks).flatten(0, 1)[:context].to(q.dtype)
+    known = q.new_empty((context, cache.rank + cache.rope_dim))
+    wide_rank = next_power_of_2(cache.rank)
+    at_once = max(1, 4096 // wide_rank)
+    _widen_kernel[(cdiv(context, at_once),)](
+        data,
+        scales,
+        keys,
+        table,
+        known,
+        context,
+        RANK=cache.rank,
+        ROPE=cache.rope_dim,
+        WIDE_RANK=wide_rank,
+        WIDE_ROPE=next_power_of_2(cache.rope_dim),
+        GROUP=min(LATENT_GROUP, wide_rank),
+        BLOCK=block_size,
+        KEYS=at_once,
+    )
+    return known
+
+
 def expanded(q: Tensor, out: Tensor, heads: Heads, batch: AttentionBatch, request: int) -> None:
     """Attention of one request, whose tokens are q [T, heads * head_dim], to out [T, heads * value_dim]."""
     w, plain, scale, cache = heads
-    (data,) = cache.tensors
     tokens, context = q.shape[0], batch.host_context_lens[request]
-    blocks = batch.of(cache).block_tables[request, : cdiv(context, data.shape[1])]
-    known = data.index_select(0, blocks).flatten(0, 1)[:context].to(q.dtype)
-    shared = known[:, cache.rank :]
+    known = _known(cache, batch.of(cache).block_tables[request], context, q)
     count, rows, rank = w.shape
+    shared = known[:, rank:]
     sizes = (plain, cache.rope_dim, rows - plain)
     wide_plain, wide_rope, wide_value = (max(16, next_power_of_2(size)) for size in sizes)
     tactic = expanded_tactic(wide_plain + wide_rope, wide_value, q.element_size(), shared_memory(q.device))

@@ -49,7 +49,9 @@ class Tactic(NamedTuple):
     stages: int
 
 
-def absorbed_tactic(rows: int, width: int, item: int, shared: int, hopper: bool, chosen: bool) -> Tactic:
+def absorbed_tactic(
+    rows: int, width: int, item: int, shared: int, hopper: bool, chosen: bool, quantized: bool
+) -> Tactic:
     """rows: pairs of a query and a head that share keys; width: numbers of a token, padded; item: bytes of one."""
     if item == 4:
         return Tactic(16, 16, 8, 1)
@@ -58,6 +60,8 @@ def absorbed_tactic(rows: int, width: int, item: int, shared: int, hopper: bool,
         tactic = Tactic(64, 32, 8, 3) if chosen else Tactic(64, 64, 8, 2)
         if (tactic.rows + 2 * tactic.keys) * width * item + 8192 <= shared:
             return tactic
+    if quantized and width > 128:  # more rows, and what is widened no longer fits into registers
+        return Tactic(16, 32, 8, 2)
     return Tactic(16, 32, 4, 2) if rows <= 16 else Tactic(32, 32, 8, 2)
 
 

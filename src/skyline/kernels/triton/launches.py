@@ -16,8 +16,16 @@ from torch import Tensor
 from skyline.kernels.gpu import Gpu
 from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.sizes import next_power_of_2
-from skyline.kernels.triton.thresholds import BAND_ROWS, FEW_PAIRS, LARGEST_KEY, LONGEST, experts_in_words, in_words
-from skyline.ops import AttentionBatch, LatentCache, StateCache
+from skyline.kernels.triton.thresholds import (
+    BAND_ROWS,
+    FEW_PAIRS,
+    LARGEST_KEY,
+    LONGEST,
+    experts_in_words,
+    in_words,
+    quantizes_attention,
+)
+from skyline.ops import AttentionBatch, KVCache, LatentCache, StateCache
 from skyline.ops.fp8 import Fp8Weight
 
 
@@ -52,6 +60,38 @@ def _fused_linear_fp8(
         return 1
     finishing = 0 if x.shape[0] <= BAND_ROWS else (bias is not None) + silu_mul + (residual is not None)
     return 2 + finishing
+
+
+def _gated_mlp_fp8(
+    gpu: Gpu,
+    x: Tensor,
+    gate_up: Fp8Weight | Tensor,
+    down: Fp8Weight | Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> int:
+    """Of many rows, silu_mul is done where its result is quantized."""
+    hidden = x.new_empty((x.shape[0], down.shape[1]), device="meta")
+    first = _fused_linear_fp8(gpu, x, gate_up, None, x.shape[0] <= BAND_ROWS, norm)
+    return first + _fused_linear_fp8(gpu, hidden, down, residual=residual)
+
+
+def _attention_linear_fp8(
+    gpu: Gpu,
+    q: Tensor,
+    weight: Fp8Weight | Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> int:
+    product = _fused_linear_fp8(gpu, q, weight, bias, residual=residual)
+    return _paged_attention(gpu, q, cache, batch) + product - quantizes_attention(q, weight, cache.head_dim)
 
 
 def _two(gpu: Gpu, *arguments: Any) -> int:
@@ -136,7 +176,10 @@ def _latent_attention(
 
     def absorbed(units: int, rows: int, capacity: int) -> int:
         hopper = gpu.capability[0] == 9
-        tactic = latent_tactics.absorbed_tactic(rows, width, item, gpu.shared_memory, hopper, chosen is not None)
+        quantized = cache.quantized is not None
+        tactic = latent_tactics.absorbed_tactic(
+            rows, width, item, gpu.shared_memory, hopper, chosen is not None, quantized
+        )
         programs = units * -(-rows // tactic.rows)
         return 3 + (latent_tactics.num_splits(programs, capacity, gpu.multiprocessors) > 1)
 
@@ -193,6 +236,8 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "fused_linear": _fused_linear,
     "linear_fp8": _fused_linear_fp8,
     "fused_linear_fp8": _fused_linear_fp8,
+    "gated_mlp_fp8": _gated_mlp_fp8,
+    "attention_linear_fp8": _attention_linear_fp8,
     "linear_int8": _two,
     "linear_int4": _two,
     "router": _two,

@@ -68,13 +68,14 @@ def band_tactic(rows: int, gated: bool, blocks: bool, shared: int) -> Tactic:
 
 
 def quantize_rows(
-    x: Tensor, blocks: bool = False, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor, blocks: bool = False, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False
 ) -> tuple[Tensor, Tensor]:
     """x [T, K], normed by rms_norm if there is `norm` [K], in FP8 [T, K] and its scales float32.
 
-    Scales are [T, 1], or, with blocks, [T, ceil(K / 128)] of each 128 neighbours.
+    Scales are [T, 1], or, with blocks, [T, ceil(K / 128)] of each 128 neighbours. gated: of x [T, 2 K] silu_mul.
     """
     rows, k = x.shape
+    k = k // 2 if gated else k
     groups = cdiv(k, BLOCK) if blocks else 1
     values = torch.empty((rows, k), dtype=FP8, device=x.device)
     scales = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
@@ -91,6 +92,7 @@ def quantize_rows(
         eps,
         MAX=FP8_MAX,
         NORM=norm is not None,
+        GATED=gated,
         GROUPS=next_power_of_2(groups),
         GROUP=BLOCK if blocks else size,
         EARLY=early,
@@ -237,7 +239,8 @@ def _bands(
     (rows, k), outputs = values.shape, weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
     y = torch.empty((rows, n), dtype=dtype, device=values.device)
-    chosen = chosen or band_tactic(rows, silu_mul, weight.blocks, shared_memory(values.device))
+    by_blocks = weight.blocks or x_scales.shape[1] > 1
+    chosen = chosen or band_tactic(rows, silu_mul, by_blocks, shared_memory(values.device))
     early = overlaps(values.device)
     bands_kernel[(cdiv(n, chosen.rows),)](
         values,
@@ -256,6 +259,7 @@ def _bands(
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         BLOCKS=weight.blocks,
+        X_BLOCKS=by_blocks and not weight.blocks,
         EVEN_K=k % chosen.columns == 0,
         ROWS=_padded(rows),
         BAND=chosen.rows,
@@ -306,9 +310,25 @@ def fused_linear_fp8(
     if rows == 0:
         return x.new_empty((0, weight.shape[0] // 2 if silu_mul else weight.shape[0]))
     values, scales = quantize_rows(x, weight.blocks, norm, eps)
-    if rows <= BAND_ROWS:
-        return _bands(values, scales, weight, x.dtype, bias, silu_mul, residual)
-    return _finish(_tiles(values, scales, weight, x.dtype), bias, silu_mul, residual)
+    return product_fp8(values, scales, weight, x.dtype, bias, silu_mul, residual)
+
+
+def product_fp8(
+    values: Tensor,
+    scales: Tensor,
+    weight: Fp8Weight,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`fused_linear_fp8` of rows that are quantized: values [T, K], scales as of `quantize_rows` -> of `dtype`.
+
+    Up to BAND_ROWS of them may have scales by 128 where the weight has none by blocks; more may not.
+    """
+    if values.shape[0] <= BAND_ROWS:
+        return _bands(values, scales, weight, dtype, bias, silu_mul, residual)
+    return _finish(_tiles(values, scales, weight, dtype), bias, silu_mul, residual)
 
 
 def linear_fp8(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:

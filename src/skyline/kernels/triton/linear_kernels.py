@@ -223,9 +223,9 @@ def fp8_vector_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def bands_kernel(
     x,  # [T, K] float8_e4m3fn
-    x_scales,  # [T, 1], or [T, ceil(K / 128)]
+    x_scales,  # [T, 1], or [T, ceil(K / 128)] if BLOCKS or X_BLOCKS
     weight,  # [N, K] float8_e4m3fn
-    scales,  # [N], or [ceil(N / 128), ceil(K / 128)]
+    scales,  # [N], or [ceil(N / 128), ceil(K / 128)] if BLOCKS
     bias,  # [N]
     residual,  # [T, columns of y]
     y,  # [T, N], or [T, N / 2]
@@ -238,6 +238,7 @@ def bands_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCKS: tl.constexpr,
+    X_BLOCKS: tl.constexpr,
     EVEN_K: tl.constexpr,
     ROWS: tl.constexpr,  # of x, padded
     BAND: tl.constexpr,
@@ -284,15 +285,23 @@ def bands_kernel(
             if GATED:
                 mine = tl.load(scales + ((safe + n) // 128) * groups + at)[:, None]
                 up += tl.dot(other, values) * (mine * theirs)
+        elif X_BLOCKS:
+            theirs = tl.load(x_scales + safe_row * groups + first // 128)[None, :]
+            gate += tl.dot(part, values) * theirs
+            if GATED:
+                up += tl.dot(other, values) * theirs
         else:
             gate = tl.dot(part, values, gate)
             if GATED:
                 up = tl.dot(other, values, up)
     if not BLOCKS:
-        theirs = tl.load(x_scales + safe_row)[None, :]
-        gate *= tl.load(scales + safe)[:, None] * theirs
+        gate *= tl.load(scales + safe)[:, None]
         if GATED:
-            up *= tl.load(scales + n + safe)[:, None] * theirs
+            up *= tl.load(scales + n + safe)[:, None]
+        if not X_BLOCKS:
+            theirs = tl.load(x_scales + safe_row)[None, :]
+            gate *= theirs
+            up *= theirs
     if BIAS:
         gate += tl.load(bias + safe).to(tl.float32)[:, None]
         if GATED:
@@ -308,7 +317,7 @@ def bands_kernel(
 
 @triton.jit
 def quantize_kernel(
-    x,  # [T, K]
+    x,  # [T, K], or [T, 2 K] if GATED
     norm,  # [K]
     values,  # [T, K] float8_e4m3fn
     scales,  # [T, 1], or [T, ceil(K / 128)]
@@ -318,6 +327,7 @@ def quantize_kernel(
     eps,
     MAX: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,
     GROUPS: tl.constexpr,  # of 128 that a row has, a power of two; 1 and all of K without blocks
     GROUP: tl.constexpr,
     EARLY: tl.constexpr,
@@ -330,6 +340,8 @@ def quantize_kernel(
     columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     left = columns < k
     wide = tl.load(x + row * x_stride + columns, mask=left, other=0.0).to(tl.float32)
+    if GATED:
+        wide *= tl.sigmoid(wide) * tl.load(x + row * x_stride + k + columns, mask=left, other=0.0).to(tl.float32)
     if NORM:
         root = tl.rsqrt(tl.sum(tl.sum(wide * wide, 1), 0) / k + eps)
         wide *= root * tl.load(norm + columns, mask=left, other=0.0).to(tl.float32)

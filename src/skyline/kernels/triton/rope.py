@@ -100,12 +100,14 @@ def _write(target, at, first, second, rest, inside, D: tl.constexpr, HALF: tl.co
 
 
 @triton.jit
-def _to_fp8(values, scale):
+def to_fp8(values, scale):
+    """values [rows, n] over scale [rows], within the range of FP8."""
     return tl.clamp(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)), -448.0, 448.0)
 
 
 @triton.jit
-def _to_int8(values, inverse):
+def to_int8(values, inverse):
+    """values [rows, n] times inverse [rows] as whole numbers; where that is no number, 0."""
     scaled = values * inverse[:, None]
     # Numbers from 2^23 on are integers, and additions round half to even.
     levels = (scaled + 12582912.0) - 12582912.0
@@ -144,10 +146,10 @@ def _store(
             top = tl.full(largest.shape, 127.0, tl.float32)
             inverse = tl.where(largest > 0, tl.div_rn(top, largest), 0.0)
             tl.store(scales + at, tl.div_rn(largest, top), mask=inside)
-            first, second, rest = _to_int8(first, inverse), _to_int8(second, inverse), _to_int8(rest, inverse)
+            first, second, rest = to_int8(first, inverse), to_int8(second, inverse), to_int8(rest, inverse)
         else:
             scale = tl.load(scales + head, mask=inside, other=1.0)
-            first, second, rest = _to_fp8(first, scale), _to_fp8(second, scale), _to_fp8(rest, scale)
+            first, second, rest = to_fp8(first, scale), to_fp8(second, scale), to_fp8(rest, scale)
     _write(target, at * D, first, second, rest, inside, D, HALF, WIDTH)
 
 

@@ -21,10 +21,13 @@ def jobs() -> list[tuple[Any, ...]]:
     from skyline.kernels.triton.knobs import CANDIDATES
 
     found: list[tuple[Any, ...]] = []
-    for prefetch in CANDIDATES["prefetch"]:
-        for name in ("vector", "gated"):
-            found += [("linear", False, 1, {"prefetch": prefetch, name: value}) for value in CANDIDATES[name]]
-        found += [("linear", True, rows, {"prefetch": prefetch}) for rows in (16, 64)]
+    for name in ("vector", "gated"):
+        found += [("linear", False, 1, {name: value}) for value in CANDIDATES[name]]
+    for name in ("experts_rows", "experts_band", "experts_warps", "experts_stages"):
+        for fp8 in (False, True):
+            found += [("experts", fp8, rows, {name: value}) for rows in (16, 64, 256) for value in CANDIDATES[name]]
+    found += [("experts", False, 1, {"experts_stream": value}) for value in CANDIDATES["experts_stream"]]
+    found += [("experts", True, 1, {"experts_fp8": value}) for value in CANDIDATES["experts_fp8"]]
     for name in ("fp8_vector", "fp8_normed", "fp8_gated"):
         found += [("linear", True, 1, {name: value}) for value in CANDIDATES[name]]
     found += [("linear", True, rows, {"bands": value}) for rows in (16, 64) for value in CANDIDATES["bands"]]
@@ -48,7 +51,7 @@ def run(job: tuple[Any, ...]) -> int:
     from tests.kernels.triton.offline import install
 
     install(90)
-    from skyline.kernels.triton import attention, linear
+    from skyline.kernels.triton import attention, linear, moe, moe_bytes
     from skyline.kernels.triton.knobs import Knobs, using
     from skyline.ops import AttentionBatch, KVCache
     from skyline.ops.fp8 import FP8, Fp8Weight
@@ -63,6 +66,16 @@ def run(job: tuple[Any, ...]) -> int:
                 tables = [[0] * 545] * rows  # as many as 8,704 tokens take
                 batch = AttentionBatch.build(tables, [1000] * rows, [1] * rows, 16, torch.device("cpu"))
                 attention.paged_attention(torch.empty((rows, 4096), dtype=bf16), cache, batch, 128**-0.5)
+                return 0
+            if kind == "experts":  # Qwen3-30B-A3B's
+                shapes = ((128, 1536, 2048), (128, 2048, 768))
+                x, ids = torch.empty((rows, 2048), dtype=bf16), torch.empty((rows, 8), dtype=torch.int64)
+                weights = torch.empty((rows, 8))
+                if fp8:
+                    each = [Fp8Weight(torch.empty(s, dtype=torch.uint8).view(FP8), torch.empty(s[:2])) for s in shapes]
+                    moe_bytes.moe_experts_fp8(x, *each, weights, ids)
+                else:
+                    moe.moe_experts(x, *(torch.empty(shape, dtype=bf16) for shape in shapes), weights, ids)
                 return 0
             for normed, residual, gated in ONES:
                 x, norm = torch.empty((rows, 4096), dtype=bf16), torch.empty(4096, dtype=bf16)

@@ -15,13 +15,24 @@ from skyline.runner import decode_knobs
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.tune_gpu import _names, _Search
 
+_MIXTURES: tuple[set[str], ...] = ({"fused_experts"}, {"moe_experts_fp8"}, {"moe_experts_int4"})
+
 
 def test_candidates_begin_with_the_default() -> None:
     assert all(values[0] == getattr(Knobs(), name) for name, values in CANDIDATES.items())
     for size in (1, 16, 256):
-        for fp8 in (False, True):
-            names = _names(size, fp8)
+        for ops in ({"linear"}, {"linear_fp8", "moe_experts_fp8"}, {"fused_experts"}, {"moe_experts_clamped_fp4"}):
+            names = _names(size, ops)
             assert len(set(names)) == len(names) and set(names) <= CANDIDATES.keys()
+
+
+def test_every_knob_belongs_to_some_step() -> None:
+    steps = [_names(size, ops) for size in (1, 16) for ops in ({"linear"}, {"attention_linear_fp8"}, *_MIXTURES)]
+    assert {name for names in steps for name in names} == CANDIDATES.keys()
+    tiles = {"experts_band", "experts_rows", "experts_stages", "experts_warps"}
+    for ops, streamed in zip(_MIXTURES, ("experts_stream", "experts_fp8", None), strict=True):
+        one, few = (set(_names(size, ops)) for size in (1, 4))
+        assert tiles <= few and (tiles <= one if streamed is None else streamed in one and not tiles & one)
 
 
 def test_the_search_keeps_what_is_faster_and_goes_on_from_there() -> None:

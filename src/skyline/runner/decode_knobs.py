@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -34,13 +35,21 @@ def kept(config: EngineConfig, model: ModelConfig) -> tuple[Path, DecodeKnobs]:
     options = f"{config.quantization} {config.quantization_group} {config.kv_cache_dtype} {config.dtype}"
     name = hashlib.blake2b(f"{model} {options}".encode(), digest_size=8).hexdigest()
     device = gpu.detect(torch.device(config.device).index or 0)
-    nothing = DecodeKnobs(f"{device.name}, driver {_driver()}, torch {torch.__version__}")
+    libraries = f"torch {torch.__version__}, triton {_version('triton')}"
+    nothing = DecodeKnobs(f"{device.name}, driver {_driver()}, {libraries}")
     file = cache_folder() / f"decode-{name}.json"
     try:
         found = msgspec.json.decode(file.read_bytes(), type=DecodeKnobs)
     except (OSError, msgspec.DecodeError):  # none yet, or of another version
         return file, nothing
     return file, found if found.measured_on == nothing.measured_on else nothing
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _driver() -> str:

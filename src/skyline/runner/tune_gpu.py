@@ -21,6 +21,7 @@ from skyline.runner.loader import LoadedModel, load_model
 
 SIZES = (1, 4, 16, 64, 256)
 CONTEXT = 1024  # tokens of each request in the steps that are timed, at most
+_STREAMED = frozenset({"moe_experts", "fused_experts", "moe_experts_clamped"})  # of one token, without tiles
 _MARGIN = 0.005  # what is not faster by so much is not worth another setting
 
 
@@ -73,12 +74,12 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
     context = min(CONTEXT, loaded.limits.max_model_len)
     fits = [size for size in sizes if size <= config.max_num_seqs]
     fits = [size for size in fits if size * (context // config.block_size + 1) <= loaded.limits.num_blocks]
-    fp8 = any(call.op.name.endswith("linear_fp8") for call in loaded.program.calls)
+    ops = {call.op.name for call in loaded.program.calls}
     began = time.perf_counter()
     results = []
     for done, size in enumerate(fits):
         share = (began + budget - time.perf_counter()) / (len(fits) - done)
-        found = loaded.runner.between_steps(lambda: _tune_size(graphs, context, size, fp8, share))  # noqa: B023
+        found = loaded.runner.between_steps(lambda: _tune_size(graphs, context, size, ops, share))  # noqa: B023
         kept.sizes[size] = found["knobs"]
         results.append({"requests": size, **found, "knobs": msgspec.structs.asdict(found["knobs"])})
     graphs.set_knobs(kept)
@@ -95,17 +96,25 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
     }
 
 
-def _tune_size(graphs: DecodeGraphs, context: int, size: int, fp8: bool, seconds: float) -> dict[str, Any]:
+def _tune_size(graphs: DecodeGraphs, context: int, size: int, ops: set[str], seconds: float) -> dict[str, Any]:
     search = _Search(lambda knobs: graphs.time_step(size, context, knobs), time.perf_counter() + seconds)
     with torch.inference_mode():
-        return search.run(_names(size, fp8))
+        return search.run(_names(size, ops))
 
 
-def _names(size: int, fp8: bool) -> list[str]:
-    """The knobs that such a step has."""
+def _names(size: int, ops: set[str]) -> list[str]:
+    """The knobs that such a step of a model with these ops has."""
+    fp8 = any(op.endswith("linear_fp8") for op in ops)
     names = ["splits", "stages", "keys"]
+    experts = {op for op in ops if op.startswith("moe_experts") or op == "fused_experts"}
+    if size == 1 and experts & _STREAMED:
+        names.append("experts_stream")
+    elif size == 1 and "moe_experts_fp8" in experts:
+        names.append("experts_fp8")
+    elif experts:
+        names += ["experts_band", "experts_rows", "experts_stages", "experts_warps"]
     if size == 1:
-        names += ["prefetch", *(["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"])]
+        names += ["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"]
     elif fp8 and size <= 64:
-        names += ["prefetch", "early_scales", "bands"]
+        names += ["early_scales", "bands"]
     return names

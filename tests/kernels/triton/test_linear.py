@@ -24,7 +24,7 @@ def weight(n: int, k: int, kind: str) -> torch.Tensor | Fp8Weight:
 
 @pytest.mark.parametrize("kind", ["bf16", "rows", "blocks"])
 @pytest.mark.parametrize(
-    ("rows", "n", "k"), [(1, 300, 1100), (1, 512, 1101), (5, 300, 1100), (40, 300, 1100), (130, 300, 1100)]
+    ("rows", "n", "k"), [(1, 140, 1100), (1, 256, 1101), (5, 300, 1100), (40, 300, 1100), (130, 300, 1100)]
 )
 def test_several_tiles(kind: str, rows: int, n: int, k: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +36,7 @@ def test_several_tiles(kind: str, rows: int, n: int, k: int) -> None:
         wide = [option.float() if isinstance(option, torch.Tensor) else option for option in options]
         expected = OPS[name].reference(x.float(), w.float() if isinstance(w, torch.Tensor) else w, *wide)
         other = Knobs(vector=(2, 256, 4), gated=(8, 256, 4), fp8_normed=(4, 512, 1), fp8_gated=(4, 256, 2))
-        for knobs in (Knobs(), other):
+        for knobs in (Knobs(), other) if rows == 1 else (Knobs(),):  # the others are of one row
             with using(knobs):
                 got = getattr(linear, name)(moved(x), moved(w), *(moved(option) for option in options))
             error = (got.float().cpu() - expected).norm() / expected.norm()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skyline import ops
 from skyline.kernels.triton import moe, moe_bytes, moe_tiles, router
+from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight
 from skyline.ops.fp8 import Fp8Weight, fp8_case_weight
 from skyline.ops.quantized_moe import stacked
@@ -299,8 +300,11 @@ def test_router_at_real_numbers_of_experts(case: RouterCase, dtype: torch.dtype)
     assert torch.equal(ids.cpu(), want_ids)
 
 
-@pytest.mark.parametrize("case", ROUTERS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# The interpreter takes ten seconds for many rows.
+_NORMED = [(case, dtype) for case in ROUTERS for dtype in (BF16, FP32, FP16) if case[0] < 100 or dtype == BF16]
+
+
+@pytest.mark.parametrize("case,dtype", _NORMED, ids=str)
 def test_norm_and_router(case: RouterCase, dtype: torch.dtype) -> None:
     """In float16, of rows whose products with the norm's weight alone do not fit into it."""
     rows, experts, top_k, scoring, groups, top_groups, correct = case
@@ -349,3 +353,45 @@ def test_ids_of_rows_without_numbers_are_experts() -> None:
     for scoring in ("softmax", "sigmoid", "softmax of the chosen"):
         _, ids = router.router(x, weight, None, None, 4, scoring, True, 1.0, 3, 2)
         assert all(len(set(row)) == 4 and set(row) <= set(range(12)) for row in ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [Knobs(experts_rows=64, experts_band=32), Knobs(experts_band=256, experts_warps=8, experts_stages=6)],
+    ids=["high", "wide"],
+)
+def test_other_tiles_give_the_same(knobs: Knobs) -> None:
+    """As `skyline tune` tries them: of a few tokens, and of so many that they are sorted."""
+    generator = torch.Generator().manual_seed(2)
+    gate_up, down = _weights(5, 72, 40, BF16, generator)
+    for tokens in (6, 50):
+        x, ids = torch.randn((tokens, 72), generator=generator).to(BF16), _spread(tokens, 3, 5, generator)
+        weights = torch.rand((tokens, 3), generator=generator)
+        with using(knobs):
+            got = moe.moe_experts(*_on_device(x, gate_up, down, weights, ids))
+        wide = [part.float() for part in (x, gate_up, down, weights)]
+        _close(got, ops.moe_experts.reference(*wide, ids), BF16)
+
+
+@pytest.mark.parametrize("stream", [(8, 4, 3), (2, 1, 4)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_other_ways_to_stream_give_the_same(fp8: bool, stream: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, ids = torch.randn((1, 128), generator=generator).to(BF16), _spread(1, 3, 5, generator)
+    weights = torch.rand((1, 3), generator=generator)
+    if fp8:
+        each = [[fp8_case_weight(n, k, True, generator) for _ in range(5)] for n, k in ((256, 128), (128, 128))]
+        gate_up, down = (
+            Fp8Weight(torch.stack([w.values.view(torch.uint8) for w in part]).view(part[0].values.dtype),
+                      torch.stack([w.scales for w in part]))
+            for part in each
+        )  # fmt: skip
+        with using(Knobs(experts_fp8=(*stream[:2], 512, 4))):
+            got = moe_bytes.moe_experts_fp8(*(moved(part) for part in (x, gate_up, down, weights, ids)))
+        _close(got, ops.moe_experts_fp8.reference(x.float(), gate_up, down, weights, ids), BF16)
+    else:
+        plain = _weights(5, 128, 64, BF16, generator)
+        with using(Knobs(experts_stream=stream)):
+            got = moe.moe_experts(*_on_device(x, *plain, weights, ids))
+        wide = [part.float() for part in (x, *plain, weights)]
+        _close(got, ops.moe_experts.reference(*wide, ids), BF16)

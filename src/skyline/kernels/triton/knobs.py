@@ -15,12 +15,16 @@ import msgspec
 class Knobs(msgspec.Struct, frozen=True):
     """The defaults go by what was timed of Llama-3.1-8B on an H200, which was not every one (docs/gpu.md).
 
-    vector, gated: rows of a weight and columns a tile, and warps, of products of one row of x; gated: with silu_mul.
-    fp8_vector, fp8_normed, fp8_gated: of such products of FP8, plain, behind a norm, with silu_mul. bands: rows,
-    columns, warps and stages of FP8 products of few rows. prefetch: columns of its weight's rows that a program of a
-    product asks for, into the second-level cache, while it waits for the launch before it. early_scales: whether
-    attention writes FP8 also for weights that have scales by rows. splits: programs a multiprocessor that attention is
-    cut into. keys: of a tile of it. stages: of its pipeline.
+    vector, gated            products of one row of x: rows of the weight and columns a tile, warps; gated: silu_mul
+    fp8_vector, fp8_normed,  the same of FP8: plain, behind a norm, with silu_mul
+    fp8_gated
+    bands                    FP8 products of few rows: rows and columns, warps, stages
+    early_scales             whether attention writes FP8 also for weights with scales by rows
+    splits, keys, stages     attention: programs a multiprocessor, keys of a tile, stages of its pipeline
+    experts_rows, _band,     tiles of experts' rows (skyline.kernels.triton.moe_tiles), where not 0
+    _warps, _stages
+    experts_stream           one token's experts: rows of gate and up, and of down, that are streamed together, stages
+    experts_fp8              the same of FP8: such rows, columns, warps
     """
 
     vector: tuple[int, int, int] = (4, 512, 4)
@@ -29,16 +33,20 @@ class Knobs(msgspec.Struct, frozen=True):
     fp8_normed: tuple[int, int, int] = (8, 1024, 2)
     fp8_gated: tuple[int, int, int] = (2, 1024, 2)
     bands: tuple[int, int, int, int] = (64, 256, 4, 5)
-    prefetch: int = 0
     early_scales: bool = False
     splits: int = 2
     keys: int = 64
     stages: int = 3
+    experts_rows: int = 0
+    experts_band: int = 0
+    experts_warps: int = 0
+    experts_stages: int = 0
+    experts_stream: tuple[int, int, int] = (4, 2, 4)
+    experts_fp8: tuple[int, int, int, int] = (2, 8, 1024, 2)
 
 
 # What each is tried with, the default first.
 CANDIDATES: dict[str, tuple[object, ...]] = {
-    "prefetch": (0, 4096),
     "splits": (2, 4, 8),
     "stages": (3, 5),
     "keys": (64, 32, 128),
@@ -48,6 +56,12 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "fp8_normed": ((8, 1024, 2), (4, 1024, 1), (4, 2048, 4)),
     "fp8_gated": ((2, 1024, 2), (2, 1024, 1), (4, 2048, 4)),
     "early_scales": (False, True),
+    "experts_rows": (0, 16, 32, 64, 128),
+    "experts_band": (0, 32, 64, 128, 256),
+    "experts_warps": (0, 4, 8),
+    "experts_stages": (0, 3, 5, 6),
+    "experts_stream": ((4, 2, 4), (2, 1, 4), (8, 2, 4), (8, 4, 3), (4, 2, 6)),
+    "experts_fp8": ((2, 8, 1024, 2), (4, 8, 1024, 4), (2, 4, 2048, 4), (4, 4, 1024, 2), (1, 4, 1024, 1)),
     "bands": ((64, 256, 4, 5), (64, 256, 4, 4), (64, 512, 4, 3), (128, 256, 8, 3), (64, 128, 4, 5)),
 }
 

@@ -166,7 +166,6 @@ def _vector(
         RESIDUAL=residual is not None,
         BAND=chosen.rows,
         STEP=chosen.columns,
-        AHEAD=_ahead(k),
         EARLY=early,
         num_warps=chosen.warps,
         launch_pdl=early,
@@ -219,12 +218,6 @@ def _fp8_vector(
     return y
 
 
-def _ahead(k: int) -> int:
-    """Columns to ask for ahead; at least a line."""
-    columns: int = min(current().prefetch, next_power_of_2(k))
-    return columns // BLOCK * BLOCK
-
-
 def _bands(
     values: Tensor,
     x_scales: Tensor,
@@ -264,7 +257,6 @@ def _bands(
         ROWS=_padded(rows),
         BAND=chosen.rows,
         STEP=chosen.columns,
-        AHEAD=_ahead(k),
         EARLY=early,
         num_warps=chosen.warps,
         num_stages=chosen.stages,

@@ -11,19 +11,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _ask(at, mask):
-    """Bring lines of memory into the second-level cache."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at.to(tl.int64, bitcast=True), mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _finish(
     result, second, bias, residual, y, own, safe, n, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr
 ):  # fmt: skip
@@ -57,7 +44,6 @@ def vector_kernel(
     RESIDUAL: tl.constexpr,
     BAND: tl.constexpr,
     STEP: tl.constexpr,
-    AHEAD: tl.constexpr,  # columns beyond the first tile to ask for, a power of two, or 0
     EARLY: tl.constexpr,
 ):
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -73,14 +59,6 @@ def vector_kernel(
     left = (steps < k)[None, :]
     part = tl.load(gate_at, mask=left, other=0.0)
     other = tl.load(up_at, mask=left, other=0.0) if GATED else part
-    if EARLY and AHEAD:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
-        lines = STEP + tl.arange(0, AHEAD // LINE) * LINE
-        ahead = weight + safe.to(tl.int64)[:, None] * weight_stride + lines[None, :]
-        wanted = inside[:, None] & (lines < k)[None, :]
-        _ask(ahead, wanted)
-        if GATED:
-            _ask(ahead + n * weight_stride.to(tl.int64), wanted)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -243,7 +221,6 @@ def bands_kernel(
     ROWS: tl.constexpr,  # of x, padded
     BAND: tl.constexpr,
     STEP: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     # The weight's rows are those of the product: its matrix units take 64 of them at least, and x may have few.
@@ -258,13 +235,6 @@ def bands_kernel(
     up_at = gate_at + n.to(tl.int64) * k if GATED else gate_at
     gate = tl.zeros((BAND, ROWS), tl.float32)
     up = tl.zeros((BAND, ROWS), tl.float32)
-    if EARLY and AHEAD:  # as in vector_kernel
-        lines = tl.arange(0, AHEAD // 128) * 128
-        ahead = weight + safe.to(tl.int64)[:, None] * k + lines[None, :]
-        wanted = inside[:, None] & (lines < k)[None, :]
-        _ask(ahead, wanted)
-        if GATED:
-            _ask(ahead + n.to(tl.int64) * k, wanted)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps
+from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.layouts import Int4Weight, pack_int4
 from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
@@ -28,10 +29,6 @@ from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import experts_in_words
 from skyline.ops import QuantizedWeight
 from skyline.ops.fp8 import Fp8Weight
-
-_GATE_UP_BAND, _GATE_UP_COLUMNS = 2, 1024  # rows of gate and of up, and columns, that a program streams at a time
-_DOWN_BAND, _DOWN_COLUMNS = 8, 1024
-_WARPS = 2
 
 
 @triton.jit
@@ -168,8 +165,9 @@ def _stream(
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early, native = overlaps(x.device), has_assembly(x.device)
+    gate_up_band, down_band, columns, warps = current().experts_fp8
     hidden = x.new_empty((tokens * top_k, i))
-    _gate_up_kernel[(cdiv(i, _GATE_UP_BAND), tokens * top_k)](
+    _gate_up_kernel[(cdiv(i, gate_up_band), tokens * top_k)](
         x,
         gate_up.values.view(torch.int32),
         gate_up.scales,
@@ -181,15 +179,15 @@ def _stream(
         x.stride(0),
         TOP_K=top_k,
         BLOCKS=gate_up.blocks,
-        BAND=_GATE_UP_BAND,
-        STEP=_step(h, _GATE_UP_COLUMNS),
+        BAND=gate_up_band,
+        STEP=_step(h, columns),
         NATIVE=native,
         EARLY=early,
-        num_warps=_WARPS,
+        num_warps=warps,
         launch_pdl=early,
     )
     y = x.new_empty((tokens, h))
-    _down_kernel[(cdiv(h, _DOWN_BAND), tokens)](
+    _down_kernel[(cdiv(h, down_band), tokens)](
         hidden,
         down.values.view(torch.int32),
         down.scales,
@@ -204,11 +202,11 @@ def _stream(
         TOP_K=top_k,
         RESIDUAL=residual is not None,
         BLOCKS=down.blocks,
-        BAND=_DOWN_BAND,
-        STEP=_step(i, _DOWN_COLUMNS),
+        BAND=down_band,
+        STEP=_step(i, columns),
         NATIVE=native,
         EARLY=early,
-        num_warps=_WARPS,
+        num_warps=warps,
         launch_pdl=early,
     )
     return y

@@ -12,12 +12,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
+from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.moe_products import activated
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
-
-_GATE_UP_BAND = 4  # rows of gate, and of up, that a program streams
-_DOWN_BAND = 2  # rows of down, of each chosen expert
-_STAGES = 4
 
 
 @triton.jit
@@ -145,9 +142,10 @@ def stream(
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early = overlaps(x.device)
+    gate_up_band, down_band, stages = current().experts_stream
     hidden = x.new_empty((tokens * top_k, i))
     step = min(2048 // x.element_size(), next_power_of_2(h))
-    _gate_up_kernel[(cdiv(i, _GATE_UP_BAND), tokens * top_k)](
+    _gate_up_kernel[(cdiv(i, gate_up_band), tokens * top_k)](
         x,
         gate_up,
         x if gate_up_bias is None else gate_up_bias,
@@ -163,15 +161,15 @@ def stream(
         TOP_K=top_k,
         BIAS=gate_up_bias is not None,
         EVEN_K=h % step == 0,
-        BAND=_GATE_UP_BAND,
+        BAND=gate_up_band,
         STEP=step,
-        STAGES=_STAGES,
+        STAGES=stages,
         EARLY=early,
         launch_pdl=early,
     )
     y = x.new_empty((tokens, h))
     step = min(512 // x.element_size(), next_power_of_2(i))
-    _down_kernel[(cdiv(h, _DOWN_BAND), tokens)](
+    _down_kernel[(cdiv(h, down_band), tokens)](
         hidden,
         down,
         x if down_bias is None else down_bias,
@@ -189,9 +187,9 @@ def stream(
         BIAS=down_bias is not None,
         RESIDUAL=residual is not None,
         EVEN_K=i % step == 0,
-        BAND=_DOWN_BAND,
+        BAND=down_band,
         STEP=step,
-        STAGES=_STAGES,
+        STAGES=stages,
         EARLY=early,
         launch_pdl=early,
     )

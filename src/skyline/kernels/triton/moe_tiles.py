@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skyline.kernels.triton.device import capability
+from skyline.kernels.triton.knobs import current
 
 
 class Tile(NamedTuple):
@@ -94,10 +95,17 @@ def tile_for(rows: int, experts: int, x: Tensor, kind: Kind = "plain", group: in
         tiles = _TILES if kind == "plain" and x.dtype != torch.float32 else _FLOAT32_TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
     if kind == "int4":
-        return tile._replace(columns=group)
-    if capability(x.device)[0] in (9, 10):
-        return tile
-    return tile._replace(band=min(tile.band, 128))  # matrix units whose operands take registers as well
+        tile = tile._replace(columns=group)
+    elif capability(x.device)[0] not in (9, 10):
+        tile = tile._replace(band=min(tile.band, 128))  # matrix units whose operands take registers as well
+    knobs = current()
+    return Tile(
+        knobs.experts_rows or tile.rows,
+        knobs.experts_band or tile.band,
+        tile.columns,
+        knobs.experts_warps or tile.warps,
+        knobs.experts_stages or tile.stages,
+    )
 
 
 @triton.jit

@@ -42,7 +42,7 @@ serve: $(INSTALLED)
 	$(BIN)/skyline serve $(ARGS)
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m slow $(ARGS)

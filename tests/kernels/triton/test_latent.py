@@ -218,9 +218,9 @@ def _index_arguments(
 
 
 @pytest.mark.parametrize("top_k", [1, 40, 130])
-@pytest.mark.parametrize("starts,lengths", [([0, 16, 299], [1, 1, 1]), ([0, 280, 60, 7], [1, 30, 1, 5])])
+@pytest.mark.parametrize("starts,lengths", [([0, 16, 299], [1, 1, 1]), ([0, 290, 60, 7], [1, 12, 1, 3])])
 def test_index(starts: list[int], lengths: list[int], top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_tactics, "SCORE_BYTES", 4 * 320 * 10)  # ten queries at a time
+    monkeypatch.setattr(latent_tactics, "SCORE_BYTES", 4 * 320 * 5)  # five queries at a time
     monkeypatch.setattr(indexer, "_TILE", 128)
     arguments = _index_arguments(starts, lengths, top_k)
     mine = [moved(value) for value in arguments]
@@ -233,7 +233,7 @@ def test_index(starts: list[int], lengths: list[int], top_k: int, monkeypatch: p
 @pytest.mark.parametrize("quantized", QUANTIZED)
 def test_index_of_quantized_keys(quantized: torch.dtype) -> None:
     """New ones are quantized as by the reference, and the same positions are chosen."""
-    arguments = _index_arguments([0, 280, 60, 7], [1, 30, 1, 5], 40, quantized)
+    arguments = _index_arguments([0, 150, 60, 7], [1, 12, 1, 3], 40, quantized)
     mine = [moved(value) for value in arguments]
     want = OPS["index_topk"].reference(*arguments)
     got = indexer.index_topk(*mine)

@@ -373,7 +373,7 @@ def test_other_tiles_give_the_same(knobs: Knobs) -> None:
         _close(got, ops.moe_experts.reference(*wide, ids), BF16)
 
 
-@pytest.mark.parametrize("stream", [(8, 4, 3), (2, 1, 4)])
+@pytest.mark.parametrize("stream", [(8, 4, 3), (4, 8, 6)])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_other_ways_to_stream_give_the_same(fp8: bool, stream: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -14,7 +14,7 @@ from skyline.kernels.triton import PROVIDER
 from skyline.ops import OPS, Op
 from tests.kernels.test_kernels import _results, _wide
 
-_MOST_CASES = 20
+_MOST_CASES = 12
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = [(op, kernel) for op in OPS.values() for kernel in candidates(op.name) if kernel.provider == PROVIDER]
 

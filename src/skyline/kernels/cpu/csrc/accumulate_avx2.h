@@ -64,13 +64,81 @@ void add_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, in
   }
 }
 
+// The same of a group's widened levels, for up to kLevelRows rows.
+template <bool zeros, int R = static_cast<int>(kLevelRows)>
+void add_widened_group(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows, const uint8_t* panel,
+                       const uint8_t* levels, int64_t g, float* c, Ahead& ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return add_widened_group<zeros, R - 1>(m, a, x, row, rows, panel, levels, g, c, ahead);
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel + g * m.group_bytes());
+  const float* scales = a.scales + g * a.rows + row;
+  float totals[R], offsets[R];
+  for (int r = 0; r < R; r++) {
+    totals[r] = static_cast<float>(a.sums[g * a.rows + row + r]);
+    offsets[r] = -8 * totals[r];
+  }
+  for (int first = 0; first < 4; first += 2) {
+    __m256i sums[R][2] = {};
+    for (int64_t block = 0; block < m.group / 32; block++) {
+      ahead.ask();
+      ahead.ask();
+      __m256i acc[R][2];
+      multiply_widened_levels<R>(x + g * m.group + 32 * block, a.stride, levels + 1024 * block + 32 * first, acc);
+      repeat<R>(SKYLINE_EACH(r) {
+        repeat<2>(SKYLINE_EACH(v) { sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(acc[r][v], ones)); });
+      });
+    }
+    repeat<2>(SKYLINE_EACH(v) {
+      const int vec = first + v;
+      const Vec scale = widen_half(halves + 8 * vec);
+      const Vec zero = zeros ? Vec::zero() - widen_half(halves + kPanel + 8 * vec) : Vec::zero();
+      repeat<R>(SKYLINE_EACH(r) {
+        Vec value = Vec{_mm256_cvtepi32_ps(sums[r][v])} + Vec::all(offsets[r]);
+        if (zeros) value = fma(Vec::all(totals[r]), zero, value);
+        float* to = c + r * kPanel + 8 * vec;
+        fma(value * Vec::all(scales[r]), scale, Vec::load(to)).store(to);
+      });
+    });
+  }
+}
+
+// c [rows][32] += many rows of A times the groups [g, end) of an int4 panel, whose levels are widened once for all of them.
+template <bool zeros>
+void add_widened_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t begin, int64_t rows, const uint8_t* panel,
+                        int64_t g, int64_t end, Scratch& s) {
+  const int64_t bytes = m.group_bytes(), wide = m.group * kPanel, tiles = ceil_div(rows, kLevelRows);
+  for (int64_t i = g; i < end; i++) widen_levels(panel + i * bytes + (zeros ? 128 : 64), m.group / 32, s.wide + (i - g) * wide);
+  const Ahead next{panel + end * bytes, panel + (2 * end - g) * bytes};
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int64_t r = rows * tile / tiles, count = rows * (tile + 1) / tiles - r;
+    Ahead ahead = next.part(tile, tiles);
+    for (int64_t i = g; i < end; i++)
+      add_widened_group<zeros>(m, a, x + r * a.stride, begin + r, count, panel, s.wide + (i - g) * wide, i, s.c + r * kPanel, ahead);
+  }
+}
+
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
                        const Tactic& tactic, Scratch& s) {
   const int64_t k = m.padded_k();
   if (m.format == Format::kInt4) {
     std::memset(s.c, 0, rows * kPanel * sizeof(float));
     const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
-    const int64_t groups = k / m.group, at_once = 2 * tactic.piece / m.group, blocks = ceil_div(rows, kRowBlock);
+    const int64_t groups = k / m.group;
+    if (rows > 8) {
+      const int64_t some = std::max<int64_t>(tactic.piece / m.group, 1);
+      for (int64_t g = 0; g < groups; g += some) {
+        const int64_t end = std::min(g + some, groups);
+        if (m.zeros) {
+          add_widened_groups<true>(m, a, x, begin, rows, panel, g, end, s);
+        } else {
+          add_widened_groups<false>(m, a, x, begin, rows, panel, g, end, s);
+        }
+      }
+      return;
+    }
+    const int64_t at_once = 2 * tactic.piece / m.group, blocks = ceil_div(rows, kRowBlock);
     for (int64_t g = 0; g < groups; g += at_once)
       for (int64_t i = 0; i < blocks; i++) {
         const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;

@@ -193,4 +193,40 @@ inline __attribute__((always_inline)) void multiply_levels(const int8_t* a, int6
   }
 }
 
+// Levels of int4, a byte each, for blocks of rows to share: of each four of k the four vectors of columns.
+inline void widen_levels(const uint8_t* b, int64_t blocks, uint8_t* to) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  for (int64_t block = 0; block < blocks; block++, b += 512, to += 1024)
+    repeat<4>(SKYLINE_EACH(part) {
+      repeat<4>(SKYLINE_EACH(vec) {
+        const __m256i bytes = load_whole(b + vec / 2 * 256 + vec % 2 * 32 + part * 64);
+        const __m256i low = _mm256_and_si256(bytes, nibble), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + part * 128 + vec * 32), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (part + 4) * 128 + vec * 32), high);
+      });
+    });
+}
+
+constexpr int64_t kLevelRows = 5;  // by two vectors of widened levels
+
+// R rows of A times 32 widened levels of two vectors of columns: sums of eight products in 16 bits, as in multiply_levels.
+template <int R>
+inline __attribute__((always_inline)) void multiply_widened_levels(const int8_t* a, int64_t lda, const uint8_t* b, __m256i (&acc)[R][2]) {
+  const int8_t* rows[R];
+  repeat<R>(SKYLINE_EACH(r) {
+    rows[r] = a + r * lda;
+    asm("" : "+r"(rows[r]));  // in a register of its own: GCC would compute all addresses anew
+  });
+  repeat<8>(SKYLINE_EACH(four) {
+    const __m256i levels[2] = {load_whole(b + four * 128), load_whole(b + four * 128 + 32)};
+    repeat<R>(SKYLINE_EACH(r) {
+      const __m256i all = _mm256_broadcastd_epi32(_mm_loadu_si32(rows[r] + 4 * four));
+      repeat<2>(SKYLINE_EACH(v) {
+        const __m256i product = _mm256_maddubs_epi16(levels[v], all);
+        acc[r][v] = settled(four == 0 ? product : _mm256_add_epi16(acc[r][v], product));
+      });
+    });
+  });
+}
+
 }  // namespace skyline

@@ -97,7 +97,7 @@ KVCacheDtype = Annotated[
     KVCacheDType,
     typer.Option(
         "--kv-cache-dtype",
-        help="Type of cached keys and values; auto: that of the activations. fp8 takes torch's kernels on a CPU.",
+        help="Type of cached keys and values, or latents; auto: that of the activations. On a CPU torch computes fp8.",
         rich_help_panel=MEMORY,
     ),
 ]

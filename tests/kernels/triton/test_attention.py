@@ -126,3 +126,13 @@ def test_few_different_splits() -> None:
     seen = {attention.num_splits(requests, 8, 131_072, 132) for requests in range(1, 300)}
     assert seen == {1, 2, 4, 8, 16, 32}
     assert attention.num_splits(1, 8, 400, 132) == 1 and attention.num_splits(1, 8, 8704, 132) == 16
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("item", [2, 4])
+def test_tiles_of_prompts_fit_into_shared_memory(item: int, shared: int) -> None:
+    for head_dim in (64, 128, 192, 256):
+        for group in (1, 8, 16):
+            tactic = attention.prefill_tactic(group, head_dim, item, shared)
+            wide = 256 if head_dim > 128 else head_dim
+            assert (tactic.rows + 2 * tactic.keys * tactic.stages) * wide * item <= shared, (head_dim, group, tactic)

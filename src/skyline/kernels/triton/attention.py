@@ -46,6 +46,8 @@ def prefill_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
     wide = next_power_of_2(head_dim)
     rows = max(128 if wide * item <= 256 else 64, next_power_of_2(group))
     keys = 64 if wide * item <= 512 else 32
+    while keys > 16 and (rows + 2 * keys) * wide * item > shared:
+        keys //= 2
     stages = max(1, min(3, (shared - rows * wide * item) // (2 * keys * wide * item)))
     return Tactic(rows, keys, 8 if rows >= 128 else 4, stages)
 

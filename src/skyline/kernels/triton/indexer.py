@@ -20,10 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.latent_absorbed import request_of
 from skyline.kernels.triton.latent_tactics import queries_at_once
-from skyline.kernels.triton.rope import to_fp8, to_int8
+from skyline.kernels.triton.rope import by_own_scale, own_scale
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, IndexCache
-from skyline.ops.attention import FP8_MAX
 
 _LANES = 8  # heads of a token that are rotated together
 _ROWS = 128  # of queries' heads in a product, where there are several queries
@@ -41,23 +40,16 @@ def _normed(values, norm, bias, column, mean, factor, mask):
 
 
 @triton.jit
-def _store_quantized(place, scale_at, first, second, plain, turns, stays, HALF: tl.constexpr, MAX: tl.constexpr):
+def _store_quantized(place, scale_at, first, second, plain, turns, stays, HALF: tl.constexpr):
     """A key [1, ..] in three parts, where `turns` and `stays`, and its scale."""
     half, rest = tl.arange(0, first.shape[1])[None, :], 2 * HALF + tl.arange(0, plain.shape[1])[None, :]
     first, second, plain = first.to(tl.float32), second.to(tl.float32), plain.to(tl.float32)
     largest = tl.maximum(tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)), tl.max(tl.abs(plain), 1))
-    if place.dtype.element_ty == tl.int8:
-        top = tl.full(largest.shape, 127.0, tl.float32)
-        factor = tl.div_rn(largest, top)
-        inverse = tl.where(largest > 0, tl.div_rn(top, largest), 0.0)
-        first, second, plain = to_int8(first, inverse), to_int8(second, inverse), to_int8(plain, inverse)
-    else:
-        factor = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, MAX, tl.float32)), 1.0)
-        first, second, plain = to_fp8(first, factor), to_fp8(second, factor), to_fp8(plain, factor)
-    tl.store(scale_at, factor[:, None], mask=tl.max(turns.to(tl.int32), 1)[:, None] > 0)
-    tl.store(place + half, first.to(place.dtype.element_ty), mask=turns)
-    tl.store(place + HALF + half, second.to(place.dtype.element_ty), mask=turns)
-    tl.store(place + rest, plain.to(place.dtype.element_ty), mask=stays)
+    TYPE: tl.constexpr = place.dtype.element_ty
+    tl.store(scale_at, own_scale(largest, TYPE)[:, None], mask=tl.max(turns.to(tl.int32), 1)[:, None] > 0)
+    tl.store(place + half, by_own_scale(first, largest, TYPE).to(TYPE), mask=turns)
+    tl.store(place + HALF + half, by_own_scale(second, largest, TYPE).to(TYPE), mask=turns)
+    tl.store(place + rest, by_own_scale(plain, largest, TYPE).to(TYPE), mask=stays)
 
 
 @triton.jit
@@ -77,7 +69,6 @@ def _turn_kernel(
     eps,
     NORM: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    MAX: tl.constexpr,  # of FP8
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -120,7 +111,7 @@ def _turn_kernel(
     if of_key:
         place = keys + slot * SIZE + head[:, None] * SIZE
         if QUANTIZED:
-            _store_quantized(place, (scales + slot + head)[:, None], turned, other, plain, turns, stays, HALF, MAX)
+            _store_quantized(place, (scales + slot + head)[:, None], turned, other, plain, turns, stays, HALF)
         else:
             tl.store(place + half, turned.to(keys.dtype.element_ty), mask=turns)
             tl.store(place + HALF + half, other.to(keys.dtype.element_ty), mask=turns)
@@ -321,7 +312,6 @@ def index_topk(
         eps,
         NORM=norm is not None,
         QUANTIZED=quantized,
-        MAX=FP8_MAX,
         HEADS=heads,
         SIZE=size,
         HALF=half,

@@ -12,10 +12,9 @@ from skyline.kernels.triton import latent_tactics
 from skyline.kernels.triton.device import overlaps
 from skyline.kernels.triton.latent_absorbed import Heads, absorbed, parts_of
 from skyline.kernels.triton.latent_expanded import expanded
-from skyline.kernels.triton.rope import to_fp8, to_int8
+from skyline.kernels.triton.rope import by_own_scale, own_scale
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, LatentCache
-from skyline.ops.attention import FP8_MAX
 from skyline.ops.caches import LATENT_GROUP
 
 
@@ -30,31 +29,23 @@ def _turned(at, cosine, sine, inside, HALF: tl.constexpr, WIDTH: tl.constexpr, I
 
 
 @triton.jit
-def _store_quantized(
-    values, to, scales, RANK: tl.constexpr, WIDE_RANK: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr
-):  # fmt: skip
+def _store_quantized(values, to, scales, RANK: tl.constexpr, WIDE_RANK: tl.constexpr, GROUP: tl.constexpr):
     """A latent [WIDE_RANK], each GROUP of it with a scale of its own."""
     GROUPS: tl.constexpr = WIDE_RANK // GROUP
     group, within = tl.arange(0, GROUPS), tl.arange(0, GROUP)
     wide = tl.reshape(values.to(tl.float32), (GROUPS, GROUP))
     largest = tl.max(tl.abs(wide), 1)
-    if to.dtype.element_ty == tl.int8:
-        top = tl.full((GROUPS,), 127.0, tl.float32)
-        levels = to_int8(wide, tl.where(largest > 0, tl.div_rn(top, largest), 0.0))
-        scale = tl.div_rn(largest, top)
-    else:
-        scale = tl.where(largest > 0, tl.div_rn(largest, tl.full((GROUPS,), MAX, tl.float32)), 1.0)
-        levels = to_fp8(wide, scale)
+    TYPE: tl.constexpr = to.dtype.element_ty
     column = group[:, None] * GROUP + within[None, :]
-    tl.store(to + column, levels.to(to.dtype.element_ty), mask=column < RANK)
-    tl.store(scales + group, scale, mask=group * GROUP < RANK)
+    tl.store(to + column, by_own_scale(wide, largest, TYPE).to(TYPE), mask=column < RANK)
+    tl.store(scales + group, own_scale(largest, TYPE), mask=group * GROUP < RANK)
 
 
 @triton.jit
 def _cache_token(
     slot, data, scales, keys, latent, k, norm, eps, cosine, sine,
     RANK: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDE_RANK: tl.constexpr,
-    WIDTH: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr, MAX: tl.constexpr,
+    WIDTH: tl.constexpr, QUANTIZED: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write a token's latent, normed if there is a norm, and its key, rotated, to its place."""
     first, second = _turned(k + tl.zeros((1, 1), tl.int32), cosine, sine, True, HALF, WIDTH, INTERLEAVED)
@@ -76,7 +67,7 @@ def _cache_token(
         values = (normed * scale).to(values.dtype)
     if QUANTIZED:
         GROUPS: tl.constexpr = (RANK + GROUP - 1) // GROUP
-        _store_quantized(values, place, scales + slot * GROUPS, RANK, WIDE_RANK, GROUP, MAX)
+        _store_quantized(values, place, scales + slot * GROUPS, RANK, WIDE_RANK, GROUP)
     else:
         tl.store(place + rank, values.to(place.dtype.element_ty), mask=rank < RANK)
 
@@ -110,7 +101,6 @@ def _rope_write_kernel(
     WIDTH: tl.constexpr,
     QUANTIZED: tl.constexpr,
     GROUP: tl.constexpr,
-    MAX: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A program takes some heads of a token, and the last one of each token what is cached."""
@@ -141,7 +131,7 @@ def _rope_write_kernel(
         if slot >= 0:
             _cache_token(
                 slot, data, scales, keys, latent + row * latent_stride, k + row * k_stride, norm, eps,
-                cosine, sine, RANK, HALF, INTERLEAVED, NORM, WIDE_RANK, WIDTH, QUANTIZED, GROUP, MAX,
+                cosine, sine, RANK, HALF, INTERLEAVED, NORM, WIDE_RANK, WIDTH, QUANTIZED, GROUP,
             )  # fmt: skip
 
 
@@ -192,7 +182,6 @@ def latent_rope_write(
             WIDTH=next_power_of_2(cache.rope_dim // 2),
             QUANTIZED=cache.quantized is not None,
             GROUP=min(LATENT_GROUP, wide_rank),
-            MAX=FP8_MAX,
             EARLY=early,
             num_warps=2,
             launch_pdl=early,

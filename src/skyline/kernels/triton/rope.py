@@ -115,6 +115,27 @@ def to_int8(values, inverse):
 
 
 @triton.jit
+def own_scale(largest, TYPE: tl.constexpr):
+    """What takes the largest magnitudes [rows] to the largest number of int8 or FP8; of zeros, 0 or 1."""
+    if TYPE == tl.int8:  # noqa: SIM300
+        scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+    else:
+        scale = tl.where(largest > 0, tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32)), 1.0)
+    return scale
+
+
+@triton.jit
+def by_own_scale(values, largest, TYPE: tl.constexpr):
+    """values [rows, n] over `own_scale`, as numbers of the type, in float32."""
+    if TYPE == tl.int8:  # noqa: SIM300
+        top = tl.full(largest.shape, 127.0, tl.float32)
+        result = to_int8(values, tl.where(largest > 0, tl.div_rn(top, largest), 0.0))
+    else:
+        result = to_fp8(values, own_scale(largest, TYPE))
+    return result
+
+
+@triton.jit
 def _store(
     target,  # [places, heads, D]
     scales,  # [heads] of fp8, [places, heads] of int8, or unused
@@ -139,14 +160,14 @@ def _store(
         inside = inside & (place >= 0)
     at = place * heads + head
     if SCALED:
-        if target.dtype.element_ty == tl.int8:
+        TYPE: tl.constexpr = target.dtype.element_ty
+        if TYPE == tl.int8:  # noqa: SIM300
             largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
             if D > 2 * HALF:
                 largest = tl.maximum(largest, tl.max(tl.abs(rest), 1))
-            top = tl.full(largest.shape, 127.0, tl.float32)
-            inverse = tl.where(largest > 0, tl.div_rn(top, largest), 0.0)
-            tl.store(scales + at, tl.div_rn(largest, top), mask=inside)
-            first, second, rest = to_int8(first, inverse), to_int8(second, inverse), to_int8(rest, inverse)
+            tl.store(scales + at, own_scale(largest, TYPE), mask=inside)
+            first, second = by_own_scale(first, largest, TYPE), by_own_scale(second, largest, TYPE)
+            rest = by_own_scale(rest, largest, TYPE)
         else:
             scale = tl.load(scales + head, mask=inside, other=1.0)
             first, second, rest = to_fp8(first, scale), to_fp8(second, scale), to_fp8(rest, scale)

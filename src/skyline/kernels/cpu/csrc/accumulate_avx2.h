@@ -6,11 +6,13 @@
 namespace skyline {
 namespace {
 
+constexpr int64_t kFewRows = 8;  // up to so many, a panel is multiplied as it lies; for more it is widened once
+
 // c [rows][32] = rows of A times a panel. A piece of it stays in the first-level cache while blocks of rows go by, widened if
 // those are many, and the next one is asked for meanwhile: it lies behind.
 template <class Panel, class A, class C>
 void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t k, int64_t piece, Scratch& s, C* c) {
-  const bool wide = rows > 8;
+  const bool wide = rows > kFewRows;
   const int64_t blocks = ceil_div(rows, wide ? kWideRows : kRowBlock);
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const uint8_t* b = panel + k0 / Panel::k * Panel::bytes;
@@ -126,8 +128,8 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     std::memset(s.c, 0, rows * kPanel * sizeof(float));
     const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
     const int64_t groups = k / m.group;
-    if (rows > 8) {
-      const int64_t some = std::max<int64_t>(tactic.piece / m.group, 1);
+    if (rows > kFewRows) {
+      const int64_t some = tactic.piece / m.group;
       for (int64_t g = 0; g < groups; g += some) {
         const int64_t end = std::min(g + some, groups);
         if (m.zeros) {

@@ -13,8 +13,10 @@ constexpr int64_t kGroups = 4;                        // of int4, multiplied bef
 
 struct alignas(64) Scratch {
   float c[kMostRows * kPanel];
-#if defined(__AVX512F__)
+#if defined(__AMX_TILE__)
   int32_t partial[kGroups * kRowBlock * kPanel];
+#endif
+#if defined(__AVX512F__)
   uint8_t b[kMostPiece * kPanel * 2];
 #else
   uint8_t wide[kMostPiece * kPanel * 2];

@@ -6,13 +6,40 @@
 namespace skyline {
 namespace {
 
-Vec difference(const int32_t* p, int32_t x) {
-  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(x)))};
+// c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, group after group along the whole of K.
+template <bool zeros, int R = static_cast<int>(kLevelRows)>
+void multiply_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
+                     const uint8_t* panel, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_groups<zeros, R - 1>(m, a, x, row, rows, panel, c);
+  }
+  constexpr int64_t head = zeros ? 128 : 64;
+  const int64_t groups = m.padded_k() / m.group, blocks = m.group / 32, stride = a.stride, all_rows = a.rows;
+  const float* scales = a.scales + row;
+  const int32_t* sums = a.sums + row;
+  for (int64_t g = 0; g < groups; g++, x += 32 * blocks, panel += head + 512 * blocks, scales += all_rows, sums += all_rows) {
+    __m512i products[R][2];
+    multiply_levels<R>(x, stride, sums, panel + head, blocks, products);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel);
+    const Vec scale[2] = {widen_half(halves), widen_half(halves + kTile)};
+    repeat<R>(SKYLINE_EACH(r) {
+      repeat<2>(SKYLINE_EACH(t) {
+        float* to = c + r * kPanel + kTile * t;
+        Vec value{_mm512_cvtepi32_ps(products[r][t])};
+        if constexpr (zeros)
+          value = fma(Vec::all(static_cast<float>(sums[r])), Vec::zero() - widen_half(halves + kPanel + kTile * t), value);
+        fma(value * Vec::all(scales[r]), scale[t], Vec::load(to)).store(to);
+      });
+    });
+    asm volatile("" ::: "memory");  // c stays in memory: GCC would keep it in registers that the products need
+  }
 }
 
+#if defined(__AMX_TILE__)
+
 // c [R][32] += (partial - zero * sum) * scale of x * scale of the weight, for the groups [g, g + count) in order; x of the
-// rows from `row` on. partial: [count][kRowBlock][32]. `levels`: partial is of levels 0 to 15, not of -8 to 7.
-template <int R, bool levels>
+// rows from `row` on. partial: [count][kRowBlock][32].
+template <int R>
 void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const uint8_t* panel, int64_t g, int64_t count,
                 const int32_t* partial, float* c) {
   for (int64_t i = 0; i < kPanel; i += Vec::width) {
@@ -25,7 +52,7 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
       const Vec scale = widen_half(halves), zero = m.zeros ? Vec::zero() - widen_half(halves + kPanel) : Vec::zero();
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        Vec value = difference(from + r * kPanel, levels ? 8 * sums[r] : 0);
+        Vec value = Vec::load(from + r * kPanel);
         if (m.zeros) value = fma(Vec::all(static_cast<float>(sums[r])), zero, value);
         sum[r] = fma(value * Vec::all(scales[r]), scale, sum[r]);
       }
@@ -34,19 +61,7 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
   }
 }
 
-// c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, along the whole of K.
-template <int R = 4>
-void multiply_few(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
-                  const uint8_t* panel, Scratch& s, float* c) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply_few<R - 1>(m, a, x, row, rows, panel, s, c);
-  }
-  const int64_t head = m.zeros ? 128 : 64, group_bytes = m.group_bytes(), groups = m.padded_k() / m.group;
-  for (int64_t g = 0; g < groups; g++) {
-    multiply_levels<R>(x + g * m.group, a.stride, panel + g * group_bytes + head, m.group / 32, s.partial);
-    add_groups<R, true>(m, a, row, panel, g, 1, s.partial, c);
-  }
-}
+#endif
 
 void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
                      const Tactic& tactic, Scratch& s) {
@@ -58,8 +73,10 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
   const bool in_tiles = false;
 #endif
   if (!in_tiles) {
-    for (int64_t r = 0; r < rows; r += 4)
-      multiply_few(m, a, x + r * a.stride, begin + r, std::min<int64_t>(4, rows - r), panel, s, s.c + r * kPanel);
+    for (int64_t r = 0; r < rows; r += kLevelRows) {
+      const auto multiply_rows = m.zeros ? multiply_groups<true> : multiply_groups<false>;
+      multiply_rows(m, a, x + r * a.stride, begin + r, std::min(kLevelRows, rows - r), panel, s.c + r * kPanel);
+    }
     return;
   }
 #if defined(__AMX_TILE__)
@@ -87,27 +104,49 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
         tile_fence();
         int64_t done = 0;
         for (; done + 8 <= block; done += 8)
-          add_groups<8, false>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
+          add_groups<8>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
         for (; done < block; done++)
-          add_groups<1, false>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
+          add_groups<1>(m, a, begin + r + done, panel, g, count, s.partial + done * kPanel, s.c + (r + done) * kPanel);
       }
     }
   }
 #endif
 }
 
+// c [rows][32] (+)= rows of A, at x, times `steps` blocks at b; `ahead` is asked for meanwhile, evenly.
+template <class Step>
+void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t steps,
+                     typename Step::C* c, bool accumulate, Ahead ahead) {
+#if defined(__AMX_TILE__)
+  TileShape shape;
+  for (int64_t r = 0; r < rows; r += kRowBlock)
+    multiply<Step>(shape, x + r * stride, stride, std::min(kRowBlock, rows - r), b, steps, c + r * kPanel, accumulate,
+                   rows <= kRowBlock && ahead.next < ahead.end);
+#else
+  const int64_t blocks = ceil_div(rows, kRowBlock);
+  if (blocks == 1) {  // nearer ahead, as the next panel may be another thread's; alone, the hardware does better by itself
+    const int64_t size = ahead.end - ahead.next;
+    ahead = rows == 1 ? Ahead{} : Ahead{b + kAhead, b + kAhead + size};
+  }
+  for (int64_t i = 0; i < blocks; i++) {
+    const int64_t r = rows * i / blocks;
+    multiply<Step>(x + r * stride, stride, rows * (i + 1) / blocks - r, b, steps, c + r * kPanel, accumulate, ahead.part(i, blocks));
+  }
+#endif
+}
+
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
                        const Tactic& tactic, Scratch& s) {
-  TileShape shape;
   const int64_t k = m.padded_k();
   if (m.format == Format::kInt8) {
-    const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
-    int32_t* c = reinterpret_cast<int32_t*>(s.c);
+    const Quantized* x = static_cast<const Quantized*>(a.data) + begin * a.stride;
     const int64_t piece = rows <= kRowBlock ? k : 2 * tactic.piece;
-    for (int64_t k0 = 0; k0 < k; k0 += piece)
-      for (int64_t r = 0; r < rows; r += kRowBlock)
-        multiply<Int8Step>(shape, x + r * a.stride + k0, a.stride, std::min(kRowBlock, rows - r), panel + k0 * kPanel,
-                           std::min(piece, k - k0) / 64, c + r * kPanel, k0 > 0, rows <= kRowBlock);
+    for (int64_t k0 = 0; k0 < k; k0 += piece) {
+      const int64_t size = std::min(piece, k - k0);
+      const uint8_t *b = panel + k0 * kPanel, *next = b + size * kPanel;
+      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size / 64, reinterpret_cast<int32_t*>(s.c), k0 > 0,
+                                {next, next + size * kPanel});
+    }
     return;
   }
   if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, tactic, s);
@@ -115,15 +154,14 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
   const bool direct = m.format == Format::kBfloat16;
   const int64_t piece = direct && rows <= kRowBlock ? k : tactic.piece;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
-    const int64_t steps = std::min(piece, k - k0) / 32;
-    const uint8_t* b = panel + k0 * kPanel * 2;
-    if (!direct) {
-      widen_int8(panel + k0 * kPanel, steps, s.b);
-      b = s.b;
+    const int64_t size = std::min(piece, k - k0);
+    const uint8_t *b = panel + k0 * kPanel * 2, *next = b + size * kPanel * 2;
+    if (direct) {
+      multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size / 32, s.c, k0 > 0, {next, next + size * kPanel * 2});
+      continue;
     }
-    for (int64_t r = 0; r < rows; r += kRowBlock)
-      multiply<Bf16Step>(shape, x + r * a.stride + k0, a.stride, std::min(kRowBlock, rows - r), b, steps, s.c + r * kPanel,
-                         k0 > 0, direct && rows <= kRowBlock);
+    widen_int8(panel + k0 * kPanel, size / 32, s.b);
+    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, s.b, size / 32, s.c, k0 > 0, {});
   }
 }
 

@@ -22,7 +22,7 @@ inline void store_in_pairs(Vec v, int16_t* to) {
 }
 #endif
 
-// Symmetric to the largest magnitude, rounded to even; returns the scale.
+// Symmetric to the largest magnitude, rounded to even; returns the scale. Q: int8_t, or Quantized.
 template <class T, class Q>
 float quantize(const T* x, int64_t k, int64_t padded, Q* q) {
   Vec best = Vec::zero(), poison = Vec::zero();  // 0 times what is no number is NaN, which a maximum would lose

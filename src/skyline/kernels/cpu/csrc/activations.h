@@ -6,9 +6,12 @@
 
 namespace skyline {
 
-#if defined(__AVX512F__)
+#if defined(__AMX_TILE__)
 using Narrow = bf16;       // for weights of bfloat16, and of int8 weight-only
 using Quantized = int8_t;  // for int8
+#elif defined(__AVX512F__)
+using Narrow = bf16;
+using Quantized = uint8_t;  // with 128 added
 #else
 using Narrow = float;
 using Quantized = int16_t;

@@ -5,6 +5,7 @@
 
 #include "attention_amx.h"
 #include "attention_avx2.h"
+#include "attention_dot.h"
 #include "attention_stream_amx.h"
 #include "attention_vector.h"
 #include "tensors.h"
@@ -282,14 +283,16 @@ void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, f
           requests <= 1 ? tables.shape()[1] : tables.stride(0),
           static_cast<float>(scale), static_cast<float>(softcap), window == 0 ? int64_t{1} << 40 : window,
           sinks.has_value() ? sink.data() : nullptr};
-#if defined(__AMX_TILE__)
-      if constexpr (std::is_same_v<T, bf16>) {
-        attention::Run<attention::StreamAttention<KV>, attention::TileAttention<KV>, T, KV>(call, requests)();
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, float>) {
+        attention::Run<attention::VectorAttention<KV>, attention::VectorAttention<KV>, T, KV>(call, requests)();
       } else {
-        attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
+#if defined(__AMX_TILE__)
+        attention::Run<attention::StreamAttention<KV>, attention::TileAttention<KV>, T, KV>(call, requests)();
+#else
+        attention::Run<attention::DotAttention<KV>, attention::DotAttention<KV>, T, KV>(call, requests)();
+#endif
       }
-#elif defined(__AVX512F__)
-      attention::Run<attention::VectorAttention<T, KV>, attention::VectorAttention<T, KV>, T, KV>(call, requests)();
 #else
       attention::Run<attention::LaneAttention<T, KV>, attention::LaneAttention<T, KV>, T, KV>(call, requests)();
 #endif

@@ -1,4 +1,4 @@
-// Paged attention in float32 vectors, for all types: on AVX-512, and on AMX where q is float32. AVX2 has its own.
+// Paged attention in float32 vectors, of float32 queries on AVX-512 and AMX. AVX2 has its own.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -7,7 +7,6 @@
 
 namespace skyline::attention {
 
-// Four bytes of each element of a vector, as floats or as pairs of bfloat16.
 inline void transpose(Vec (&r)[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -31,11 +30,6 @@ inline void transpose(Vec (&r)[16]) {
     r[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD);
   }
 }
-inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
-  __m512i bits = _mm512_castps_si512(pairs.v);
-  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-  odd.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
-}
 inline Vec load_int8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -53,10 +47,10 @@ inline Vec load_some(const int8_t* p, int64_t n) {
   return load_int8(part);
 }
 
-template <class T, class KV>
+template <class KV>
 class VectorAttention {
  public:
-  using View = attention::View<T, KV>;
+  using View = attention::View<float, KV>;
   static constexpr int kMaxRows = 64, kHeadRows = 64, kHeadBytes = 1;  // one head at a time
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 2 * Vec::width); }
@@ -68,7 +62,7 @@ class VectorAttention {
     carve(memory);
     std::memset(nothing_, 0, width_ * sizeof(KV));
     for (int row = 0; row < view.rows; row++) {
-      const T* from = view.query(0, row);
+      const float* from = view.query(0, row);
       float* to = q_ + row * width_;
       for (int64_t i = 0; i < width_; i += W) {
         if (i < dim_) {
@@ -115,7 +109,7 @@ class VectorAttention {
     }
   }
 
-  static void store(T* to, const float* values, float factor, int64_t dim) {
+  static void store(float* to, const float* values, float factor, int64_t dim) {
     for (int64_t i = 0; i < dim; i += W) {
       // Adding zero makes negative zeros positive, whose sign would depend on what was skipped.
       Vec result = fma(Vec::load(values + i), Vec::all(factor), Vec::zero());
@@ -179,23 +173,11 @@ class VectorAttention {
         prefetch(call.v, slots_[key + i]);
       }
       float* to = keys_ + key % kChunk * width_;
-      constexpr int step = sizeof(KV) == 2 ? 2 * W : W;
-      for (int64_t d = 0; d < dim_; d += step) {
+      for (int64_t d = 0; d < dim_; d += W) {
         Vec r[W];
-        if constexpr (sizeof(KV) == 2) {
-          for (int i = 0; i < W; i++) r[i] = load_pairs(rows[i] + d, dim_ - d);
-          transpose(r);
-          for (int i = 0; i < W; i++, to += 2 * W) {
-            Vec even, odd;
-            split_pairs(r[i], even, odd);
-            even.store(to);
-            odd.store(to + W);
-          }
-        } else {
-          for (int i = 0; i < W; i++) r[i] = load_some(rows[i] + d, dim_ - d);
-          transpose(r);
-          for (int i = 0; i < W; i++, to += W) r[i].store(to);
-        }
+        for (int i = 0; i < W; i++) r[i] = load_some(rows[i] + d, dim_ - d);
+        transpose(r);
+        for (int i = 0; i < W; i++, to += W) r[i].store(to);
       }
       if constexpr (sizeof(KV) == 1) {
         for (int i = 0; i < W; i++) {
@@ -205,12 +187,6 @@ class VectorAttention {
         }
       }
     }
-  }
-  static Vec load_pairs(const KV* p, int64_t n) {
-    if (n >= 2 * W) return Vec::load(reinterpret_cast<const float*>(p));
-    alignas(64) KV part[2 * W] = {};
-    std::memcpy(part, p, n * sizeof(KV));
-    return Vec::load(reinterpret_cast<const float*>(part));
   }
 
   void unpack_values(int chunk) {

@@ -57,6 +57,7 @@ struct Vec {
     return {_mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
   }
+  static Vec load(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   // The first n elements; the others are zero.
   static Vec load(const float* p, int n) { return whole(n) ? load(p) : Vec{_mm512_maskz_loadu_ps(mask(n), p)}; }
   static Vec load(const bf16* p, int n) {
@@ -69,6 +70,11 @@ struct Vec {
   void store(bf16* p, int n) const { whole(n) ? store(p) : _mm256_mask_storeu_epi16(p, mask(n), rounded()); }
   // Rounded to nearest even, saturated.
   void store(int8_t* p, int n) const { _mm512_mask_cvtsepi32_storeu_epi8(p, mask(n), _mm512_cvtps_epi32(v)); }
+  // The same with 128 added.
+  void store(uint8_t* p, int n) const {
+    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(128));
+    _mm512_mask_cvtusepi32_storeu_epi8(p, mask(n), _mm512_max_epi32(whole, _mm512_setzero_si512()));
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max() const { return _mm512_reduce_max_ps(v); }
 
@@ -111,6 +117,7 @@ struct Vec {
   static Vec all(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static Vec load(const int32_t* p) { return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
   static Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
   static Vec load(const bf16* p, int n) {
     if (n >= width) return load(p);

@@ -78,6 +78,9 @@ struct ThreadPool::State {
   uint64_t epoch = 0;
   bool in_step = false;
   Fetcher caller{0, 1};
+  pthread_t pinned{};  // the thread that called start, and where it was allowed to run before
+  cpu_set_t before{};
+  bool is_pinned = false;
   std::vector<std::thread> workers;
   std::mutex in_use;
 
@@ -135,7 +138,11 @@ void ThreadPool::start(const std::vector<int>& cpus) {
   std::lock_guard lock(state_->in_use);
   size_ = cpus.empty() ? 1 : static_cast<int>(cpus.size());
   state_->caller = Fetcher(0, size_);
-  if (!cpus.empty()) pin(cpus[0]);
+  if (!cpus.empty() && cpus[0] >= 0) {
+    state_->pinned = pthread_self();
+    state_->is_pinned = pthread_getaffinity_np(state_->pinned, sizeof state_->before, &state_->before) == 0;
+    pin(cpus[0]);
+  }
   for (int i = 1; i < size_; i++) state_->workers.emplace_back(&State::worker, state_.get(), cpus[i], i, size_);
 }
 
@@ -146,6 +153,10 @@ void ThreadPool::stop() {
   syscall(SYS_futex, &state_->awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
   for (auto& worker : state_->workers) worker.join();
   state_->workers.clear();
+  // Or the next pool would find one core, and its threads inherit it.
+  if (state_->is_pinned && pthread_equal(state_->pinned, pthread_self()))
+    pthread_setaffinity_np(state_->pinned, sizeof state_->before, &state_->before);
+  state_->is_pinned = false;
   state_->stopping = false;
   size_ = 1;
 }

@@ -20,6 +20,20 @@ constexpr int64_t kAhead = 8192;
 
 constexpr int kFloatRows = Vec::width == 16 ? 12 : 6;  // of A at once, by 16 columns
 
+// Memory that is asked for while something else is being computed: a line with each few instructions.
+struct Ahead {
+  const uint8_t *next, *end;
+  void ask() {
+    if (next >= end) return;
+    prefetch_l2(next);
+    next += 64;
+  }
+  Ahead part(int64_t i, int64_t parts) const {
+    const int64_t size = end - next;
+    return {next + size * i / parts, next + size * (i + 1) / parts};
+  }
+};
+
 template <int lines>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32

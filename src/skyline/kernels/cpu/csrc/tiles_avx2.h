@@ -74,20 +74,6 @@ inline __m256i load_sums(const int32_t* p) { return load_whole(p); }
 inline void store_sums(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
 inline void store_sums(int32_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
-// Memory that is asked for while something else is being computed: a line with each few instructions.
-struct Ahead {
-  const uint8_t *next, *end;
-  void ask() {
-    if (next >= end) return;
-    prefetch_l2(next);
-    next += 64;
-  }
-  Ahead part(int64_t i, int64_t parts) const {
-    const int64_t size = end - next;
-    return {next + size * i / parts, next + size * (i + 1) / parts};
-  }
-};
-
 // c [R][8 V] (+)= R rows of A times V vectors of columns, from vector `first` of the panel on.
 template <class Panel, int R, int V, class A, class C>
 inline void multiply_part(const A* a, int64_t lda, const uint8_t* b, int first, int64_t steps, C* c, bool accumulate, Ahead ahead) {

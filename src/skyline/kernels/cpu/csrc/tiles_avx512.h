@@ -3,9 +3,17 @@
 
 #include "amx.h"
 #include "packed.h"
+#include "repeat.h"
 #include "simd.h"
 
 namespace skyline {
+
+// Four bytes of a row of A in all places of a vector: one instruction, which only loads.
+inline __m512i spread_four(const void* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return _mm512_set1_epi32(bits);
+}
 
 #if defined(__AMX_TILE__)
 
@@ -121,8 +129,6 @@ void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t 
 
 constexpr int64_t kRowBlock = 12;  // 24 accumulators, 2 columns, 1 row, of 32 registers
 
-struct TileShape {};
-
 struct Bf16Step {
   using A = bf16;
   using C = float;
@@ -131,59 +137,47 @@ struct Bf16Step {
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* c) { return _mm512_loadu_ps(c); }
   static void store(float* c, V v) { _mm512_storeu_ps(c, v); }
-  static __m512i spread(const bf16* a) {
-    int32_t pair;
-    std::memcpy(&pair, a, 4);
-    return _mm512_set1_epi32(pair);
-  }
+  static __m512i spread(const bf16* a) { return spread_four(a); }
   static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 };
 
-// VPDPBUSD takes an unsigned by a signed factor, so A is shifted by 128; the caller takes 128 * sum(b) off again.
+// VPDPBUSD takes an unsigned by a signed factor: rows of A are kept with 128 added, and the caller takes 128 * sum(b) off again.
 struct Int8Step {
-  using A = int8_t;
+  using A = uint8_t;
   using C = int32_t;
   static constexpr int64_t k = 64;
   using V = __m512i;
   static V zero() { return _mm512_setzero_si512(); }
   static V load(const int32_t* c) { return _mm512_loadu_si512(c); }
   static void store(int32_t* c, V v) { _mm512_storeu_si512(c, v); }
-  static __m512i spread(const int8_t* a) {
-    uint32_t four;
-    std::memcpy(&four, a, 4);
-    return _mm512_set1_epi32(static_cast<int32_t>(four ^ 0x80808080u));
-  }
+  static __m512i spread(const uint8_t* a) { return spread_four(a); }
   static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
 };
 
-template <class Step, int R>
-void multiply_rows(const typename Step::A* a, int64_t lda, const uint8_t* b, int64_t steps, typename Step::C* c,
-                   bool accumulate) {
+// c [rows][32] (+)= rows <= kRowBlock of A (row stride lda) times `steps` blocks of the panel.
+template <class Step, int R = static_cast<int>(kRowBlock)>
+void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps, typename Step::C* c,
+              bool accumulate, Ahead ahead) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply<Step, R - 1>(a, lda, rows, b, steps, c, accumulate, ahead);
+  }
   typename Step::V acc[R][2];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < 2; t++) acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * t) : Step::zero();
+  repeat<R>(SKYLINE_EACH(r) {
+    repeat<2>(SKYLINE_EACH(t) { acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * t) : Step::zero(); });
+  });
   constexpr int64_t a_part = Step::k / 16;
   for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
     for (int p = 0; p < 16; p++) {
-      __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-        __m512i x = Step::spread(a + r * lda + p * a_part);
+      ahead.ask();
+      ahead.ask();
+      const __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
+      repeat<R>(SKYLINE_EACH(r) {
+        const __m512i x = Step::spread(a + r * lda + p * a_part);
         acc[r][0] = Step::dot(acc[r][0], x, left);
         acc[r][1] = Step::dot(acc[r][1], x, right);
-      }
+      });
     }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < 2; t++) Step::store(c + r * kPanel + 16 * t, acc[r][t]);
-}
-
-template <class Step, int R = static_cast<int>(kRowBlock)>
-void multiply(TileShape& shape, const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps,
-              typename Step::C* c, bool accumulate, bool stream = false) {
-  if constexpr (R > 1) {
-    if (rows < R) return multiply<Step, R - 1>(shape, a, lda, rows, b, steps, c, accumulate);
-  }
-  multiply_rows<Step, R>(a, lda, b, steps, c, accumulate);
+  repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { Step::store(c + r * kPanel + 16 * t, acc[r][t]); }); });
 }
 
 #endif
@@ -198,36 +192,39 @@ inline void widen_int8(const uint8_t* from, int64_t blocks, uint8_t* to) {
   }
 }
 
-// int4 levels 0 to 15 times rows of A, for the `blocks` blocks of 32 k of one group: c [R][32] = a [R, 32 * blocks] times the
-// levels at b. Unlike signed ones, levels go into the instructions as they are; the caller takes 8 * sum(a) off again.
+constexpr int64_t kLevelRows = 8;  // of A at once: 16 accumulators, 4 vectors of levels, 2 of a row, 1 mask, of 32 registers
+
+// int4 levels 0 to 15 times R rows of A, for the `blocks` blocks of 32 k of one group at b, in whole numbers: sums [R][2] of 16
+// columns each. Unlike signed ones, levels go into the instructions as they are; -8 * a_sums, of the group, undoes the shift.
 template <int R>
-void multiply_levels(const int8_t* a, int64_t lda, const uint8_t* b, int64_t blocks, int32_t* c) {
-  auto four = [](const int8_t* p) {
-    int32_t bytes;
-    std::memcpy(&bytes, p, 4);
-    return bytes;
-  };
+inline __attribute__((always_inline)) void multiply_levels(const int8_t* a, int64_t lda, const int32_t* a_sums, const uint8_t* b,
+                                                           int64_t blocks, __m512i (&sums)[R][2]) {
+  constexpr bool two = R <= 4;  // chains of additions to a sum: with few rows, one would wait for itself
   const __m512i nibble = _mm512_set1_epi8(15);
-  __m512i acc[R][4];  // by tile and nibble
-  for (auto& row : acc)
-    for (__m512i& vec : row) vec = _mm512_setzero_si512();
-  for (int64_t block = 0; block < blocks; block++, a += 32, b += 512)
-#pragma GCC unroll 8
-    for (int part = 0; part < 8; part++) {
-      prefetch_l2(b + kAhead + 64 * part);
-      const __m512i bytes = _mm512_loadu_si512(b + 64 * part);
-      const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-      const int t = part / 4 * 2;
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const int8_t* x = a + r * lda + part % 4 * 4;
-        acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], low, _mm512_set1_epi32(four(x)));
-        acc[r][t + 1] = _mm512_dpbusd_epi32(acc[r][t + 1], high, _mm512_set1_epi32(four(x + 16)));
-      }
+  __m512i more[R][2];
+  repeat<R>(SKYLINE_EACH(r) {
+    sums[r][0] = sums[r][1] = _mm512_set1_epi32(-8 * a_sums[r]);
+    more[r][0] = more[r][1] = _mm512_setzero_si512();
+  });
+  for (int64_t block = 0; block < blocks; block++, a += 16, b += 256)
+    for (int part = 0; part < 4; part++, a += 4, b += 64) {  // not unrolled: addresses would take more registers than there are
+      prefetch_l2(b + kAhead);
+      prefetch_l2(b + kAhead + 256);
+      const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 256);
+      const __m512i low[2] = {_mm512_and_si512(left, nibble), _mm512_and_si512(right, nibble)};
+      const __m512i high[2] = {_mm512_and_si512(_mm512_srli_epi16(left, 4), nibble),
+                               _mm512_and_si512(_mm512_srli_epi16(right, 4), nibble)};
+      repeat<R>(SKYLINE_EACH(r) {
+        const __m512i x = spread_four(a + r * lda), y = spread_four(a + r * lda + 16);
+        repeat<2>(SKYLINE_EACH(t) {
+          __m512i(&second)[2] = two ? more[r] : sums[r];
+          sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], low[t], x);
+          second[t] = _mm512_dpbusd_epi32(second[t], high[t], y);
+        });
+      });
     }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < 2; t++)
-      _mm512_storeu_si512(c + r * kPanel + 16 * t, _mm512_add_epi32(acc[r][2 * t], acc[r][2 * t + 1]));
+  if constexpr (two)
+    repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { sums[r][t] = _mm512_add_epi32(sums[r][t], more[r][t]); }); });
 }
 
 #if defined(__AMX_TILE__)

@@ -1,0 +1,102 @@
+// Attention in pairs of bfloat16, which one instruction multiplies and adds, in tiles or in vectors: bfloat16 queries, and keys
+// and values in bfloat16 or int8 (whose integers are exact in bfloat16; their scales go to the products and to the weights).
+// Weights are rounded to bfloat16 before the values. Here is what both have in common.
+#pragma once
+
+#if defined(__AVX512F__)
+
+#include "attention.h"
+
+namespace skyline::attention {
+
+// 32 dimensions as bfloat16; those from the n-th on are zero.
+inline __m512i load_pairs(const bf16* from, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+}
+inline __m512i load_pairs(const int8_t* from, int64_t n) {
+  __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                          : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// Of a matrix of 16 x 16 units of 32 bits.
+inline void transpose_pairs(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+  }
+}
+
+// The softmax numerators of a row of scores, as bfloat16 and times their keys' v_scale, at the beginning of the row.
+template <bool scaled>
+inline RowSum weigh_row(float* s, Span mine, Span all, const Scoring& scoring, const float* k_scale, const float* v_scale) {
+  bf16* to = reinterpret_cast<bf16*>(s);
+  return softmax(s, mine, all, scoring, k_scale, [&](int key, const Vec* weights) {
+    __m512 low = weights[0].v, high = weights[1].v;
+    if constexpr (scaled) {
+      low = _mm512_mul_ps(low, _mm512_load_ps(v_scale + key));
+      high = _mm512_mul_ps(high, _mm512_load_ps(v_scale + key + 16));
+    }
+    _mm512_storeu_si512(to + key, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  });
+}
+
+// 16 keys as [pairs of dimensions][16 keys], padded to a multiple of 32 dimensions.
+template <class KV>
+inline void pack_key_rows(const KV* const (&rows)[16], int64_t dim, bf16* to) {
+  for (int64_t d = 0; d < dim; d += 32, to += 512) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = load_pairs(rows[i] + d, dim - d);
+    transpose_pairs(r);
+    for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
+  }
+}
+
+// Two keys' values, as one line of each of the blocks [16 pairs of keys][16 dimensions].
+template <class KV>
+inline void pack_value_pair(const KV* even, const KV* odd, int64_t dim, bf16* to) {
+  for (int64_t d = 0; d < dim; d += 32, to += 1024) {
+    const __m512i a = load_pairs(even + d, dim - d), b = load_pairs(odd + d, dim - d);
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(to + 512, _mm512_unpackhi_epi16(a, b));
+  }
+}
+
+// Packing leaves the dimensions of 32 in the order 0-3 8-11 16-19 24-27, 4-7 12-15 20-23 28-31: results, times factor,
+// go back into theirs.
+inline void store_unpacked(bf16* to, const float* values, float factor, int64_t dim) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t i = 0; i < dim; i += 32) {
+    __m512 a = _mm512_loadu_ps(values + i), b = _mm512_loadu_ps(values + i + 16), by = _mm512_set1_ps(factor);
+    // Adding zero makes negative zeros positive, whose sign would depend on what was skipped.
+    Vec first{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, low, b), by, _mm512_setzero_ps())};
+    Vec second{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, high, b), by, _mm512_setzero_ps())};
+    int left = static_cast<int>(dim - i);
+    first.store(to + i, left);
+    if (left > 16) second.store(to + i + 16, left - 16);
+  }
+}
+
+}  // namespace skyline::attention
+
+#endif

@@ -103,12 +103,13 @@ class DotAttention {
   void ask(const KV* cache, int chunk, int64_t share, int64_t shares) const {
     if (chunk < 0) return;
     const int64_t lines = heads_ * dim_ * static_cast<int64_t>(sizeof(KV)) / 64;  // of a token: what is left over hardly matters
-    for (int64_t line = kChunk * lines * share / shares; line < kChunk * lines * (share + 1) / shares;) {
-      const int64_t key = line / lines, end = std::min((key + 1) * lines, kChunk * lines * (share + 1) / shares);
+    const int64_t end = kChunk * lines * (share + 1) / shares;
+    for (int64_t line = kChunk * lines * share / shares; line < end;) {
+      const int64_t key = line / lines, first = line - key * lines, count = std::min(lines - first, end - line);
       const int64_t slot = slots_[chunk * kChunk + key];
-      const char* from = reinterpret_cast<const char*>(cache + slot * dim_) + 64 * (line - key * lines);
-      for (; line < end; line++, from += 64)
-        if (slot >= 0) prefetch_l2(from);
+      const char* from = reinterpret_cast<const char*>(cache + std::max<int64_t>(slot, 0) * dim_) + 64 * first;
+      for (int64_t i = 0; i < count; i++) prefetch_l2(from + 64 * i);
+      line += count;
     }
   }
 

@@ -9,6 +9,7 @@
 
 #include "amx.h"
 #include "packed.h"
+#include "repeat.h"
 #include "simd.h"
 
 namespace skyline {
@@ -18,7 +19,7 @@ namespace skyline {
 // of one is right, and asking for memory that is not there does nothing.
 constexpr int64_t kAhead = 8192;
 
-constexpr int kFloatRows = Vec::width == 16 ? 12 : 6;  // of A at once, by 16 columns
+constexpr int kFloatRows = Vec::width == 16 ? 12 : 6;  // of A at once, by two vectors of columns
 
 // Memory that is asked for while something else is being computed: a line with each few instructions.
 struct Ahead {
@@ -46,23 +47,25 @@ void multiply_float(const float* a, int64_t lda, int64_t rows, const float* b, i
   if constexpr (R > 1) {
     if (rows < R) return multiply_float<R - 1>(a, lda, rows, b, k, c, accumulate);
   }
-  constexpr int parts = 16 / Vec::width;
-  for (int tile = 0; tile < 2; tile++) {
-    Vec acc[R][parts];
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < parts; t++)
-        acc[r][t] = accumulate ? Vec::load(c + r * kPanel + 16 * tile + t * Vec::width) : Vec::zero();
+  for (int64_t from = 0; from < kPanel; from += 2 * Vec::width) {
+    Vec acc[R][2];
+    repeat<R>(SKYLINE_EACH(r) {
+      repeat<2>(SKYLINE_EACH(t) {
+        acc[r][t] = accumulate ? Vec::load(c + r * kPanel + from + t * Vec::width) : Vec::zero();
+      });
+    });
     for (int64_t i = 0; i < k; i++) {
-      Vec columns[parts];
-      for (int t = 0; t < parts; t++) columns[t] = Vec::load(b + i * kPanel + 16 * tile + t * Vec::width);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-        Vec x = Vec::all(a[r * lda + i]);
-        for (int t = 0; t < parts; t++) acc[r][t] = fma(x, columns[t], acc[r][t]);
-      }
+      const float* columns = b + i * kPanel + from;
+      const Vec left = Vec::load(columns), right = Vec::load(columns + Vec::width);
+      repeat<R>(SKYLINE_EACH(r) {
+        const Vec x = Vec::all(a[r * lda + i]);
+        acc[r][0] = fma(x, left, acc[r][0]);
+        acc[r][1] = fma(x, right, acc[r][1]);
+      });
     }
-    for (int r = 0; r < R; r++)
-      for (int t = 0; t < parts; t++) acc[r][t].store(c + r * kPanel + 16 * tile + t * Vec::width);
+    repeat<R>(SKYLINE_EACH(r) {
+      repeat<2>(SKYLINE_EACH(t) { acc[r][t].store(c + r * kPanel + from + t * Vec::width); });
+    });
   }
 }
 

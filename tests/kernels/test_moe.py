@@ -14,8 +14,10 @@ from skyline.graph import capture, lower, quantize_linears, run_passes
 from skyline.kernels import Kernel, Layout, Request, choose
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import PackedWeight
-from skyline.ops import OPS, QuantizedWeight
+from skyline.kernels.fp4_layout import FP4
+from skyline.ops import OPS, Fp4Weight, QuantizedWeight
 from skyline.ops.contract import randn
+from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.quantized_moe import stacked
 from skyline.quantization import SCHEMES, quantize_int4, quantize_int8
 from tests.models.harness import CPU, PagedRunner, load_ours, save_tiny
@@ -31,6 +33,7 @@ EVERY = [
     ("moe_experts_int8_weight_only", BFLOAT16),
     ("moe_experts_int4", FLOAT32),
     ("moe_experts_int4", BFLOAT16),
+    ("moe_experts_fp4", BFLOAT16),
 ]
 _every_op = pytest.mark.parametrize(
     "op,dtype", EVERY, ids=[f"{op}-{str(dtype).removeprefix('torch.')}" for op, dtype in EVERY]
@@ -48,6 +51,8 @@ def kernel_of(op: str, instruction_set: str, dtype: torch.dtype) -> Kernel:
 def inputs(op: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> list[Any]:
     """Arguments of the op, the weights as its reference takes them."""
     tokens, experts, top_k, hidden, inner = shape
+    if op == "moe_experts_fp4":  # two values a byte
+        hidden, inner = hidden + hidden % 2, inner + inner % 2
     g = torch.Generator().manual_seed(seed)
     x = randn((tokens, hidden), dtype, g)
     gate_up = randn((experts, 2 * inner, hidden), dtype, g, hidden**-0.5)
@@ -57,9 +62,13 @@ def inputs(op: str, dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -
     return [x, quantized(op, gate_up), quantized(op, down), weights, ids]
 
 
-def quantized(op: str, weight: Tensor) -> Tensor | QuantizedWeight:
+def quantized(op: str, weight: Tensor) -> Tensor | QuantizedWeight | Fp4Weight:
     if op == "moe_experts":
         return weight
+    if op == "moe_experts_fp4":
+        fp4 = FP4[MXFP4_GROUP].allocate(tuple(weight.shape), weight.dtype)
+        FP4[MXFP4_GROUP].write(fp4, 0, weight.flatten(0, 1))
+        return fp4
     return stacked([quantize_int4(part, 64) if "int4" in op else quantize_int8(part) for part in weight])
 
 
@@ -72,7 +81,7 @@ def packed(kernel: Kernel, arguments: list[Any]) -> list[Any]:
     return result
 
 
-def _load(layout: Layout, weight: Tensor | QuantizedWeight) -> PackedWeight:
+def _load(layout: Layout, weight: Tensor | QuantizedWeight | Fp4Weight) -> PackedWeight:
     dense = weight if isinstance(weight, Tensor) else weight.dequantize()
     target = layout.allocate(tuple(dense.shape), dense.dtype)
     rows = dense.reshape(-1, dense.shape[-1])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -150,6 +151,15 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Case]:
 
 
 LARGE = [op for op in KERNELS if next(large(op, torch.float32), None) is not None]
+
+
+def test_a_stopped_pool_gives_its_cores_back() -> None:
+    """Its first thread is the caller's, which was pinned to one of them."""
+    before = os.sched_getaffinity(0)
+    for _ in range(2):
+        native.start_threads()
+        native.stop_threads()
+        assert os.sched_getaffinity(0) == before
 
 
 def test_the_row_ops_are_here() -> None:

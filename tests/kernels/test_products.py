@@ -9,6 +9,7 @@ import torch
 
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from skyline.ops.fp4 import fp4_case_weight
 from tests.kernels.test_tuning import FORMATS, kernel_of
 
 pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
@@ -56,3 +57,23 @@ def test_equals_the_product_of_its_values(name: str, rows: int, instruction_set:
     expected = x.double() @ weight.dense().double().T
     error = (product(name, weight, x, False).double() - expected).abs().max() / expected.abs().max()
     assert error < ERRORS.get(name, 1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_fp4_is_kept_as_it_is(group: int, instruction_set: str) -> None:
+    """All codes and scales of either kind, a K that ends within a group, and groups whose scale is next to nothing."""
+    generator = torch.Generator().manual_seed(group)
+    stored = fp4_case_weight(N, K, group, generator)
+    if group == 32:
+        stored.scales[5:9, ::3] = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)[:, None]
+    weight = pack(stored, packed_layout(Format.FP4, group=group))
+    expected = stored.dequantize()
+    if group == 32:  # with these, not all codes are numbers of bfloat16
+        expected[(stored.scales < 2).repeat_interleave(32, 1)[:, :K]] = 0
+    assert torch.equal(weight.dense(), expected)
+    kernel = kernel_of("linear_fp4", Format.FP4, group)
+    for rows in (1, 9, 40):
+        x, out = torch.randn((rows, K), generator=generator).bfloat16(), torch.empty(rows, N).bfloat16()
+        kernel.into(out, x, weight)
+        wanted = x.double() @ expected.double().T
+        assert (out.double() - wanted).abs().max() < 5e-3 * wanted.abs().max()

@@ -29,6 +29,7 @@ FORMATS = {
     "int8 weight only": ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, 0),
     "int4 by 32": ("linear_int4", Format.INT4, 32),
     "int4 by 128": ("linear_int4", Format.INT4, 128),
+    "mxfp4": ("linear_fp4", Format.FP4, 32),
 }
 
 

@@ -15,13 +15,14 @@ from skyline.checkpoint.config import load_config
 from skyline.checkpoint.errors import CheckpointError
 from skyline.engine.config import EngineConfig
 from skyline.graph import Program
+from skyline.kernels.cpu import native
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
 from skyline.ops import Fp4Weight
 from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program
+from skyline.runner.loader import build_program, cpu_keeps_fp4
 from skyline.runner.weight_store import WeightStore
 from tests.models import quantized
 from tests.models.families import FAMILIES
@@ -121,6 +122,16 @@ def _on_h200(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any
         return program, model, checkpoint.report(model, torch.bfloat16)
 
 
+def _on_a_cpu(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+    config = load_config(folder)
+    model = create_model(config, torch.bfloat16, CPU, allocate=False)
+    with Checkpoint(folder, config) as checkpoint:
+        stored = checkpoint.integers(model, fp4=cpu_keeps_fp4(torch.bfloat16, native.available()))
+        program = build_program(EngineConfig(model=str(folder)), model, torch.bfloat16, stored=stored)
+        checkpoint.load(model, WeightStore(model, program, CPU).write)
+        return program, model, checkpoint.report(model, torch.bfloat16)
+
+
 def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
     """Rows of gate and up, which lie in turns in the file, are put one after the other as they are; nothing is lost."""
     settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -160,6 +171,43 @@ def test_linears_and_experts_stay_in_fp4(format: str, family: str, tmp_path: Pat
     )
     if format == "nvfp4":
         assert len(found["model.layers.1.self_attn.qkv_proj.weight"].row_scales.unique()) == 3
+
+
+@pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_on_a_cpu_too(format: str, tmp_path: Path) -> None:
+    """In the panels of its kernels."""
+    settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    theirs = quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", "Qwen3", **settings), format)
+    program, model, report = _on_a_cpu(tmp_path / "small")
+    assert {entry["becomes"] for entry in report} == {f"{format}, as stored"}
+    linears = [call for call in program.calls if call.op.name == "linear_fp4"]
+    assert len(linears) == 12 and {call.kernel.provider for call in linears} == {"cpu"}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(use.parameter)]: program.constant(use.slot) for use in program.weights}
+    mlp = theirs.model.layers[1].mlp
+    wanted = torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()])
+    packed = found["model.layers.1.mlp.gate_up_proj.weight"]
+    assert packed.layout.gated
+    torch.testing.assert_close(packed.dense(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+def test_experts_of_gpt_oss_on_a_cpu(tmp_path: Path) -> None:
+    settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
+    theirs = quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
+    program, model, _ = _on_a_cpu(tmp_path / "small")
+    experts = [call for call in program.calls if "experts" in call.op.name]
+    assert [(call.op.name, call.kernel.provider) for call in experts] == [("moe_experts_clamped_fp4", "cpu")] * 3
+    for layer, call in zip(theirs.model.layers, experts, strict=True):
+        gate_up = program.constant(call.arguments[1])
+        turned = layer.mlp.experts.gate_up_proj.detach().transpose(1, 2)
+        for expert, matrix in enumerate(torch.cat((turned[:, 0::2], turned[:, 1::2]), 1)):
+            assert torch.equal(gate_up.expert(expert).dense(), matrix)
+    exact = theirs(input_ids=torch.tensor([TOKENS])).logits[0].detach()
+    replayed = PagedRunner(model, run=program).step(("a", TOKENS))[0]
+    assert (replayed.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:

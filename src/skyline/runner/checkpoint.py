@@ -20,7 +20,7 @@ from skyline.ops import Fp4Weight, KVCache
 from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.quantized import IntegerFormat, integers_of
 from skyline.quantization.formats import KVScales, Stored, detect
-from skyline.quantization.formats.gguf import GGUFWeights
+from skyline.quantization.formats.gguf import GGUFWeight, GGUFWeights
 from skyline.quantization.formats.scaled import ScaledWeight
 
 # Where checkpoints that also see keep the language model, and what it is called in one that does not.
@@ -90,14 +90,17 @@ class Checkpoint:
             counts[stored.format, becomes] += 1
         return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
-    def integers(self, model: nn.Module, gpu: Gpu | None = None) -> dict[int, IntegerFormat]:
-        """By parameter's id, the integers that all of its rows are stored as; for a GPU also FP4, and FP8 if it can."""
+    def integers(self, model: nn.Module, gpu: Gpu | None = None, fp4: bool = False) -> dict[int, IntegerFormat]:
+        """By parameter's id, the integers that all of its rows are stored as; for a GPU also FP4, and FP8 if it can.
+
+        fp4: for a CPU whose kernels take FP4 (`cpu_takes_fp4`).
+        """
         if not self._stored:
             return {}  # a model of many experts has many places to go over
         found: dict[int, set[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
-            format = None if stored is None else _kept(stored, place, gpu)
+            format = None if stored is None else _kept(stored, place, gpu, fp4 or gpu is not None)
             for tensor in (place.tensor, *place.others):
                 found.setdefault(id(_whole(tensor)), set()).add(format)
         return {key: format for key, (format, *more) in found.items() if format is not None and not more}
@@ -201,20 +204,25 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _kept(stored: Stored, place: Destination, gpu: Gpu | None) -> IntegerFormat | None:
+def _kept(stored: Stored, place: Destination, gpu: Gpu | None, fp4: bool) -> IntegerFormat | None:
     """What kernels can take as it is stored."""
     format = stored.integers
     if format is None or (place.transform is not None and not (format.fp4 and _order(stored, place) is not None)):
         return None
     if format.fp8:
         return format if gpu is not None and gpu.fp8 and _whole_blocks(place, format) else None
-    return None if format.fp4 and gpu is None else format
+    return None if format.fp4 and not fp4 else format
 
 
 def _order(stored: Stored, place: Destination) -> torch.Tensor | None:
     """Which row of a stored matrix [N, K] each of the parameter's is, where the transform, of an entry, only turns the
     matrix and puts rows elsewhere; None where it does more."""
-    if not isinstance(stored, ScaledWeight) or not place.by_entry or place.transform is None or place.others:
+    if (
+        not isinstance(stored, (ScaledWeight, GGUFWeight))
+        or not place.by_entry
+        or place.transform is None
+        or place.others
+    ):
         return None
     n = stored.matrix[-2]
     numbered = torch.arange(4 * n).view(n, 4)

@@ -14,11 +14,11 @@ from skyline.checkpoint.config import ModelConfig, effective_eos_token_ids, load
 from skyline.engine.config import EngineConfig
 from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
-from skyline.kernels import tuning
+from skyline.kernels import Request, choose, tuning
 from skyline.kernels.cpu import native
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
-from skyline.ops import KVCache, LayerCache
+from skyline.ops import OPS, KVCache, LayerCache
 from skyline.ops.quantized import IntegerFormat
 from skyline.runner import decode_knobs, dry_run
 from skyline.runner.checkpoint import Checkpoint
@@ -107,6 +107,11 @@ def build_program(
     return program
 
 
+def cpu_keeps_fp4(dtype: torch.dtype, isa: str) -> bool:
+    """Whether the kernels of such a CPU take weights in FP4 as they are stored."""
+    return choose(Request(OPS["linear_fp4"], "cpu", dtype, isa=isa)).kernel.provider == native.PROVIDER
+
+
 def load_model(config: EngineConfig) -> LoadedModel:
     """Raises CheckpointError, OutOfMemoryError or ValueError with what to do about it."""
     config.validate()
@@ -122,7 +127,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     gpu = detect(device.index or 0) if device.type == "cuda" else None
     if gpu is not None and (slow := why_slow(config, gpu)):
         _LOG.warning("%s", slow)
-    program = build_program(config, model, dtype, stored=checkpoint.integers(model, gpu) if checkpoint else None)
+    fp4 = device.type == "cpu" and cpu_keeps_fp4(dtype, native.available())
+    program = build_program(config, model, dtype, stored=checkpoint.integers(model, gpu, fp4) if checkpoint else None)
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()

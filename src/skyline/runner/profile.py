@@ -20,6 +20,7 @@ from skyline.engine.sampling_params import SamplingParams
 from skyline.graph import Call, Program
 from skyline.kernels.cpu.machine import Machine
 from skyline.ops import Cost
+from skyline.ops.host_memory import use_huge_pages
 from skyline.runner.loader import LoadedModel, load_model
 
 _WARM_UP = 2
@@ -77,6 +78,7 @@ def profile(
         enable_prefix_caching=False,
     )
     loaded = load_model(config)
+    use_huge_pages(share=1.0)  # as an engine that has served for a while
     watch = _Watch(loaded)
     try:
         engine = EngineCore(loaded.limits, loaded.runner, async_scheduling=config.async_scheduling)

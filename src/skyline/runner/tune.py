@@ -16,6 +16,7 @@ from skyline.graph import Call, Program
 from skyline.kernels import tuning
 from skyline.kernels.cpu import native
 from skyline.kernels.tuning import Tunings
+from skyline.ops.host_memory import use_huge_pages
 from skyline.runner.loader import load_model
 
 _REPETITIONS = 5
@@ -34,6 +35,7 @@ def tune(config: EngineConfig, budget: float, most_rows: int) -> dict[str, Any]:
     head_rows = tuning.bucket(min(config.max_num_seqs, config.max_num_batched_tokens) + MAX_LOGIT_ROWS)
     config = msgspec.structs.replace(config, max_num_seqs=1, num_kv_blocks=64, max_model_len=64)
     loaded = load_model(config)
+    use_huge_pages(share=1.0)  # as an engine that has served for a while
     file, tunings = tuning.kept(config.threads)
     try:
         rows = [size for size in tuning.ROWS if size <= tuning.bucket(most_rows)]

@@ -19,6 +19,7 @@ from skyline.checkpoint.config import load_config
 from skyline.checkpoint.gguf import materialize
 from skyline.checkpoint.weights import load
 from skyline.models import create_model, destinations, ignorable
+from skyline.ops import Fp4Weight
 from skyline.quantization.formats.gguf import GGUFWeights
 from skyline.quantization.formats.stored import IntegerFormat
 from tests.checkpoint.gguf.convert import convert, finish
@@ -181,7 +182,12 @@ def test_experts_that_are_joined_in_the_checkpoint(tmp_path: Path, kind: Type) -
             turned = np.ascontiguousarray(expected[name].numpy().swapaxes(1, 2))
             rounded = gguf.quants.dequantize(gguf.quants.quantize(turned, kind), kind).swapaxes(1, 2)
             assert torch.equal(value(weights, name), torch.from_numpy(np.ascontiguousarray(rounded)))
-            assert weights.stored[name].exact == (kind != Type.Q8_0) and weights.stored[name].integers is None
+            stored = weights.stored[name]
+            assert stored.exact == (kind != Type.Q8_0) and (stored.integers is None) == (kind != Type.MXFP4)
+            if stored.integers is not None:  # of the matrices as they lie in the file: the later ones, then all
+                for start in (1, 0):
+                    fp4 = stored.levels(start, 3).dequantize().view(3 - start, turned.shape[1], -1)
+                    assert torch.equal(fp4.transpose(1, 2), value(weights, name)[start:])
     joined = weights.stored["model.layers.1.mlp.experts.gate_up_proj"]
     assert joined.parts == ("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight")
     assert joined.format == f"GGUF {kind.name}" and joined.shape == (3, 64, 192)
@@ -196,6 +202,25 @@ def test_the_levels_of_q4_0_are_the_weight(tmp_path: Path, name: str) -> None:
     assert levels.values.dtype == torch.int8 and levels.scales.dtype == torch.float16 and levels.zeros is None
     assert levels.group == 32 and levels.scales.shape == (57, stored.shape[1] // 32)
     assert torch.equal(levels.dequantize(), stored.read(3, 60))
+
+
+def test_mxfp4_is_a_weight_of_four_bit_floats(tmp_path: Path) -> None:
+    """Every code, and scales over many powers of two."""
+    data = np.random.default_rng(0).integers(0, 256, (64, 2 * 17), dtype=np.uint8)
+    data[:, ::17] %= 250
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, Type.MXFP4)}).stored[name]
+    assert stored.integers == IntegerFormat(4, 32, fp4=True)
+    fp4 = stored.levels(3, 60)
+    assert isinstance(fp4, Fp4Weight) and fp4.shape == (57, 64)
+    assert torch.equal(fp4.dequantize(), stored.read(3, 60))
+    data[2, 17] = 255
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, Type.MXFP4)}).stored[
+        "model.layers.1.mlp.up_proj.weight"
+    ]
+    stored.levels(0, 2)
+    with pytest.raises(CheckpointError, match="has a scale that is NaN"):
+        stored.levels(0, 3)
 
 
 def header_of(folder: Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> GGUFWeights:

@@ -178,3 +178,13 @@ def q4_0_levels(rows: Bytes) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     blocks = np.ascontiguousarray(rows).reshape(-1).view(block)
     levels = _nibbles(blocks["q"], 16).astype(np.int8) - np.int8(8)
     return levels.reshape(len(rows), -1), blocks["d"].reshape(len(rows), -1).astype(np.float16)
+
+
+def mxfp4_codes(rows: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Rows of MXFP4 of a file to codes [n, k / 2], two a byte, the even one low, and scales [n, k / 32]."""
+    block = GGML_TYPES[39].block
+    assert block is not None
+    blocks = np.ascontiguousarray(rows).reshape(-1).view(block)
+    even, odd = blocks["q"][:, 0::2], blocks["q"][:, 1::2]  # of a block's first half in the low nibbles
+    codes = np.concatenate(((even & 15) | (odd & 15) << 4, even >> 4 | odd & 0xF0), axis=1)
+    return codes.reshape(len(rows), -1), blocks["e"].reshape(len(rows), -1)

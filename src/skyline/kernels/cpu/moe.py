@@ -15,12 +15,29 @@ from skyline.kernels.registry import Request
 _Layouts = Mapping[int, Callable[[tuple[Any, ...]], PackedLayout]]
 
 
-def _layouts(format: Format) -> _Layouts:
-    """By argument: of gate_up and of down."""
+def _layouts(format: Format, gate_up: int = 1, down: int = 2) -> _Layouts:
+    """By the weights' places among the arguments."""
     return {
-        1: lambda arguments: weight_layout(format, arguments[1], gated=True),
-        2: lambda arguments: weight_layout(format, arguments[2]),
+        gate_up: lambda arguments: weight_layout(format, arguments[gate_up], gated=True),
+        down: lambda arguments: weight_layout(format, arguments[down]),
     }
+
+
+def _compute(
+    out: Tensor,
+    x: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    weights: Tensor,
+    ids: Tensor,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    gating: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """gating: alpha and limit of `moe_experts_clamped`; alpha 0 is silu."""
+    first, second = gate_up.layout, down.layout
+    if (first.format, first.group, first.zeros) != (second.format, second.group, second.zeros):
+        raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
+    library().moe_experts(out, x, weights, ids, *biases, *gating, down.data, down.scales, down.sums, *gate_up.arguments)
 
 
 def _into(layouts: _Layouts) -> Callable[..., None]:
@@ -28,17 +45,40 @@ def _into(layouts: _Layouts) -> Callable[..., None]:
         if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
             arguments = (x, gate_up, down)
             gate_up, down = pack(gate_up, layouts[1](arguments)), pack(down, layouts[2](arguments))
-        first, second = gate_up.layout, down.layout
-        if (first.format, first.group, first.zeros) != (second.format, second.group, second.zeros):
-            raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
-        library().moe_experts(out, x, weights, ids, down.data, down.scales, down.sums, *gate_up.arguments)
+        _compute(out, x, gate_up, down, weights, ids)
 
     return moe_experts
+
+
+def _clamped_into(layouts: _Layouts) -> Callable[..., None]:
+    def moe_experts_clamped(
+        out: Tensor,
+        x: Tensor,
+        gate_up: Any,
+        gate_up_bias: Tensor,
+        down: Any,
+        down_bias: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        alpha: float,
+        limit: float,
+    ) -> None:
+        if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
+            arguments = (x, gate_up, gate_up_bias, down)
+            gate_up, down = pack(gate_up, layouts[1](arguments)), pack(down, layouts[3](arguments))
+        _compute(out, x, gate_up, down, weights, ids, (gate_up_bias, down_bias), (alpha, limit))
+
+    return moe_experts_clamped
 
 
 def _provide(op: str, format: Format, check: Callable[[Request], str | None]) -> None:
     layouts = _layouts(format)
     provide(op, _into(layouts), check, layouts=layouts)
+
+
+def _provide_clamped(op: str, format: Format, check: Callable[[Request], str | None]) -> None:
+    layouts = _layouts(format, 1, 3)
+    provide(op, _clamped_into(layouts), check, layouts=layouts)
 
 
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
@@ -47,6 +87,10 @@ _provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
 _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts_int4", Format.INT4, supports)
+_provide("moe_experts_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))
+_provide_clamped("moe_experts_clamped", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16"))
+_provide_clamped("moe_experts_clamped", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
+_provide_clamped("moe_experts_clamped_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))
 
 
 def _sorted_into(layouts: _Layouts, padded: bool) -> Callable[..., None]:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.cpu.native import library
+from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.registry import CPU
-from skyline.ops import QuantizedWeight
+from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.host_memory import reserve_weight
 from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import expert_weight
@@ -28,13 +30,15 @@ class Format(IntEnum):
     INT8_WEIGHT_ONLY = 2
     INT8 = 3
     INT4 = 4
+    FP4 = 5
 
 
 @dataclass(slots=True, eq=False)
 class PackedWeight:
     """A weight [N, K], or [E, N, K], that the kernels of this provider read.
 
-    data: uint8 [E * panels, bytes of a panel]. scales float32 and sums int32, one a packed row: int8 formats only.
+    data: uint8 [E * panels, bytes of a panel]. scales float32, one a packed row: int8 formats and fp4; sums int32: int8
+    formats only.
     """
 
     layout: PackedLayout
@@ -74,7 +78,7 @@ class PackedWeight:
 class PackedLayout:
     """A layout of csrc/packed.h. `gated`: rows are gate and up projections, to be multiplied after silu.
 
-    group, zeros: of int4, the number of values that share a scale, and whether they have a zero point.
+    group: of int4 and fp4, the number of values that share a scale; zeros: of int4, whether those have a zero point.
     """
 
     def __init__(self, format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> None:
@@ -100,6 +104,9 @@ class PackedLayout:
                 return -(-k // 64) * 64 * PANEL
             case Format.INT4:
                 return -(-k // self.group) * ((128 if self.zeros else 64) + self.group // 32 * 512)
+            case Format.FP4:
+                padded = -(-k // 32) * 32
+                return -(-padded // self.group * PANEL // 64) * 64 + padded * PANEL // 2
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> PackedWeight:
         experts = shape[0] if len(shape) == 3 else 1
@@ -109,12 +116,15 @@ class PackedLayout:
         panels = experts * self.panels(n)
         data = reserve_weight((panels, self.panel_bytes(k)), torch.uint8)  # zeros, for the padding
         scales = sums = None
-        if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
+        if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY, Format.FP4):
             scales = torch.zeros(panels * PANEL, dtype=torch.float32)
+        if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
             sums = torch.zeros(panels * PANEL, dtype=torch.int32)
         return PackedWeight(self, tuple(shape), data, scales, sums)
 
-    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight) -> None:
+    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight | Fp4Weight) -> None:
+        if self.format is Format.FP4:
+            rows = self._checked(rows)
         n, count, done = target.shape[-2], rows.shape[0], 0
         while done < count:
             expert, row = divmod(first_row + done, n)
@@ -123,9 +133,19 @@ class PackedLayout:
             if isinstance(rows, QuantizedWeight):
                 part = rows.rows(done, stop)
                 library().pack_levels(*place, part.values, part.scales, part.zeros, row)
+            elif isinstance(rows, Fp4Weight):
+                parts = (rows.values, rows.scales.view(torch.uint8), rows.row_scales)
+                library().pack_fp4(*place, *(part[done:stop] for part in parts), row)
             elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
+
+    def _checked(self, rows: Tensor | QuantizedWeight | Fp4Weight) -> Fp4Weight:
+        """As skyline.kernels.fp4_layout makes and checks them."""
+        layout = FP4[self.group]
+        checked = layout.allocate(tuple(rows.shape), torch.bfloat16)
+        layout.write(checked, 0, rows)
+        return checked
 
 
 def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:
@@ -134,7 +154,10 @@ def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bo
 
 
 def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLayout:
-    """For a parameter; in int4, with the group and zero points that were decided for it."""
+    """For a parameter; in int4 and fp4, with the group and zero points that were decided for it."""
+    if format is Format.FP4:
+        stored = integers_of(weight)
+        return packed_layout(format, gated, MXFP4_GROUP if stored is None else stored.group or MXFP4_GROUP)
     if format is not Format.INT4:
         return packed_layout(format, gated)
     decided = integers_of(weight) or IntegerFormat(4, DEFAULT_GROUP)
@@ -144,8 +167,14 @@ def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLay
 _layout = functools.cache(PackedLayout)  # tells calls apart by how they are written, hence the function above
 
 
-def pack(weight: Tensor | QuantizedWeight, layout: PackedLayout) -> PackedWeight:
+def pack(weight: Tensor | QuantizedWeight | Fp4Weight, layout: PackedLayout) -> PackedWeight:
     """weight [N, K] or [E, N, K] in this layout; one that is quantized already keeps its values and scales."""
+    if isinstance(weight, Fp4Weight):
+        layout = packed_layout(layout.format, layout.gated, weight.group)
+        target = layout.allocate(tuple(weight.shape), torch.bfloat16)
+        values, scales = (part.reshape(-1, part.shape[-1]) for part in (weight.values, weight.scales))
+        layout.write(target, 0, Fp4Weight(values, scales, weight.row_scales.flatten(), weight.group))
+        return target
     if isinstance(weight, QuantizedWeight):
         layout = packed_layout(layout.format, layout.gated, weight.group or 0, weight.zeros is not None)
         target = layout.allocate(tuple(weight.shape), torch.int8)

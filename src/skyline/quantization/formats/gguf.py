@@ -15,8 +15,9 @@ from skyline.checkpoint.gguf import WEIGHTS_FILE
 from skyline.checkpoint.gguf.architectures import Header
 from skyline.checkpoint.gguf.reader import open_gguf
 from skyline.checkpoint.gguf.tensors import Placed, interleaved_rows, place
-from skyline.checkpoint.gguf.types import q4_0_levels
-from skyline.ops import QuantizedWeight
+from skyline.checkpoint.gguf.types import mxfp4_codes, q4_0_levels
+from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.quantization.formats.stored import IntegerFormat, Stored
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,8 +104,22 @@ class GGUFWeight:
         return all(entry.tensor.type.name in ("BF16", "MXFP4") for entry in self._entries())
 
     @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape [.., N, K], whatever is `transposed` in the checkpoint."""
+        *lead, n, k = self.placed.tensor.shape
+        return (*lead, n if self.placed.partner is None else 2 * n, k)
+
+    @property
+    def transposed(self) -> bool:
+        return self.placed.transposed
+
+    @property
     def integers(self) -> IntegerFormat | None:
-        is_matrix = len(self.shape) == 2 and self.placed.partner is None and self.placed.shift == 0.0
+        if self.placed.shift != 0.0 or len(self.shape) < 2:
+            return None
+        if {entry.tensor.type.name for entry in self._entries()} == {"MXFP4"}:
+            return IntegerFormat(bits=4, group=MXFP4_GROUP, fp4=True)
+        is_matrix = len(self.shape) == 2 and self.placed.partner is None
         return IntegerFormat(bits=4, group=32) if is_matrix and self.placed.tensor.type.name == "Q4_0" else None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -116,12 +131,26 @@ class GGUFWeight:
             values[first - start : last - start] = _values(self.placed, first, last)
         return values
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight:
+    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp4Weight:
         assert self.integers is not None
+        if self.integers.fp4:
+            return self._four_bits(start, stop)
         values, scales = q4_0_levels(_rows(self.placed, start, stop))
         if not np.isfinite(scales).all():
             raise _not_finite(self.placed)
         return QuantizedWeight(torch.from_numpy(values), torch.from_numpy(scales), group=self.integers.group)
+
+    def _four_bits(self, start: int, stop: int) -> Fp4Weight:
+        """Rows [(stop - start) * N, K] of matrices; those of partners take turns."""
+        parts = []
+        for entry in self._entries():
+            n = 1 if len(entry.tensor.shape) == 2 else entry.tensor.shape[-2]
+            codes, scales = mxfp4_codes(_rows(entry, start, stop).reshape((stop - start) * n, -1))
+            if (scales == 255).any():
+                raise _not_finite(entry)
+            parts.append((torch.from_numpy(codes), torch.from_numpy(np.ascontiguousarray(scales))))
+        codes_of, scales_of = (torch.stack(both, dim=1).flatten(0, 1) for both in zip(*parts, strict=True))
+        return Fp4Weight(codes_of, scales_of, torch.ones(len(codes_of)), MXFP4_GROUP)
 
     def _entries(self) -> list[Placed]:
         return [self.placed] if self.placed.partner is None else [self.placed, self.placed.partner]

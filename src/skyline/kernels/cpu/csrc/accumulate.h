@@ -20,6 +20,7 @@ struct alignas(64) Scratch {
   uint8_t b[kMostPiece * kPanel * 2];
 #else
   uint8_t wide[kMostPiece * kPanel * 2];
+  uint8_t pairs[kMostPiece / 4 * kPanel * 2];
 #endif
 };
 

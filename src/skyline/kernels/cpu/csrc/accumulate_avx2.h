@@ -9,15 +9,16 @@ namespace {
 constexpr int64_t kFewRows = 8;  // up to so many, a panel is multiplied as it lies; for more it is widened once
 
 // c [rows][32] = rows of A times a panel. A piece of it stays in the first-level cache while blocks of rows go by, widened if
-// those are many, and the next one is asked for meanwhile: it lies behind.
-template <class Panel, class A, class C>
-void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t k, int64_t piece, Scratch& s, C* c) {
+// those are many, and the next one is asked for meanwhile: it lies behind. piece_at(k0, steps): where a piece begins.
+template <class Panel, class A, class C, class PieceAt>
+void accumulate_pieces(const A* x, int64_t stride, int64_t rows, int64_t k, int64_t piece, Scratch& s, C* c, bool streamed,
+                       const PieceAt& piece_at) {
   const bool wide = rows > kFewRows;
   const int64_t blocks = ceil_div(rows, wide ? kWideRows : kRowBlock);
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
-    const uint8_t* b = panel + k0 / Panel::k * Panel::bytes;
     const int64_t steps = std::min(piece, k - k0) / Panel::k, bytes = steps * Panel::bytes;
-    const Ahead ahead{b + bytes, b + 2 * bytes};
+    const uint8_t* b = piece_at(k0, steps);
+    const Ahead ahead{b + bytes, b + (streamed ? 2 : 1) * bytes};
     if (wide) widen<Panel>(b, steps, s.wide);
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
@@ -30,6 +31,21 @@ void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t*
       }
     }
   }
+}
+
+template <class Panel, class A, class C>
+void accumulate_columns(const A* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t k, int64_t piece, Scratch& s, C* c) {
+  accumulate_pieces<Panel>(x, stride, rows, k, piece, s, c, true,
+                           [&](int64_t k0, int64_t) { return panel + k0 / Panel::k * Panel::bytes; });
+}
+
+// FP4 becomes bfloat16, piece by piece.
+void accumulate_fp4(const PackedMatrix& m, const float* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t piece, Scratch& s) {
+  const auto widen = m.group == 32 ? widen_fp4<32> : widen_fp4<16>;
+  accumulate_pieces<Bf16Pairs>(x, stride, rows, m.padded_k(), piece, s, s.c, false, [&](int64_t k0, int64_t steps) {
+    widen(panel + k0 / m.group * kPanel, panel + m.fp4_scale_bytes() + k0 * kPanel / 2, steps, s.pairs);
+    return static_cast<const uint8_t*>(s.pairs);
+  });
 }
 
 // c [R][32] += R rows of A, from `row` on and at x, times the groups [g, end) of an int4 panel, in order.
@@ -121,8 +137,9 @@ void add_widened_groups(const PackedMatrix& m, const Activations& a, const int8_
   }
 }
 
+// What comes after the panel is taken to follow it in memory.
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                       const Tactic& tactic, Scratch& s) {
+                       const uint8_t* /*next*/, const Tactic& tactic, Scratch& s) {
   const int64_t k = m.padded_k();
   if (m.format == Format::kInt4) {
     std::memset(s.c, 0, rows * kPanel * sizeof(float));
@@ -156,7 +173,9 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     accumulate_columns<Int8Fours>(x, a.stride, rows, panel, k, tactic.piece / 2, s, reinterpret_cast<int32_t*>(s.c));
   } else {
     const float* x = static_cast<const float*>(a.data) + begin * a.stride;
-    if (m.format == Format::kBfloat16) {
+    if (m.format == Format::kFp4) {
+      accumulate_fp4(m, x, a.stride, rows, panel, tactic.piece / 4, s);
+    } else if (m.format == Format::kBfloat16) {
       accumulate_columns<Bf16Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
     } else {
       accumulate_columns<Int8Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);

@@ -9,9 +9,9 @@ namespace {
 // c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, group after group along the whole of K.
 template <bool zeros, int R = static_cast<int>(kLevelRows)>
 void multiply_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
-                     const uint8_t* panel, float* c) {
+                     const uint8_t* panel, float* c, Ahead ahead) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_groups<zeros, R - 1>(m, a, x, row, rows, panel, c);
+    if (rows < R) return multiply_groups<zeros, R - 1>(m, a, x, row, rows, panel, c, ahead);
   }
   constexpr int64_t head = zeros ? 128 : 64;
   const int64_t groups = m.padded_k() / m.group, blocks = m.group / 32, stride = a.stride, all_rows = a.rows;
@@ -19,7 +19,7 @@ void multiply_groups(const PackedMatrix& m, const Activations& a, const int8_t* 
   const int32_t* sums = a.sums + row;
   for (int64_t g = 0; g < groups; g++, x += 32 * blocks, panel += head + 512 * blocks, scales += all_rows, sums += all_rows) {
     __m512i products[R][2];
-    multiply_levels<R>(x, stride, sums, panel + head, blocks, products);
+    multiply_levels<R>(x, stride, sums, panel + head, blocks, products, ahead);
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel);
     const Vec scale[2] = {widen_half(halves), widen_half(halves + kTile)};
     repeat<R>(SKYLINE_EACH(r) {
@@ -64,7 +64,7 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
 #endif
 
 void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                     const Tactic& tactic, Scratch& s) {
+                     const uint8_t* next, const Tactic& tactic, Scratch& s) {
   std::memset(s.c, 0, rows * kPanel * sizeof(float));
   const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
 #if defined(__AMX_TILE__)
@@ -73,9 +73,12 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
   const bool in_tiles = false;
 #endif
   if (!in_tiles) {
-    for (int64_t r = 0; r < rows; r += kLevelRows) {
-      const auto multiply_rows = m.zeros ? multiply_groups<true> : multiply_groups<false>;
-      multiply_rows(m, a, x + r * a.stride, begin + r, std::min(kLevelRows, rows - r), panel, s.c + r * kPanel);
+    const auto multiply_rows = m.zeros ? multiply_groups<true> : multiply_groups<false>;
+    const int64_t blocks = ceil_div(rows, kLevelRows);
+    const Ahead ahead = ahead_of(panel, m.panel_bytes(), next, rows, blocks);
+    for (int64_t i = 0; i < blocks; i++) {
+      const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+      multiply_rows(m, a, x + r * a.stride, begin + r, count, panel, s.c + r * kPanel, blocks > 1 ? ahead.part(i, blocks) : ahead);
     }
     return;
   }
@@ -113,55 +116,73 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
 #endif
 }
 
-// c [rows][32] (+)= rows of A, at x, times `steps` blocks at b; `ahead` is asked for meanwhile, evenly.
+// c [rows][32] (+)= rows of A, at x, times `size` of K at b. `streamed`: those come from memory, and then, if any, those at next.
 template <class Step>
-void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t steps,
-                     typename Step::C* c, bool accumulate, Ahead ahead) {
+void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t size, typename Step::C* c,
+                     bool accumulate, bool streamed, const uint8_t* next) {
+  const int64_t blocks = ceil_div(rows, kRowBlock);
 #if defined(__AMX_TILE__)
   TileShape shape;
   for (int64_t r = 0; r < rows; r += kRowBlock)
-    multiply<Step>(shape, x + r * stride, stride, std::min(kRowBlock, rows - r), b, steps, c + r * kPanel, accumulate,
-                   rows <= kRowBlock && ahead.next < ahead.end);
+    multiply<Step>(shape, x + r * stride, stride, std::min(kRowBlock, rows - r), b, size / Step::k, c + r * kPanel, accumulate,
+                   streamed && blocks == 1);
 #else
-  const int64_t blocks = ceil_div(rows, kRowBlock);
-  if (blocks == 1) {  // nearer ahead, as the next panel may be another thread's; alone, the hardware does better by itself
-    const int64_t size = ahead.end - ahead.next;
-    ahead = rows == 1 ? Ahead{} : Ahead{b + kAhead, b + kAhead + size};
-  }
+  const int64_t bytes = size * kPanel * static_cast<int64_t>(sizeof(*x));
+  const Ahead ahead = streamed ? ahead_of(b, bytes, next, rows, blocks) : Ahead{};
   for (int64_t i = 0; i < blocks; i++) {
-    const int64_t r = rows * i / blocks;
-    multiply<Step>(x + r * stride, stride, rows * (i + 1) / blocks - r, b, steps, c + r * kPanel, accumulate, ahead.part(i, blocks));
+    const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+    multiply<Step>(x + r * stride, stride, count, b, size / Step::k, c + r * kPanel, accumulate,
+                   blocks > 1 ? ahead.part(i, blocks) : ahead);
   }
 #endif
 }
 
+// c [rows][32] = rows of A times a panel that becomes bfloat16, piece by piece, or for few rows pair by pair.
+template <class ColumnsAt>
+void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s,
+                        const ColumnsAt& columns_at) {
+#if !defined(__AMX_TILE__)
+  if (rows <= kPassingRows) return multiply_in_passing(x, stride, rows, columns_at(0), k / 32, s.c);
+#endif
+  for (int64_t k0 = 0; k0 < k; k0 += tactic.piece) {
+    const int64_t size = std::min(tactic.piece, k - k0);
+    widen(columns_at(k0), size / 32, s.b);
+    multiply_blocks<Bf16Step>(x + k0, stride, rows, s.b, size, s.c, k0 > 0, false, nullptr);
+  }
+}
+
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                       const Tactic& tactic, Scratch& s) {
+                       const uint8_t* next, const Tactic& tactic, Scratch& s) {
+  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s);
   const int64_t k = m.padded_k();
   if (m.format == Format::kInt8) {
     const Quantized* x = static_cast<const Quantized*>(a.data) + begin * a.stride;
     const int64_t piece = rows <= kRowBlock ? k : 2 * tactic.piece;
     for (int64_t k0 = 0; k0 < k; k0 += piece) {
       const int64_t size = std::min(piece, k - k0);
-      const uint8_t *b = panel + k0 * kPanel, *next = b + size * kPanel;
-      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size / 64, reinterpret_cast<int32_t*>(s.c), k0 > 0,
-                                {next, next + size * kPanel});
+      const uint8_t* b = panel + k0 * kPanel;
+      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size, reinterpret_cast<int32_t*>(s.c), k0 > 0, true,
+                                k0 + size < k ? b + size * kPanel : next);
     }
     return;
   }
-  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, tactic, s);
   const bf16* x = static_cast<const bf16*>(a.data) + begin * a.stride;
-  const bool direct = m.format == Format::kBfloat16;
-  const int64_t piece = direct && rows <= kRowBlock ? k : tactic.piece;
+  if (m.format == Format::kInt8WeightOnly)
+    return accumulate_widened(x, a.stride, rows, k, tactic, s, [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
+  if (m.format == Format::kFp4) {
+    const uint8_t* values = panel + m.fp4_scale_bytes();
+    auto of_group = [&]<int64_t group>(std::integral_constant<int64_t, group>) {
+      accumulate_widened(x, a.stride, rows, k, tactic, s, [&](int64_t k0) {
+        return Fp4Columns<group>(panel + k0 / group * kPanel, values + k0 * kPanel / 2);
+      });
+    };
+    return m.group == 32 ? of_group(std::integral_constant<int64_t, 32>()) : of_group(std::integral_constant<int64_t, 16>());
+  }
+  const int64_t piece = rows <= kRowBlock ? k : tactic.piece;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t size = std::min(piece, k - k0);
-    const uint8_t *b = panel + k0 * kPanel * 2, *next = b + size * kPanel * 2;
-    if (direct) {
-      multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size / 32, s.c, k0 > 0, {next, next + size * kPanel * 2});
-      continue;
-    }
-    widen_int8(panel + k0 * kPanel, size / 32, s.b);
-    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, s.b, size / 32, s.c, k0 > 0, {});
+    const uint8_t* b = panel + k0 * kPanel * 2;
+    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size, s.c, k0 > 0, true, k0 + size < k ? b + size * kPanel * 2 : next);
   }
 }
 

@@ -27,12 +27,15 @@ void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_
     const Product<T> product{m, a, bias.has_value() ? data<const T>(bias.value()) : nullptr, to.data, to.stride, tactic};
     const int64_t panels = m.panels(), at_once = max_rows(m, tactic);
     // Enough tasks that a thread which is held up costs little, few enough that each streams through much memory.
-    const int64_t tasks = std::min<int64_t>(panels, ThreadPool::kTasks * ThreadPool::get().size());
+    const int64_t threads = ThreadPool::get().size(), tasks = std::min<int64_t>(panels, ThreadPool::kTasks * threads);
     for (int64_t begin = 0; begin < from.rows; begin += at_once) {
       const int64_t end = std::min(begin + at_once, from.rows);
       ThreadPool::get().run(tasks, [&](int64_t task) {
-        for (int64_t panel = panels * task / tasks; panel < panels * (task + 1) / tasks; panel++)
-          compute_panel(product, begin, end, panel);
+        const int64_t last = panels * (task + 1) / tasks - 1;
+        // Tasks go to threads in turn.
+        const int64_t after = task + threads < tasks ? panels * (task + threads) / tasks : -1;
+        for (int64_t panel = panels * task / tasks; panel <= last; panel++)
+          compute_panel(product, begin, end, panel, panel < last ? panel + 1 : after);
       });
     }
   });

@@ -51,11 +51,11 @@ struct Task {
   int64_t expert, begin, end, first_panel, last_panel;
 };
 
-// Each expert's rows of `a` times its matrix. All experts are one list of tasks: a few rows for a few experts, which is what
-// decoding gives, then still keep every thread reading.
+// Each expert's rows of `a` times its matrix, plus its row of `biases` [E, N] if there are any. All experts are one list of
+// tasks: a few rows for a few experts, which is what decoding gives, then still keep every thread reading.
 template <class T>
-void multiply_experts(const PackedMatrix& m, const Activations& a, const std::vector<int64_t>& starts, T* out,
-                      int64_t out_stride) {
+void multiply_experts(const PackedMatrix& m, const Activations& a, const std::vector<int64_t>& starts, const T* biases, T* out,
+                      int64_t out_stride, Gating gating) {
   static thread_local std::vector<Task> tasks;
   tasks.clear();
   const int64_t experts = static_cast<int64_t>(starts.size()) - 1, panels = m.panels(), at_once = max_rows(m);
@@ -75,9 +75,10 @@ void multiply_experts(const PackedMatrix& m, const Activations& a, const std::ve
   const Task* list = tasks.data();  // the name `tasks` means another vector in each thread
   ThreadPool::get().run(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = list[i];
-    const Product<T> product{expert_matrix(m, task.expert), a, nullptr, out, out_stride};
+    const T* bias = biases ? biases + task.expert * m.n : nullptr;
+    const Product<T> product{expert_matrix(m, task.expert), a, bias, out, out_stride, {}, gating};
     for (int64_t panel = task.first_panel; panel < task.last_panel; panel++)
-      compute_panel(product, task.begin, task.end, panel);
+      compute_panel(product, task.begin, task.end, panel, panel + 1 < task.last_panel ? panel + 1 : -1);
   });
 }
 
@@ -91,8 +92,11 @@ int64_t row_stride(int64_t columns) {
 template <class T>
 class Experts {
  public:
-  Experts(const PackedMatrix& gate_up, const PackedMatrix& down, int64_t experts)
-      : gate_up_(gate_up), down_(down), experts_(experts), wide_(row_stride<T>(down.n)), narrow_(row_stride<T>(down.k)) {}
+  // biases: [E, N] of either weight, or null.
+  Experts(const PackedMatrix& gate_up, const PackedMatrix& down, const T* gate_up_biases, const T* down_biases, int64_t experts,
+          Gating gating)
+      : gate_up_(gate_up), down_(down), gate_up_biases_(gate_up_biases), down_biases_(down_biases), experts_(experts),
+        gating_(gating), wide_(row_stride<T>(down.n)), narrow_(row_stride<T>(down.k)) {}
 
   int64_t bytes(int64_t pairs) const {
     return pairs * (wide_ + narrow_) * static_cast<int64_t>(sizeof(T)) +
@@ -116,9 +120,9 @@ class Experts {
       for (int64_t p = first; p < last; p++) std::copy_n(x[tokens[p]], columns, rows + p * wide_);
     });
     Activations a = prepare<T>(gate_up_, rows, wide_, count, prepared);
-    multiply_experts(gate_up_, a, pairs.starts, hidden, narrow_);
+    multiply_experts(gate_up_, a, pairs.starts, gate_up_biases_, hidden, narrow_, gating_);
     a = prepare<T>(down_, hidden, narrow_, count, prepared);
-    multiply_experts(down_, a, pairs.starts, rows, wide_);
+    multiply_experts(down_, a, pairs.starts, down_biases_, rows, wide_, {});
 
     const int64_t* places = pairs.places.data();
     ThreadPool::get().run_ranges(end - begin, grain, [&](int64_t first, int64_t last) {
@@ -136,14 +140,19 @@ class Experts {
 
  private:
   PackedMatrix gate_up_, down_;
-  int64_t experts_, wide_, narrow_;
+  const T *gate_up_biases_, *down_biases_;
+  int64_t experts_;
+  Gating gating_;
+  int64_t wide_, narrow_;
 };
 
 }  // namespace
 
-// out, x [T, H] of one dtype; weights float32 [T, top_k], ids int64 [T, top_k]; PACKED_PARAMETERS: the gated weight
-// [E, 2 I, H] of gate and up; down [E, H, I], in the same format, not gated.
-void moe_experts(TensorView out, TensorView x, TensorView weights, TensorView ids, TensorView down,
+// out, x [T, H] of one dtype; weights float32 [T, top_k], ids int64 [T, top_k]; biases of that dtype, [E, 2 I] and [E, H], and
+// the two numbers of Gating (0: silu); PACKED_PARAMETERS: the gated weight [E, 2 I, H] of gate and up; down [E, H, I], in the
+// same format, not gated.
+void moe_experts(TensorView out, TensorView x, TensorView weights, TensorView ids, ffi::Optional<TensorView> gate_up_biases,
+                 ffi::Optional<TensorView> down_biases, double alpha, double limit, TensorView down,
                  ffi::Optional<TensorView> down_scales, ffi::Optional<TensorView> down_sums, PACKED_PARAMETERS) {
   const PackedMatrix first = PACKED_MATRIX;
   const PackedMatrix second = packed_matrix(down, down_scales, down_sums, format, k, n / 2, false, group, zeros);
@@ -168,7 +177,15 @@ void moe_experts(TensorView out, TensorView x, TensorView weights, TensorView id
         SKYLINE_CHECK(chosen[t][c] >= 0 && chosen[t][c] < experts, "an id is none of the experts'");
     if (from.rows == 0) return;
 
-    Experts<T> mixture(first, second, experts);
+    auto biases = [&](const ffi::Optional<TensorView>& of, int64_t columns) -> const T* {
+      if (!of.has_value()) return nullptr;
+      const TensorView& b = of.value();
+      SKYLINE_CHECK(is_bf16(b) == is_bf16(x) && (is_bf16(b) || is_float32(b)) && b.ndim() == 2 && b.shape()[0] == experts &&
+                        b.shape()[1] == columns && b.IsContiguous(), "biases do not match the experts");
+      return data<const T>(b);
+    };
+    Experts<T> mixture(first, second, biases(gate_up_biases, n), biases(down_biases, k), experts,
+                       {static_cast<float>(alpha), static_cast<float>(limit)});
     const int64_t fit = std::max<int64_t>(1, kPassBytes / (mixture.bytes(chosen.cols) + 1));
     const int64_t passes = ceil_div(from.rows, fit), tokens = ceil_div(from.rows, passes);
     static thread_local Workspace workspace;

@@ -178,6 +178,7 @@ class Packer {
         }
         break;
       }
+      case Format::kFp4: break;  // pack_fp4's alone
       case Format::kInt4:
         for (int64_t r = 0; r < count; r++) {
           if (!given) load(src, first + r);
@@ -237,6 +238,38 @@ class Packer {
   std::vector<int8_t> levels;
 };
 
+// Four-bit floats: E2M1 (OCP Microscaling Formats 1.0, section 5.3.3).
+constexpr float kE2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+// With smaller ones (exponents of two plus 127), not all of a group's numbers are normal ones of bfloat16: they become zeros.
+constexpr uint8_t kSmallestScale = 2;
+
+// One row of FP4: `values` two a byte, the even k in the low nibble, and its groups' scales.
+void pack_fp4_row(const PackedMatrix& m, const uint8_t* values, const uint8_t* scales, int64_t place) {
+  uint8_t* panel = m.data + place / kPanel * m.panel_bytes();
+  const int64_t column = place % kPanel, bytes = m.k / 2, groups = ceil_div(m.k, m.group);
+  for (int64_t g = 0; g < m.padded_k() / m.group; g++) panel[g * kPanel + column] = g < groups ? scales[g] : 0;
+  uint8_t* to = panel + m.fp4_scale_bytes() + column / kTile * 256 + column % kTile * 4;
+  for (int64_t block = 0; block < m.padded_k() / 32; block++, to += 512) {
+    uint8_t from[16] = {};
+    std::copy_n(values + 16 * block, std::min<int64_t>(16, bytes - 16 * block), from);
+    if (m.group == 32 && panel[block * kPanel + column] < kSmallestScale) std::fill_n(from, 16, uint8_t{0});
+    for (int i = 0; i < 8; i++) {  // k = 4 i to 4 i + 3, in two bytes
+      const uint8_t first = from[2 * i], second = from[2 * i + 1];
+      uint8_t* word = to + i / 2 * 64 + i % 2;
+      word[0] = static_cast<uint8_t>((first & 15) | second << 4);
+      word[2] = static_cast<uint8_t>(first >> 4 | (second & 0xF0));
+    }
+  }
+}
+
+float fp4_scale(const PackedMatrix& m, uint8_t byte) {
+  if (m.group == 32) return std::ldexp(1.0f, byte - 127);
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
+  return byte & 0x80 ? -size : size;
+}
+
 // Value (row, i) of the weight as the kernels use it.
 float element(const PackedMatrix& m, int64_t place, int64_t i) {
   const uint8_t* panel = m.panel(place / kPanel);
@@ -251,6 +284,12 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
     case Format::kInt8:
       return m.scales[place] *
              reinterpret_cast<const int8_t*>(panel)[((i / 64 * 2 + tile) * 16 + i % 64 / 4) * 64 + lane * 4 + i % 4];
+    case Format::kFp4: {
+      const int64_t line = m.fp4_scale_bytes() + i / 32 * 512 + tile * 256 + i % 32 / 8 * 64, n = i % 8 / 2;
+      const uint8_t byte = panel[line + (2 * lane + i % 2) * 2 + n / 2];
+      const float value = kE2m1[n % 2 ? byte >> 4 : byte & 15];
+      return m.scales[place] * (value * fp4_scale(m, panel[i / m.group * kPanel + place % kPanel]));
+    }
     case Format::kInt4: break;
   }
   const uint8_t* group = panel + i / m.group * m.group_bytes();
@@ -308,6 +347,25 @@ void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, 
   pack_all(packer, m, values, first_row);
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_levels, pack_levels);
+
+// Writes rows of FP4 to the weight from first_row on: values uint8 [rows, K / 2], of each row's groups scales uint8 [rows,
+// groups], and of each row row_scales float32 [rows]. Any number of threads may write different rows.
+void pack_fp4(PACKED_PARAMETERS, TensorView values, TensorView group_scales, TensorView row_scales, int64_t first_row) {
+  PackedMatrix m = PACKED_MATRIX;
+  SKYLINE_CHECK(m.format == Format::kFp4 && (group == 16 || group == 32) && k % 2 == 0, "takes FP4 in groups of 16 or 32");
+  const int64_t rows = row_scales.numel(), groups = ceil_div(k, group);
+  SKYLINE_CHECK(is_uint8(values) && values.ndim() == 2 && values.shape()[0] == rows && values.shape()[1] == k / 2 &&
+                    is_uint8(group_scales) && group_scales.numel() == rows * groups && is_float32(row_scales) &&
+                    values.IsContiguous() && group_scales.IsContiguous() && row_scales.IsContiguous() && first_row >= 0 &&
+                    first_row + rows <= n,
+                "values or scales do not match the weight");
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t place = m.place(first_row + r);
+    pack_fp4_row(m, data<uint8_t>(values) + r * (k / 2), data<uint8_t>(group_scales) + r * groups, place);
+    m.scales[place] = data<float>(row_scales)[r];
+  }
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_fp4, pack_fp4);
 
 // out [T, K], ids [T] int64 or int32: the rows of the weight, dequantized. Ids outside the weight raise.
 void packed_embedding(TensorView out, TensorView ids, PACKED_PARAMETERS) {

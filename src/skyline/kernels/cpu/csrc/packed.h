@@ -20,7 +20,7 @@
 
 namespace skyline {
 
-enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4 };
+enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4, kFp4 };
 
 constexpr int64_t kPanel = 32, kTile = 16;
 
@@ -30,10 +30,10 @@ struct PackedMatrix {
   Format format;
   int64_t n, k;
   bool gated;
-  int64_t group;  // int4 only
+  int64_t group;  // int4 and fp4 only
   bool zeros;     // int4 only
   uint8_t* data;
-  float* scales;  // int8 formats: one a row, in panel order
+  float* scales;  // int8 formats and fp4: one a row, in panel order
   int32_t* sums;  // int8: sum of each row's values, in panel order
 
   // K is padded with zeros to a multiple of this.
@@ -48,11 +48,13 @@ struct PackedMatrix {
   int64_t padded_k() const { return ceil_div(k, k_step()) * k_step(); }
   int64_t panels() const { return gated ? ceil_div(n / 2, kTile) : ceil_div(n, kPanel); }
   int64_t group_bytes() const { return (zeros ? 128 : 64) + group / 32 * 512; }
+  int64_t fp4_scale_bytes() const { return ceil_div(padded_k() / group * kPanel, 64) * 64; }
   int64_t panel_bytes() const {
     switch (format) {
       case Format::kFloat32: return k * kPanel * 4;
       case Format::kBfloat16: return padded_k() * kPanel * 2;
       case Format::kInt4: return padded_k() / group * group_bytes();
+      case Format::kFp4: return fp4_scale_bytes() + padded_k() * kPanel / 2;
       default: return padded_k() * kPanel;
     }
   }

@@ -53,8 +53,8 @@ void accumulate_float(const float* x, int64_t stride, int64_t rows, const float*
 
 // c [rows][32] for rows of A along the whole of K.
 void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                const Tactic& tactic, Scratch& s) {
-  if (m.format != Format::kFloat32) return accumulate_packed(m, a, begin, rows, panel, tactic, s);
+                const uint8_t* next, const Tactic& tactic, Scratch& s) {
+  if (m.format != Format::kFloat32) return accumulate_packed(m, a, begin, rows, panel, next, tactic, s);
   const float* x = static_cast<const float*>(a.data) + begin * a.stride;
   accumulate_float(x, a.stride, rows, reinterpret_cast<const float*>(panel), m.k, tactic.piece, s.c);
 }
@@ -76,9 +76,17 @@ Vec finished(const Product<T>& p, const Scratch& s, int64_t row, int64_t r, int6
     value = value * (Vec::all(p.a.scales[row]) * Vec::load(m.scales + place));
   } else {
     value = Vec::load(s.c + r * kPanel + column);
-    if (m.format == Format::kInt8WeightOnly) value = value * Vec::load(m.scales + place);
+    if (m.format == Format::kInt8WeightOnly || m.format == Format::kFp4) value = value * Vec::load(m.scales + place);
   }
   return p.bias ? value + Vec::load(p.bias + feature, count) : value;
+}
+
+Vec gated(const Gating& gating, Vec gate, Vec up) {
+  if (gating.alpha == 0) return silu(gate) * up;
+  const Vec limit = Vec::all(gating.limit), one = Vec::all(1);
+  gate = min(limit, gate);  // of a NaN, max and min return the second operand
+  up = max(Vec::zero() - limit, min(limit, up));
+  return silu(gate * Vec::all(gating.alpha)) * Vec::all(1 / gating.alpha) * (up + one);
 }
 
 template <class T>
@@ -92,7 +100,7 @@ void finish(const Product<T>& p, int64_t begin, int64_t rows, int64_t panel, con
         const int count = static_cast<int>(std::min<int64_t>(Vec::width, columns - i));
         Vec gate = finished(p, s, begin + r, r, i, first + i, feature + i, count);
         Vec up = finished(p, s, begin + r, r, kTile + i, first + kTile + i, half + feature + i, count);
-        (silu(gate) * up).store(p.out + (begin + r) * p.out_stride + feature + i, count);
+        gated(p.gating, gate, up).store(p.out + (begin + r) * p.out_stride + feature + i, count);
       }
     return;
   }
@@ -112,13 +120,14 @@ int64_t max_rows(const PackedMatrix& m, const Tactic& tactic) {
 }
 
 template <class T>
-void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel) {
+void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel, int64_t next) {
   Scratch& s = scratch();
-  accumulate(product.weight, product.a, begin, end - begin, product.weight.panel(panel), product.tactic, s);
+  const PackedMatrix& m = product.weight;
+  accumulate(m, product.a, begin, end - begin, m.panel(panel), next < 0 ? nullptr : m.panel(next), product.tactic, s);
   finish(product, begin, end - begin, panel, s);
 }
 
-template void compute_panel<float>(const Product<float>&, int64_t, int64_t, int64_t);
-template void compute_panel<bf16>(const Product<bf16>&, int64_t, int64_t, int64_t);
+template void compute_panel<float>(const Product<float>&, int64_t, int64_t, int64_t, int64_t);
+template void compute_panel<bf16>(const Product<bf16>&, int64_t, int64_t, int64_t, int64_t);
 
 }  // namespace skyline

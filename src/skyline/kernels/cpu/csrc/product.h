@@ -22,6 +22,12 @@ struct Tactic {
   int64_t level_rows = 4;   // up to so many rows, int4 is multiplied as it is read; more are worth widening it for, in tiles
 };
 
+// What a gated weight's products become: silu(gate) * up, or with alpha, where gate is at most `limit` and up within it,
+// gate * sigmoid(alpha * gate) * (up + 1).
+struct Gating {
+  float alpha = 0, limit = 0;
+};
+
 // y = activations x weight (+ bias), written to rows of type T (float or bf16).
 template <class T>
 struct Product {
@@ -31,6 +37,7 @@ struct Product {
   T* out;
   int64_t out_stride;
   Tactic tactic = {};
+  Gating gating = {};
 };
 
 // Bytes of scratch that `prepare` needs for so many rows; 0 if x can be used as it is.
@@ -41,9 +48,10 @@ int64_t prepared_bytes(const PackedMatrix& weight, int64_t rows, int64_t stride)
 template <class T>
 Activations prepare(const PackedMatrix& weight, const T* x, int64_t stride, int64_t rows, uint8_t* scratch);
 
-// Rows [begin, end) of one panel's columns. At most max_rows(weight, tactic) rows at once.
+// Rows [begin, end) of one panel's columns. At most max_rows(weight, tactic) rows at once. next: the panel that this thread will
+// probably go through after it, which is asked for meanwhile, or -1.
 template <class T>
-void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel);
+void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel, int64_t next);
 
 int64_t max_rows(const PackedMatrix& weight, const Tactic& tactic = {});
 

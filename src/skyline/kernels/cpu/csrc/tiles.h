@@ -19,13 +19,23 @@ namespace skyline {
 // of one is right, and asking for memory that is not there does nothing.
 constexpr int64_t kAhead = 8192;
 
+// E2M1 (OCP Microscaling Formats 1.0, section 5.3.3) as bfloat16.
+constexpr uint16_t kE2m1Bits[16] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                    0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+
 constexpr int kFloatRows = Vec::width == 16 ? 12 : 6;  // of A at once, by two vectors of columns
 
-// Memory that is asked for while something else is being computed: a line with each few instructions.
+// Memory that is asked for while something else is being computed, a line with each few instructions: first [next, end), then
+// [then, last).
 struct Ahead {
-  const uint8_t *next, *end;
+  const uint8_t *next = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
   void ask() {
-    if (next >= end) return;
+    if (next >= end) {
+      if (then >= last) return;
+      next = then;
+      end = last;
+      then = last;
+    }
     prefetch_l2(next);
     next += 64;
   }
@@ -34,6 +44,14 @@ struct Ahead {
     return {next + size * i / parts, next + size * (i + 1) / parts};
   }
 };
+
+// What to ask for while rows of A, in so many blocks, go by the `bytes` at b, after which come those at `next`, if any.
+inline Ahead ahead_of(const uint8_t* b, int64_t bytes, const uint8_t* next, int64_t rows, int64_t blocks) {
+  const int64_t more = next ? bytes : 0;
+  if (blocks > 1) return {next, next + more};
+  if (rows == 1) return {};  // alone, the hardware does better by itself
+  return {b + std::min(kAhead, bytes), b + bytes, next, next + std::min(kAhead, more)};
+}
 
 template <int lines>
 inline void prefetch(const uint8_t* from) {

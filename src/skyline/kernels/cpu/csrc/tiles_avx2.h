@@ -131,6 +131,53 @@ inline void widen(const uint8_t* b, int64_t steps, uint8_t* to) {
       });
 }
 
+// Widens `blocks` blocks of 32 k of an FP4 panel to the bfloat16 layout, times their groups' scales: exact in it.
+template <int64_t group>
+inline void widen_fp4(const uint8_t* scales, const uint8_t* from, int64_t blocks, uint8_t* to) {
+  alignas(32) uint8_t low_bytes[32], high_bytes[32];
+  for (int i = 0; i < 32; i++) {
+    low_bytes[i] = static_cast<uint8_t>(kE2m1Bits[i % 16]);
+    high_bytes[i] = static_cast<uint8_t>(kE2m1Bits[i % 16] >> 8);
+  }
+  const __m256i lows = load_whole(low_bytes), highs = load_whole(high_bytes), nibble = _mm256_set1_epi16(15);
+  const __m256i size_bits = _mm256_set1_epi16(0x7FFF), high_half = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+  for (int64_t block = 0; block < blocks; block++, scales += 32 * 32 / group, from += 512, to += 2048)
+    for (int part = 0; part < 4; part++) {  // eight rows
+      __m256i exponents;  // E8M0
+      __m256 factors[2];  // E4M3, made by moving its bits; 2^120 makes up for the difference in what exponents count from
+      for (int g = 0; g < 32 / group; g++) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 32 * g + 8 * part)));
+        if constexpr (group == 32) {
+          const __m256i shifted = _mm256_slli_epi32(_mm256_sub_epi32(wide, _mm256_set1_epi32(127)), 7);
+          exponents = _mm256_blend_epi16(shifted, _mm256_slli_epi32(shifted, 16), 0xAA);
+        } else {
+          const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(0x80)), 24);
+          const __m256i size = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(0x7F)), 20);
+          factors[g] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, size)), _mm256_set1_ps(0x1p120f));
+        }
+      }
+      const int64_t tile = part / 2, half = part % 2 * 32;
+      for (int q = 0; q < 4; q++) {
+        const uint8_t* at = from + 256 * tile + 64 * q + half;
+        if (half == 0) prefetch_l2(at + kAhead);
+        const __m256i words = load_whole(at);
+        repeat<4>(SKYLINE_EACH(n) {
+          const __m256i code = _mm256_and_si256(_mm256_srli_epi16(words, 4 * n), nibble);  // its upper byte's number is 0
+          __m256i pair = _mm256_or_si256(_mm256_shuffle_epi8(lows, code), _mm256_slli_epi16(_mm256_shuffle_epi8(highs, code), 8));
+          if constexpr (group == 32) {
+            const __m256i none = _mm256_cmpeq_epi16(_mm256_and_si256(pair, size_bits), _mm256_setzero_si256());
+            pair = _mm256_add_epi16(pair, _mm256_andnot_si256(none, exponents));
+          } else {
+            const __m256 first = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)), factors[q / 2]);
+            const __m256 second = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(pair, high_half)), factors[q / 2]);
+            pair = _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(first), 16), _mm256_castps_si256(second));
+          }
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 1024 * tile + 64 * (4 * q + n) + half), pair);
+        });
+      }
+    }
+}
+
 constexpr int64_t kWideRows = 3;  // by four vectors: fewer elements of A to spread than with six rows and two vectors
 
 // c [rows][32] (+)= rows <= kWideRows of A times widened columns.

@@ -168,8 +168,7 @@ void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_
   constexpr int64_t a_part = Step::k / 16;
   for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
     for (int p = 0; p < 16; p++) {
-      ahead.ask();
-      ahead.ask();
+      if constexpr (R > 1) ahead.ask(), ahead.ask();
       const __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
       repeat<R>(SKYLINE_EACH(r) {
         const __m512i x = Step::spread(a + r * lda + p * a_part);
@@ -182,15 +181,120 @@ void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_
 
 #endif
 
-// Widens `blocks` blocks of 32 k of an int8 weight-only panel to the bfloat16 layout. Integers up to 256 are exact in it.
-inline void widen_int8(const uint8_t* from, int64_t blocks, uint8_t* to) {
-  for (int64_t i = 0; i < blocks * 32; i++, from += 32, to += 64) {
-    if (i % 2 == 0) prefetch<1>(from);
-    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16))));
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+// What an int8 weight-only panel is as bfloat16: `pair<t, n>(q)` are the columns of tile t at the (4 q + n)-th pair of k of the
+// block that `begin` was called for. Integers up to 256 are exact in it.
+class Int8Columns {
+ public:
+  explicit Int8Columns(const uint8_t* panel) : from_(panel - 1024) {}
+  void begin() {
+    from_ += 1024;
+    prefetch<16>(from_);
+  }
+  template <int t, int n>
+  __m512i pair(int64_t q) const {
+    const __m128i* at = reinterpret_cast<const __m128i*>(from_ + 512 * t + 32 * (4 * q + n));
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at + 1)));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+
+ private:
+  const uint8_t* from_;
+};
+
+// The same of an FP4 panel, times its groups' scales: exact too.
+template <int64_t group>
+class Fp4Columns {
+ public:
+  Fp4Columns(const uint8_t* scales, const uint8_t* values) : scales_(scales), from_(values - 512) {}
+  void begin() {
+    from_ += 512;
+    prefetch<8>(from_);
+    repeat<2>(SKYLINE_EACH(t) {
+      repeat<32 / group>(SKYLINE_EACH(g) {
+        const __m128i* bytes = reinterpret_cast<const __m128i*>(scales_ + 32 * g + 16 * t);
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes));
+        if constexpr (group == 32) {  // E8M0
+          const __m512i shifted = _mm512_slli_epi32(_mm512_sub_epi32(wide, _mm512_set1_epi32(127)), 7);
+          factors_[t][g] = _mm512_ternarylogic_epi32(high_half(), _mm512_slli_epi32(shifted, 16), shifted, 0xCA);
+        } else {  // E4M3, whose bits are moved; 2^120 makes up for the difference in what exponents count from
+          const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x80)), 24);
+          const __m512i size = _mm512_slli_epi32(_mm512_and_si512(wide, _mm512_set1_epi32(0x7F)), 20);
+          const __m512 factor = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, size)), _mm512_set1_ps(0x1p120f));
+          factors_[t][g] = _mm512_castps_si512(factor);
+        }
+      });
+    });
+    scales_ += 32 * 32 / group;
+  }
+  template <int t, int n>
+  __m512i pair(int64_t q) const {
+    const __m512i words = _mm512_loadu_si512(from_ + 256 * t + 64 * q);
+    // Only the lowest five bits of a word count, and the table is there twice.
+    const __m512i numbers = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * n), table_);
+    if constexpr (group == 32) {
+      const __mmask32 there = _mm512_test_epi16_mask(numbers, _mm512_set1_epi16(0x7FFF));
+      return _mm512_mask_add_epi16(numbers, there, numbers, factors_[t][0]);
+    } else {
+      const __m512 factor = _mm512_castsi512_ps(factors_[t][q / 2]);
+      const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(numbers, 16)), factor);
+      const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(numbers, high_half())), factor);
+      return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+    }
+  }
+
+ private:
+  static __m512i high_half() { return _mm512_set1_epi32(static_cast<int>(0xFFFF0000)); }
+  static __m512i twice(const uint16_t (&numbers)[16]) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+  }
+  const uint8_t *scales_, *from_;
+  const __m512i table_ = twice(kE2m1Bits);
+  __m512i factors_[2][32 / group];
+};
+
+// Writes `blocks` blocks of 32 k in the bfloat16 layout.
+template <class Columns>
+inline void widen(Columns columns, int64_t blocks, uint8_t* to) {
+  for (int64_t i = 0; i < blocks; i++, to += 2048) {
+    columns.begin();
+    repeat<4>(SKYLINE_EACH(q) {
+      repeat<4>(SKYLINE_EACH(n) {
+        _mm512_storeu_si512(to + 64 * (4 * q + n), columns.template pair<0, n>(q));
+        _mm512_storeu_si512(to + 64 * (4 * q + n) + 1024, columns.template pair<1, n>(q));
+      });
+    });
   }
 }
+
+constexpr int64_t kPassingRows = 8;  // up to so many are multiplied by columns as they are made
+
+#if !defined(__AMX_TILE__)
+
+// c [rows][32] = rows <= kPassingRows of A times all `blocks` blocks, in the order of `multiply`.
+template <class Columns, int R = static_cast<int>(kPassingRows)>
+void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns columns, int64_t blocks, float* c) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_in_passing<Columns, R - 1>(a, lda, rows, columns, blocks, c);
+  }
+  __m512 acc[R][2];
+  repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+  for (int64_t i = 0; i < blocks; i++) {
+    columns.begin();
+    for (int q = 0; q < 4; q++, a += 8)
+      repeat<4>(SKYLINE_EACH(n) {
+        const __m512i left = columns.template pair<0, n>(q), right = columns.template pair<1, n>(q);
+        repeat<R>(SKYLINE_EACH(r) {
+          const __m512i x = spread_four(a + r * lda + 2 * n);
+          acc[r][0] = Bf16Step::dot(acc[r][0], x, left);
+          acc[r][1] = Bf16Step::dot(acc[r][1], x, right);
+        });
+      });
+  }
+  repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { _mm512_storeu_ps(c + r * kPanel + 16 * t, acc[r][t]); }); });
+}
+
+#endif
 
 constexpr int64_t kLevelRows = 8;  // of A at once: 16 accumulators, 4 vectors of levels, 2 of a row, 1 mask, of 32 registers
 
@@ -198,18 +302,17 @@ constexpr int64_t kLevelRows = 8;  // of A at once: 16 accumulators, 4 vectors o
 // columns each. Unlike signed ones, levels go into the instructions as they are; -8 * a_sums, of the group, undoes the shift.
 template <int R>
 inline __attribute__((always_inline)) void multiply_levels(const int8_t* a, int64_t lda, const int32_t* a_sums, const uint8_t* b,
-                                                           int64_t blocks, __m512i (&sums)[R][2]) {
+                                                           int64_t blocks, __m512i (&sums)[R][2], Ahead& ahead) {
   constexpr bool two = R <= 4;  // chains of additions to a sum: with few rows, one would wait for itself
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i more[R][2];
   repeat<R>(SKYLINE_EACH(r) {
-    sums[r][0] = sums[r][1] = _mm512_set1_epi32(-8 * a_sums[r]);
+    sums[r][0] = sums[r][1] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_set1_epi32(a_sums[r]), 3));
     more[r][0] = more[r][1] = _mm512_setzero_si512();
   });
   for (int64_t block = 0; block < blocks; block++, a += 16, b += 256)
     for (int part = 0; part < 4; part++, a += 4, b += 64) {  // not unrolled: addresses would take more registers than there are
-      prefetch_l2(b + kAhead);
-      prefetch_l2(b + kAhead + 256);
+      if constexpr (R > 1) ahead.ask(), ahead.ask();
       const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 256);
       const __m512i low[2] = {_mm512_and_si512(left, nibble), _mm512_and_si512(right, nibble)};
       const __m512i high[2] = {_mm512_and_si512(_mm512_srli_epi16(left, 4), nibble),

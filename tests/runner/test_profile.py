@@ -10,6 +10,9 @@ from skyline.engine.config import EngineConfig
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.machine import Machine, Peak, load_or_measure, measure
 from skyline.runner.profile import profile
+from tests.models import quantized
+from tests.models.families import FAMILIES
+from tests.models.harness import save_tiny
 
 PEAK = Peak("made up", 1e12, 5e11, 9e11, None)
 MACHINE = Machine("made up", "avx2", 1, "none", 1e10, 5e9, dict.fromkeys(("float32", "bfloat16", "int8", "int4"), PEAK))
@@ -33,6 +36,19 @@ def test_times_add_up(tiny_checkpoint: Path, options: dict[str, str]) -> None:
     linear = [op for op in facts["steps"]["decode"]["ops"] if op["op"].startswith("linear")]
     assert sum(op["calls"] for op in linear) == 2 * 4 + 1
     assert all(op["shape"].startswith("3x") for op in linear)
+
+
+@pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+def test_experts_in_four_bits(tmp_path: Path) -> None:
+    settings = {**FAMILIES["GptOss"], "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
+    theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
+    quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
+    config = EngineConfig(model=str(tmp_path / "small"), dtype="bfloat16", threads=1)
+    step = profile(config, MACHINE, context=20, prefill=20, steps=1)["steps"]["decode"]
+    (experts,) = [op for op in step["ops"] if op["op"] == "moe_experts_clamped_fp4"]
+    # Of each layer's two chosen experts 17 bytes for 32 numbers, and four a row; biases; a row of 64 in and out.
+    chosen = 2 * (3 * 64 * 64 * 17 / 32 + 4 * (3 * 64) + 2 * (3 * 64))
+    assert experts["gb_per_s"] * 1e9 * experts["us"] / experts["calls"] * 1e-6 == pytest.approx(chosen + 256, rel=0.01)
 
 
 def test_one_step_adds_up_exactly(tiny_checkpoint: Path) -> None:

@@ -28,11 +28,17 @@ _PARTS = ("kernels", "python", "sampling", "preparation", "idle")
 # Ops that do arithmetic in the format of the activations, and in integers; all others compute in float32.
 _IN_ACTIVATIONS = (
     "linear",
+    "linear_fp4",
     "linear_int8_weight_only",
     "moe_experts",
+    "moe_experts_clamped",
+    "moe_experts_clamped_fp4",
+    "moe_experts_fp4",
     "moe_experts_int8_weight_only",
     "paged_attention",
 )
+# Whose costs are told from plain parameters, not from how kernels keep them.
+_OF_PARAMETERS = ("linear_fp4", "moe_experts", "moe_experts_clamped", "moe_experts_clamped_fp4", "moe_experts_fp4")
 _IN_INTEGERS = {"linear_int8": "int8", "moe_experts_int8": "int8", "linear_int4": "int4", "moe_experts_int4": "int4"}
 
 
@@ -254,7 +260,7 @@ def _cost(program: Program, call: Call, values: tuple[Any, ...]) -> Cost:
     """Of the call with these arguments. A weight that another op's layout holds is described by the plain parameter."""
     parameters = {use.slot: use.parameter for use in program.weights}
     flexible = call.kernel.any_layout
-    if call.op.name == "moe_experts":  # prices tensors only
+    if call.op.name in _OF_PARAMETERS:
         flexible = flexible | set(call.kernel.layouts)
     described = [
         parameters.get(slot, value) if index in flexible else value

@@ -6,6 +6,8 @@
 namespace skyline {
 namespace {
 
+constexpr int64_t kManyRows = 64;
+
 // c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, group after group along the whole of K.
 template <bool zeros, int R = static_cast<int>(kLevelRows)>
 void multiply_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
@@ -155,9 +157,11 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
                        const uint8_t* next, const Tactic& tactic, Scratch& s) {
   if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s);
   const int64_t k = m.padded_k();
+  // The fewer rows go by, the sooner the next piece is needed, and the more of the time is spent waiting for the first.
+  const int64_t most = rows > kManyRows ? tactic.piece : std::min<int64_t>(tactic.piece, 256);
   if (m.format == Format::kInt8) {
     const Quantized* x = static_cast<const Quantized*>(a.data) + begin * a.stride;
-    const int64_t piece = rows <= kRowBlock ? k : 2 * tactic.piece;
+    const int64_t piece = rows <= kRowBlock ? k : 2 * most;
     for (int64_t k0 = 0; k0 < k; k0 += piece) {
       const int64_t size = std::min(piece, k - k0);
       const uint8_t* b = panel + k0 * kPanel;
@@ -178,7 +182,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     };
     return m.group == 32 ? of_group(std::integral_constant<int64_t, 32>()) : of_group(std::integral_constant<int64_t, 16>());
   }
-  const int64_t piece = rows <= kRowBlock ? k : tactic.piece;
+  const int64_t piece = rows <= kRowBlock ? k : most;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t size = std::min(piece, k - k0);
     const uint8_t* b = panel + k0 * kPanel * 2;

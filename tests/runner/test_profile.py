@@ -13,6 +13,7 @@ from skyline.runner.profile import profile
 from tests.models import quantized
 from tests.models.families import FAMILIES
 from tests.models.harness import save_tiny
+from tests.tiny import make_tokenizer
 
 PEAK = Peak("made up", 1e12, 5e11, 9e11, None)
 MACHINE = Machine("made up", "avx2", 1, "none", 1e10, 5e9, dict.fromkeys(("float32", "bfloat16", "int8", "int4"), PEAK))
@@ -40,8 +41,9 @@ def test_times_add_up(tiny_checkpoint: Path, options: dict[str, str]) -> None:
 
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
 def test_experts_in_four_bits(tmp_path: Path) -> None:
-    settings = {**FAMILIES["GptOss"], "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
+    settings = {**FAMILIES["GptOss"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "eos_token_id": 2}
     theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
+    make_tokenizer(tmp_path / "plain")
     quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
     config = EngineConfig(model=str(tmp_path / "small"), dtype="bfloat16", threads=1)
     step = profile(config, MACHINE, context=20, prefill=20, steps=1)["steps"]["decode"]

@@ -13,7 +13,7 @@ class DotAttention {
  public:
   using View = attention::View<bf16, KV>;
   // Few rows read so many bytes of a token at a time: the hardware fetches ahead well only where memory is read in order.
-  static constexpr int kMaxRows = 64, kHeadRows = 16, kHeadBytes = 2048;
+  static constexpr int kMaxRows = 128, kHeadRows = 16, kHeadBytes = 2048;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 32); }
 
@@ -165,11 +165,6 @@ class DotAttention {
   }
 
   static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-  static __m512i spread_pair(const bf16* from) {
-    int32_t pair;
-    std::memcpy(&pair, from, 4);
-    return _mm512_set1_epi32(pair);
-  }
 
   // Products of R queries and the chunk's keys, each one chain of additions in the order of the dimensions.
   template <int R>
@@ -180,7 +175,7 @@ class DotAttention {
     for (int64_t d = 0; d < width_; d += 2) {
       const __m512i a = _mm512_load_si512(left + 16 * d), b = _mm512_load_si512(right + 16 * d);
       repeat<R>(SKYLINE_EACH(r) {
-        const __m512i x = spread_pair(q + r * width_ + d);
+        const __m512i x = spread_four(q + r * width_ + d);
         acc[r][0] = dot(acc[r][0], x, a);
         acc[r][1] = dot(acc[r][1], x, b);
       });
@@ -208,7 +203,7 @@ class DotAttention {
         repeat<16>(SKYLINE_EACH(i) { pairs[i] = load_pairs(keys[i] + d, dim_ - d); });
         transpose_pairs(pairs);
         repeat<16>(SKYLINE_EACH(i) {
-          repeat<R>(SKYLINE_EACH(r) { acc[r] = dot(acc[r], spread_pair(q + r * width_ + d + 2 * i), pairs[i]); });
+          repeat<R>(SKYLINE_EACH(r) { acc[r] = dot(acc[r], spread_four(q + r * width_ + d + 2 * i), pairs[i]); });
         });
       }
       repeat<R>(SKYLINE_EACH(r) { _mm512_store_ps(scores(head, r) + chunk * kChunk + half, acc[r]); });
@@ -241,7 +236,7 @@ class DotAttention {
       for (int key = 0; key < kChunk; key += 2) {
         const __m512i a = _mm512_load_si512(values + 16 * key), b = _mm512_load_si512(values + 16 * key + 512);
         repeat<R>(SKYLINE_EACH(r) {
-          const __m512i x = spread_pair(weights + r * 2 * kStride + key);
+          const __m512i x = spread_four(weights + r * 2 * kStride + key);
           acc[r][0] = dot(acc[r][0], x, a);
           acc[r][1] = dot(acc[r][1], x, b);
         });
@@ -272,7 +267,7 @@ class DotAttention {
       if (from == 0) ask(view_.call.v, next_chunk, (head * kChunk + key) / 2, heads_ * kChunk / 2);
       const KV *even = row_of(view_.call.v, slot[key], head) + from, *odd = row_of(view_.call.v, slot[key + 1], head) + from;
       __m512i x[R];
-      repeat<R>(SKYLINE_EACH(r) { x[r] = spread_pair(weights + r * 2 * kStride + key); });
+      repeat<R>(SKYLINE_EACH(r) { x[r] = spread_four(weights + r * 2 * kStride + key); });
       repeat<D>(SKYLINE_EACH(block) {
         const int64_t left = dim_ - from - 32 * block;
         const __m512i a = load_pairs(even + 32 * block, left), b = load_pairs(odd + 32 * block, left);

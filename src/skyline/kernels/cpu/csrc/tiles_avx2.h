@@ -16,12 +16,6 @@ constexpr int64_t kRowBlock = 6;  // by two vectors: 12 accumulators of 16 regis
 
 inline __m256i load_whole(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-inline __m256i spread_four(const void* p) {
-  int32_t bits;
-  std::memcpy(&bits, p, 4);
-  return _mm256_set1_epi32(bits);
-}
-
 // What a panel is made of: blocks of k, in which two tiles follow each other. A vector is eight columns at two (or four)
 // consecutive k, whose first and second halves are multiplied by what `spread` makes of a row of A.
 struct Bf16Pairs {

@@ -8,13 +8,6 @@
 
 namespace skyline {
 
-// Four bytes of a row of A in all places of a vector: one instruction, which only loads.
-inline __m512i spread_four(const void* p) {
-  int32_t bits;
-  std::memcpy(&bits, p, 4);
-  return _mm512_set1_epi32(bits);
-}
-
 #if defined(__AMX_TILE__)
 
 constexpr int64_t kRowBlock = 32;

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from skyline.checkpoint.config import load_config
@@ -24,6 +27,7 @@ from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program, cpu_keeps_fp4
 from skyline.runner.weight_store import WeightStore
+from tests.checkpoint.gguf.test_gguf_weights import made
 from tests.models import quantized
 from tests.models.families import FAMILIES
 from tests.models.harness import CPU, PagedRunner, save_tiny
@@ -208,6 +212,28 @@ def test_experts_of_gpt_oss_on_a_cpu(tmp_path: Path) -> None:
     exact = theirs(input_ids=torch.tensor([TOKENS])).logits[0].detach()
     replayed = PagedRunner(model, run=program).step(("a", TOKENS))[0]
     assert (replayed.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("load", [_on_a_cpu, _on_h200], ids=["cpu", "h200"])
+def test_experts_of_gpt_oss_from_gguf(load: Callable[..., Any], tmp_path: Path) -> None:
+    """Where gate and up are two tensors, whose rows take turns in a checkpoint of transformers."""
+    if load is _on_a_cpu and native.available() == "none":
+        pytest.skip("no compiled kernels here")
+    weights, _ = made(tmp_path, "gpt-oss", lambda name: Type.MXFP4 if "_exps.weight" in name else Type.F32)
+    shutil.copy(tmp_path / "original" / "config.json", weights.folder)
+    program, _, report = load(weights.folder)
+    assert report == [{"format": "GGUF MXFP4", "becomes": "mxfp4, as stored", "weights": 4}]
+    experts = [call for call in program.calls if call.op.name == "moe_experts_clamped_fp4"]
+    assert len(experts) == 2
+    for index, call in enumerate(experts):
+        for place, name in ((1, "gate_up_proj"), (3, "down_proj")):
+            wanted = weights.stored[f"model.layers.{index}.mlp.experts.{name}"].read(0, 3).transpose(1, 2)
+            if name == "gate_up_proj":
+                wanted = torch.cat((wanted[:, 0::2], wanted[:, 1::2]), 1)
+            found = program.constant(call.arguments[place])
+            whole = found.dequantize() if isinstance(found, Fp4Weight) else None
+            for expert in range(3):
+                assert torch.equal(found.expert(expert).dense() if whole is None else whole[expert], wanted[expert])
 
 
 def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:

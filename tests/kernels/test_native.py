@@ -157,7 +157,7 @@ def test_a_stopped_pool_gives_its_cores_back() -> None:
     """Its first thread is the caller's, which was pinned to one of them."""
     before = os.sched_getaffinity(0)
     for _ in range(2):
-        native.start_threads()
+        native.start_threads(len(native.physical_cpus()))
         native.stop_threads()
         assert os.sched_getaffinity(0) == before
 

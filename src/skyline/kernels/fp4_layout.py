@@ -34,11 +34,8 @@ class Fp4Layout:
         return Fp4Weight(values, of_dtype, torch.empty((*lead, n), device=device), self.group)
 
     def write(self, target: Fp4Weight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
-        """Raises ValueError if a value is NaN or infinite, if K is odd, if NVFP4 is to be made, or for huge scales."""
-        if not isinstance(rows, Fp4Weight):
-            rows = self._made(rows if isinstance(rows, Tensor) else rows.dequantize(), target.values.device)
-        if self.group == MXFP4_GROUP and rows.scales.numel() and int(rows.scales.max()) > _LARGEST:
-            raise ValueError("a scale is above 2^113, more than kernels take; ask for --quantization none")
+        """Raises what `rows_of` does."""
+        rows = self.rows_of(rows, target.values.device)
         place = slice(first_row, first_row + rows.shape[0])
         for whole, part in (
             (target.values, rows.values),
@@ -46,6 +43,17 @@ class Fp4Layout:
         ):
             whole.view(-1, whole.shape[-1])[place] = part.to(whole.device)
         target.row_scales.view(-1)[place] = rows.row_scales.to(target.row_scales.device)
+
+    def rows_of(self, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight, device: torch.device = CPU) -> Fp4Weight:
+        """These rows, made on that device if they are not FP4 yet.
+
+        Raises ValueError if a value is NaN or infinite, if K is odd, if NVFP4 is to be made, or for huge scales.
+        """
+        if not isinstance(rows, Fp4Weight):
+            rows = self._made(rows if isinstance(rows, Tensor) else rows.dequantize(), device)
+        if self.group == MXFP4_GROUP and rows.scales.numel() and int(rows.scales.max()) > _LARGEST:
+            raise ValueError("a scale is above 2^113, more than kernels take; ask for --quantization none")
+        return rows
 
     def _made(self, rows: Tensor, device: torch.device) -> Fp4Weight:
         count, k = rows.shape

@@ -124,7 +124,7 @@ class PackedLayout:
 
     def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight | Fp4Weight) -> None:
         if self.format is Format.FP4:
-            rows = self._checked(rows)
+            rows = FP4[self.group].rows_of(rows)
         n, count, done = target.shape[-2], rows.shape[0], 0
         while done < count:
             expert, row = divmod(first_row + done, n)
@@ -135,17 +135,10 @@ class PackedLayout:
                 library().pack_levels(*place, part.values, part.scales, part.zeros, row)
             elif isinstance(rows, Fp4Weight):
                 parts = (rows.values, rows.scales.view(torch.uint8), rows.row_scales)
-                library().pack_fp4(*place, *(part[done:stop] for part in parts), row)
+                library().pack_fp4(*place, *(part[done:stop].contiguous() for part in parts), row)
             elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
-
-    def _checked(self, rows: Tensor | QuantizedWeight | Fp4Weight) -> Fp4Weight:
-        """As skyline.kernels.fp4_layout makes and checks them."""
-        layout = FP4[self.group]
-        checked = layout.allocate(tuple(rows.shape), torch.bfloat16)
-        layout.write(checked, 0, rows)
-        return checked
 
 
 def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:

@@ -8,6 +8,14 @@ namespace {
 
 constexpr int64_t kManyRows = 64;
 
+// What to ask for while rows of A, in so many blocks, go by the `bytes` at b, after which come those at `next`, if any.
+Ahead ahead_of(const uint8_t* b, int64_t bytes, const uint8_t* next, int64_t rows, int64_t blocks) {
+  const int64_t more = next ? bytes : 0;
+  if (blocks > 1) return {next, next + more};
+  if (rows < kAskingRows) return {};
+  return {b + std::min(kAhead, bytes), b + bytes, next, next + std::min(kAhead, more)};
+}
+
 // c [rows][32] += up to R rows of A, from `row` on and at x, times an int4 panel, group after group along the whole of K.
 template <bool zeros, int R = static_cast<int>(kLevelRows)>
 void multiply_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows,
@@ -157,8 +165,12 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
                        const uint8_t* next, const Tactic& tactic, Scratch& s) {
   if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s);
   const int64_t k = m.padded_k();
+#if defined(__AMX_TILE__)
+  const int64_t most = tactic.piece;
+#else
   // The fewer rows go by, the sooner the next piece is needed, and the more of the time is spent waiting for the first.
   const int64_t most = rows > kManyRows ? tactic.piece : std::min<int64_t>(tactic.piece, 256);
+#endif
   if (m.format == Format::kInt8) {
     const Quantized* x = static_cast<const Quantized*>(a.data) + begin * a.stride;
     const int64_t piece = rows <= kRowBlock ? k : 2 * most;

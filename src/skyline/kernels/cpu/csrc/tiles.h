@@ -45,14 +45,6 @@ struct Ahead {
   }
 };
 
-// What to ask for while rows of A, in so many blocks, go by the `bytes` at b, after which come those at `next`, if any.
-inline Ahead ahead_of(const uint8_t* b, int64_t bytes, const uint8_t* next, int64_t rows, int64_t blocks) {
-  const int64_t more = next ? bytes : 0;
-  if (blocks > 1) return {next, next + more};
-  if (rows == 1) return {};  // alone, the hardware does better by itself
-  return {b + std::min(kAhead, bytes), b + bytes, next, next + std::min(kAhead, more)};
-}
-
 template <int lines>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32

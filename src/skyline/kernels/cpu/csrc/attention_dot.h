@@ -166,47 +166,56 @@ class DotAttention {
 
   static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-  // Products of R queries and the chunk's keys, each one chain of additions in the order of the dimensions.
+  // Products of R queries and the chunk's keys. Of the pairs of dimensions, those in even places are one chain of additions and
+  // those in odd places another: a single one would leave few rows waiting for each addition.
   template <int R>
   void products(int head, int row, int chunk) {
-    const bf16 *q = q_ + (head * view_.rows + row) * width_, *left = packed_, *right = left + 16 * width_;
-    __m512 acc[R][2];
-    repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
-    for (int64_t d = 0; d < width_; d += 2) {
-      const __m512i a = _mm512_load_si512(left + 16 * d), b = _mm512_load_si512(right + 16 * d);
+    float* to = scores(head, row) + chunk * kChunk;
+    for (int part = 0; part < 2; part++) {
+      const bf16 *q = q_ + (head * view_.rows + row) * width_ + 2 * part, *left = packed_ + 32 * part, *right = left + 16 * width_;
+      __m512 acc[R][2];
+      repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+      for (int64_t d = 0; d < width_; d += 4) {
+        const __m512i a = _mm512_load_si512(left + 16 * d), b = _mm512_load_si512(right + 16 * d);
+        repeat<R>(SKYLINE_EACH(r) {
+          const __m512i x = spread_four(q + r * width_ + d);
+          acc[r][0] = dot(acc[r][0], x, a);
+          acc[r][1] = dot(acc[r][1], x, b);
+        });
+      }
       repeat<R>(SKYLINE_EACH(r) {
-        const __m512i x = spread_four(q + r * width_ + d);
-        acc[r][0] = dot(acc[r][0], x, a);
-        acc[r][1] = dot(acc[r][1], x, b);
+        repeat<2>(SKYLINE_EACH(t) {
+          float* at = to + r * kStride + 16 * t;
+          _mm512_store_ps(at, part == 0 ? acc[r][t] : _mm512_add_ps(_mm512_load_ps(at), acc[r][t]));
+        });
       });
     }
-    float* to = scores(head, row) + chunk * kChunk;
-    repeat<R>(SKYLINE_EACH(r) {
-      _mm512_store_ps(to + r * kStride, acc[r][0]);
-      _mm512_store_ps(to + r * kStride + 16, acc[r][1]);
-    });
   }
 
   // The same, bit for bit, of all R rows, from keys that are not packed.
   template <int R>
   void products_in_passing(int head, int chunk, const KV* next, int next_chunk) {
     const bf16* q = q_ + head * R * width_;
-    const int64_t steps = width_ / 16;
+    const int64_t steps = (width_ + Pairs<KV>::kDims - 1) / Pairs<KV>::kDims;  // of each half
+    const Pairs<KV> pairs{};
     for (int half = 0; half < kChunk; half += 16) {
       const KV* keys[16];
       for (int i = 0; i < 16; i++) keys[i] = row_of(view_.call.k, slots_[chunk * kChunk + half + i], head);
-      __m512 acc[R];
-      repeat<R>(SKYLINE_EACH(r) { acc[r] = _mm512_setzero_ps(); });
-      for (int64_t d = 0; d < width_; d += 32) {
-        ask(next, next_chunk, head * steps + (half * width_ / 16 + d) / 32, heads_ * steps);
-        __m512i pairs[16];
-        repeat<16>(SKYLINE_EACH(i) { pairs[i] = load_pairs(keys[i] + d, dim_ - d); });
-        transpose_pairs(pairs);
-        repeat<16>(SKYLINE_EACH(i) {
-          repeat<R>(SKYLINE_EACH(r) { acc[r] = dot(acc[r], spread_four(q + r * width_ + d + 2 * i), pairs[i]); });
+      __m512 acc[R][2];
+      repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+      for (int64_t d = 0; d < width_; d += Pairs<KV>::kDims) {
+        ask(next, next_chunk, (2 * head + half / 16) * steps + d / Pairs<KV>::kDims, 2 * heads_ * steps);
+        __m512i rows[16];
+        repeat<16>(SKYLINE_EACH(i) { rows[i] = load_bytes(keys[i] + d, (dim_ - d) * static_cast<int64_t>(sizeof(KV))); });
+        transpose_pairs(rows);
+        pairs.keys(rows, [&](auto i, __m512i pair) __attribute__((always_inline)) {
+          if (sizeof(KV) == 1 && i >= 16 && d + 32 >= width_) return;
+          repeat<R>(SKYLINE_EACH(r) { acc[r][i % 2] = dot(acc[r][i % 2], spread_four(q + r * width_ + d + 2 * i), pair); });
         });
       }
-      repeat<R>(SKYLINE_EACH(r) { _mm512_store_ps(scores(head, r) + chunk * kChunk + half, acc[r]); });
+      repeat<R>(SKYLINE_EACH(r) {
+        _mm512_store_ps(scores(head, r) + chunk * kChunk + half, _mm512_add_ps(acc[r][0], acc[r][1]));
+      });
     }
   }
 
@@ -260,6 +269,7 @@ class DotAttention {
   void mix_dimensions(int head, int chunk, int next_chunk, int64_t from) {
     const bf16* weights = reinterpret_cast<const bf16*>(scores(head, 0)) + chunk * kChunk;
     const int64_t* slot = slots_ + chunk * kChunk;
+    const Pairs<KV> pairs{};
     float* to = mixed_ + head * R * width_ + from;
     __m512 acc[R][2 * D];
     repeat<R>(SKYLINE_EACH(r) { repeat<2 * D>(SKYLINE_EACH(v) { acc[r][v] = _mm512_load_ps(to + r * width_ + 16 * v); }); });
@@ -270,8 +280,8 @@ class DotAttention {
       repeat<R>(SKYLINE_EACH(r) { x[r] = spread_four(weights + r * 2 * kStride + key); });
       repeat<D>(SKYLINE_EACH(block) {
         const int64_t left = dim_ - from - 32 * block;
-        const __m512i a = load_pairs(even + 32 * block, left), b = load_pairs(odd + 32 * block, left);
-        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+        __m512i low, high;
+        pairs.values(even + 32 * block, odd + 32 * block, left, low, high);
         repeat<R>(SKYLINE_EACH(r) {
           acc[r][2 * block] = dot(acc[r][2 * block], x[r], low);
           acc[r][2 * block + 1] = dot(acc[r][2 * block + 1], x[r], high);

@@ -9,6 +9,18 @@
 
 namespace skyline::attention {
 
+// 32 dimensions as bfloat16; those from the n-th on are zero.
+inline __m512i load_pairs(const bf16* from, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+}
+inline __m512i load_pairs(const int8_t* from, int64_t n) {
+  __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                          : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
 template <class KV>
 class StreamAttention {
  public:

@@ -21,13 +21,18 @@ class Peer:
     formats: dict[str, str]  # format -> what exactly that means here
     packages: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    kv_cache_dtype: str = "auto"  # of Skyline only
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("skyline")
 
     @property
     def worker(self) -> Path:
-        return HERE / "workers" / f"{self.key}_worker.py"
+        return HERE / "workers" / f"{'skyline' if self.ours else self.key}_worker.py"
 
     def python(self, work: Path) -> str:
-        if self.key == "skyline":
+        if self.ours:
             return sys.executable
         return str(work / "venvs" / self.key / "bin" / "python")
 
@@ -41,7 +46,7 @@ class Peer:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
-        if self.key == "skyline":  # this checkout, whatever is installed
+        if self.ours:  # this checkout, whatever is installed
             paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
             given["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
             # Built kernels stay where Skyline puts them; anything else it may cache comes here.
@@ -67,19 +72,18 @@ class Peer:
         return work / "cache" / self.key
 
 
+_OUR_FILES = {"bf16": "hf", "int8": "hf", "int4": "hf"}
+_OUR_FORMATS = {
+    "bf16": "bfloat16",
+    "int8": "quantization='int8': int8 weights, activations quantized to int8 while running",
+    "int4": "quantization='int4', its default group (64); activations quantized to int8 in the same groups",
+}
+
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer(
-            "skyline",
-            "skyline",
-            {"bf16": "hf", "int8": "hf", "int4": "hf"},
-            {
-                "bf16": "bfloat16",
-                "int8": "quantization='int8': int8 weights, activations quantized to int8 while running",
-                "int4": "quantization='int4', its default group (64); activations quantized to int8 in the same groups",
-            },
-        ),
+        Peer("skyline", "skyline", _OUR_FILES, _OUR_FORMATS),
+        Peer("skyline-kv8", "skyline_kv8", _OUR_FILES, _OUR_FORMATS, kv_cache_dtype="int8"),
         Peer(
             "vllm",
             "vllm",

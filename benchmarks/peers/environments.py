@@ -35,7 +35,7 @@ class SetupError(RuntimeError):
 def set_up(work: Path, names: Iterable[str]) -> dict[str, str]:
     """Install what these contenders and the conversions need. Returns the reason for each that failed."""
     failed: dict[str, str] = {}
-    keys = {name: PEERS[name].key for name in names if name != "skyline"}
+    keys = {name: PEERS[name].key for name in names if not PEERS[name].ours}
     if "vllm" in keys or "openvino" in keys or "llama.cpp" in keys:
         keys["convert"] = "convert"
     for name, key in keys.items():
@@ -104,8 +104,9 @@ def _call(log: Path, command: list[str], variables: dict[str, str] | None = None
 
 def installed_mib(work: Path, name: str) -> float | None:
     """Size of the peer's environment; of Skyline's interpreter's own when that is a virtual environment."""
-    folder = Path(sys.prefix) if name == "skyline" else work / "venvs" / PEERS[name].key
-    if sys.prefix == sys.base_prefix and name == "skyline":
+    ours = PEERS[name].ours
+    folder = Path(sys.prefix) if ours else work / "venvs" / PEERS[name].key
+    if sys.prefix == sys.base_prefix and ours:
         return None
     total, seen = 0, set()
     for path in folder.rglob("*"):

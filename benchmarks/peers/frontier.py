@@ -14,6 +14,7 @@ BATCHES = (1, 8, 32)
 FORMATS = ("bf16", "int8", "int4")
 COLOURS = {
     "skyline": "#0b6bcb",
+    "skyline-kv8": "#5aa9e6",
     "openvino": "#c4622d",
     "vllm": "#3d8b40",
     "llama.cpp": "#8a4fbf",

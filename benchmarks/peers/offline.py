@@ -40,6 +40,7 @@ class Plan:
         return -(-most * 5 // 4 // 256) * 256
 
     def settings(self, model: str, kind: str, batches: Sequence[int]) -> dict[str, Any]:
+        """What is the same for all contenders."""
         return {
             "format": kind,
             "max_model_len": max(self.prefill + 128, self.prompt + self.new + 128),

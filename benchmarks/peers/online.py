@@ -59,7 +59,7 @@ class Server:
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env=peer.variables(plan.work, plan.threads), cwd=plan.work if name != "skyline" else ROOT,
+                env=peer.variables(plan.work, plan.threads), cwd=ROOT if peer.ours else plan.work,
             )  # fmt: skip
         try:
             self._wait()
@@ -112,10 +112,11 @@ def _arguments(name: str, path: str, port: int, threads: int, kind: str, setting
     length, seqs = str(settings["max_model_len"]), str(settings["max_num_seqs"])
     room = settings["kv_tokens"] * settings["kv_token_bytes"]
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    if name == "skyline":
+    if PEERS[name].ours:
         quantization = [] if kind == "bf16" else ["--quantization", kind]
         return ["-m", "skyline", "serve", path, *where, "--threads", str(threads), "--max-model-len", length,
-                "--max-num-seqs", seqs, "--kv-cache-memory", str(room), *quantization]  # fmt: skip
+                "--max-num-seqs", seqs, "--kv-cache-memory", str(room), "--kv-cache-dtype", PEERS[name].kv_cache_dtype,
+                *quantization]  # fmt: skip
     if name == "vllm":
         return ["-m", "vllm.entrypoints.openai.api_server", "--model", path, *where, "--dtype", "bfloat16",
                 "--max-model-len", length, "--max-num-seqs", seqs, "--no-enable-prefix-caching",

@@ -97,6 +97,7 @@ class Worker:
                 raise WorkerError(f"{error.strerror}: is its environment set up?") from None
 
     def load(self, model: Path, settings: dict[str, Any], timeout: float = 900) -> dict[str, Any]:
+        settings = {**settings, "kv_cache_dtype": self.peer.kv_cache_dtype}
         message = {"do": "load", "model": str(model), "threads": self.threads, "settings": settings}
         return self._ask(message, timeout)
 

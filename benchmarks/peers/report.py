@@ -68,8 +68,8 @@ def markdown(about: dict[str, Any], results: Results) -> str:
         "",
         f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} threads each; "
         f"Skyline at {about['skyline_revision']}. Medians over rounds in which contenders took turns: read the ratios, "
-        "the machine drifts. The last column is Skyline against the best of the others, above 1 when Skyline is "
-        "better, whichever way the unit counts.",
+        "the machine drifts. The last column is Skyline, its cache in bfloat16, against the best of the others, above 1 "
+        "when Skyline is better, whichever way the unit counts.",
         "",
         f"Made by `{about['command']}`; the JSON beside this file has versions and settings.",
         "",
@@ -99,7 +99,7 @@ def markdown(about: dict[str, Any], results: Results) -> str:
 
 def _ratio(rows: dict[str, dict[str, Any] | None], unit: str) -> str:
     ours = rows.get("skyline")
-    others = [row["value"] for name, row in rows.items() if row and name != "skyline"]
+    others = [row["value"] for name, row in rows.items() if row and not PEERS[name].ours]
     if not ours or not others or not ours["value"]:
         return "–"
     if unit in LOWER_IS_BETTER:

@@ -18,13 +18,14 @@ class Skyline(Engine):
             "enable_prefix_caching": False,
             "max_model_len": settings["max_model_len"],
             "max_num_seqs": settings["max_num_seqs"],
+            "kv_cache_dtype": settings["kv_cache_dtype"],
             "num_kv_blocks": settings["kv_tokens"] // 16 + 1,
         }
         if settings["format"] != "bf16":
             options["quantization"] = settings["format"]
         self.llm = LLM(model, **options)
         self.params = SamplingParams
-        return {**options, "kv": "bfloat16"}
+        return {**options, "kv": "int8" if settings["kv_cache_dtype"] == "int8" else "bfloat16"}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[int]:
         params = self.params(temperature=0, max_tokens=new_tokens, ignore_eos=True)

@@ -16,13 +16,13 @@ from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack,
 class Tactic(NamedTuple):
     """How a product is gone through, as in csrc/product.h; results are the same to the bit."""
 
-    rows: int = 512
+    rows: int = 0  # as many as are best for the instruction set
     piece: int = 512
     level_rows: int = 4
 
 
 DEFAULT = Tactic()
-_BLOCKINGS = (DEFAULT, Tactic(piece=256), Tactic(rows=256), Tactic(rows=256, piece=256), Tactic(rows=128))
+_BLOCKINGS = (DEFAULT, Tactic(piece=256), Tactic(rows=128), Tactic(rows=256), Tactic(rows=512))
 _CROSSINGS = tuple(Tactic(level_rows=rows) for rows in (4, 1, 2, 8, 16))
 
 

@@ -6,11 +6,12 @@
 #include "workspace.h"
 
 namespace skyline {
-// out [T, N], or [T, N / 2] for a gated weight; x [T, K] of the same dtype; bias [N] of that dtype. The Tactic's fields.
+// out [T, N], or [T, N / 2] for a gated weight; x [T, K] of the same dtype; bias [N] of that dtype. The Tactic's fields, of
+// which rows may be 0, as many as are best for this instruction set.
 void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_t tactic_rows, int64_t tactic_piece,
             int64_t tactic_level_rows, PACKED_PARAMETERS) {
   const PackedMatrix m = PACKED_MATRIX;
-  const Tactic tactic{tactic_rows, tactic_piece, tactic_level_rows};
+  const Tactic tactic{tactic_rows ? tactic_rows : kRowsAtOnce, tactic_piece, tactic_level_rows};
   SKYLINE_CHECK(tactic.rows >= 128 && tactic.rows <= 512 && tactic.level_rows >= 0 &&
                     (tactic.piece == 128 || tactic.piece == 256 || tactic.piece == 512), "no tactic that there is");
   dispatch_float(x, [&]<class T>(T*) {
@@ -28,8 +29,9 @@ void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_
     const int64_t panels = m.panels(), at_once = max_rows(m, tactic);
     // Enough tasks that a thread which is held up costs little, few enough that each streams through much memory.
     const int64_t threads = ThreadPool::get().size(), tasks = std::min<int64_t>(panels, ThreadPool::kTasks * threads);
-    for (int64_t begin = 0; begin < from.rows; begin += at_once) {
-      const int64_t end = std::min(begin + at_once, from.rows);
+    const int64_t turns = ceil_div(from.rows, at_once);
+    for (int64_t turn = 0; turn < turns; turn++) {
+      const int64_t begin = from.rows * turn / turns, end = from.rows * (turn + 1) / turns;
       ThreadPool::get().run(tasks, [&](int64_t task) {
         const int64_t last = panels * (task + 1) / tasks - 1;
         // Tasks go to threads in turn.

@@ -68,8 +68,8 @@ def markdown(about: dict[str, Any], results: Results) -> str:
         "",
         f"{about['processor']}, {about['cores']} cores, {about['memory_gib']} GiB, {about['threads']} threads each; "
         f"Skyline at {about['skyline_revision']}. Medians over rounds in which contenders took turns: read the ratios, "
-        "the machine drifts. The last column is Skyline, its cache in bfloat16, against the best of the others, above 1 "
-        "when Skyline is better, whichever way the unit counts.",
+        "the machine drifts. The last column is Skyline, its cache in bfloat16, against the best of the others, above "
+        "1 when Skyline is better, whichever way the unit counts.",
         "",
         f"Made by `{about['command']}`; the JSON beside this file has versions and settings.",
         "",

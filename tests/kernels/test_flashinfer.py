@@ -14,6 +14,7 @@ from skyline.kernels.flashinfer import calls
 from skyline.kernels.gpu import GPUS
 from skyline.ops import OPS
 from skyline.ops.attention import make_batch
+from skyline.ops.fp8 import Fp8Weight
 
 SHAPE = calls.Shape(8, 2, 64, 16, torch.bfloat16, 0.125, 128, None, 0)
 H200 = GPUS["h200"]
@@ -24,11 +25,14 @@ def _calls() -> dict[str, dict[str, Any]]:
     x = torch.empty(2, 64)
     q, cache, tables = torch.empty(2, 8, 64), torch.empty(4, 16, 2, 64), torch.zeros(2, 4, dtype=torch.int32)
     lengths = torch.ones(2, dtype=torch.int32)
+    weight = Fp8Weight(x, x)
     pages = calls.Pages(lengths, lengths, lengths, lengths)
     wrapper = "BatchPrefillWithPagedKVCacheWrapper"
     return {
         "rmsnorm": calls.rmsnorm(x, x[0], 1e-6),
         "silu_and_mul": calls.silu_and_mul(x),
+        "gemm.fp8_blockscale_gemm_sm90": calls.fp8_of_bfloat16(x, weight, x),
+        "gemm.gemm_fp8_nt_groupwise": calls.fp8_of_fp8(x, x, weight, x),
         f"{wrapper}.__init__": calls.prefill_wrapper(x, "auto"),
         f"{wrapper}.plan": calls.prefill_plan(SHAPE, pages),
         f"{wrapper}.run": calls.prefill_run(q, cache, cache, q),
@@ -41,6 +45,7 @@ def _calls() -> dict[str, dict[str, Any]]:
 def test_calls_fit_the_signatures(name: str) -> None:
     pytest.importorskip("flashinfer")
     import flashinfer.decode
+    import flashinfer.gemm
     import flashinfer.mla
 
     found: Any = flashinfer
@@ -54,12 +59,16 @@ def test_calls_fit_the_signatures(name: str) -> None:
 def test_modules_import_where_the_library_is() -> None:
     pytest.importorskip("flashinfer")
     pytest.importorskip("triton")
-    from skyline.kernels.flashinfer import attention, dense, latent
+    from skyline.kernels.flashinfer import attention, dense, latent, linear
 
     for op, module in (
         ("rms_norm", dense),
         ("silu_mul", dense),
         ("paged_attention", attention),
+        ("attention_linear_fp8", attention),
+        ("linear_fp8", linear),
+        ("fused_linear_fp8", linear),
+        ("gated_mlp_fp8", linear),
         ("latent_attention", latent),
     ):
         assert list(inspect.signature(getattr(module, op)).parameters) == list(OPS[op].signature.parameters)
@@ -76,6 +85,9 @@ def test_modules_import_where_the_library_is() -> None:
         (Request(OPS["rms_norm"], "cuda", torch.bfloat16, gpu=replace(H200, capability=(7, 5))), "has 7.5"),
         (Request(OPS["paged_attention"], "cuda", torch.float16, gpu=GPUS["l4"]), None),
         (Request(OPS["paged_attention"], "cuda", torch.bfloat16, False, torch.float8_e4m3fn, gpu=H200), "scale for"),
+        (Request(OPS["linear_fp8"], "cuda", torch.bfloat16, gpu=H200), None),
+        (Request(OPS["gated_mlp_fp8"], "cuda", torch.bfloat16, gpu=GPUS["l4"]), "Hopper and Blackwell"),
+        (Request(OPS["linear_fp8"], "cuda", torch.bfloat16, gpu=GPUS["a100"]), "does not know FP8"),
         (Request(OPS["latent_attention"], "cuda", torch.bfloat16, gpu=H200), "takes compute capability 10"),
         (Request(OPS["latent_attention"], "cuda", torch.bfloat16, gpu=GPUS["b200"]), None),
     ],

@@ -9,8 +9,12 @@ Attention splits a step into a plan, made once, and a run a layer. A plan needs 
 a recorded decode step does not know. So steps that compute prompts are planned (BatchPrefillWithPagedKVCacheWrapper),
 while decode steps take the kernels that read lengths and block tables on the device and need no plan.
 
+Products of FP8 weights are tried out before they are used: trials.py says how.
+
 Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
-copies where Triton takes one launch. Importing this package imports no FlashInfer.
+copies where Triton takes one launch. Sampling draws its numbers by the place in the batch, so that a request's seed
+would not fix its tokens. mm_fp4 quantizes activations to FP4, which no op here allows. CUTLASS's and TensorRT-LLM's
+mixtures want experts' rows in another order than checkpoints have. Importing this package imports no FlashInfer.
 """
 
 from __future__ import annotations
@@ -60,10 +64,17 @@ def _supports_latent(request: Request) -> str | None:
     return None
 
 
-def _supports_attention_linear(request: Request) -> str | None:
-    if (why_not := _supports_attention(request)) is not None:
+def _supports_fp8(request: Request) -> str | None:
+    if (why_not := supports(request) or supports_fp8(request)) is not None:
         return why_not
-    return supports_fp8(request)  # the product is Triton's
+    assert request.gpu is not None
+    if request.gpu.capability[0] not in (9, 10, 12):
+        return f"its products of FP8 are made for Hopper and Blackwell, {request.gpu.name} is neither"
+    return None
+
+
+def _supports_attention_linear(request: Request) -> str | None:
+    return _supports_attention(request) or supports_fp8(request)  # the product may be Triton's
 
 
 def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, LayoutOf] | None = None) -> None:
@@ -76,5 +87,8 @@ def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, 
 _provide("rms_norm", "dense")
 _provide("silu_mul", "dense")
 _provide("paged_attention", "attention", _supports_attention)
+_provide("linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
+_provide("fused_linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
+_provide("gated_mlp_fp8", "linear", _supports_fp8, {1: fp8_layout(1), 2: fp8_layout(2)})
 _provide("attention_linear_fp8", "attention", _supports_attention_linear, {1: fp8_layout(1)})
 _provide("latent_attention", "latent", _supports_latent)

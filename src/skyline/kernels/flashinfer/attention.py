@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.flashinfer import calls, step
+from skyline.kernels.flashinfer.linear import fused_linear_fp8
 from skyline.kernels.triton import attention as triton
 from skyline.kernels.triton.device import capability
-from skyline.kernels.triton.linear import fused_linear_fp8
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import Fp8Weight
 

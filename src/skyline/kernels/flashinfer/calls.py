@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from skyline.ops.fp8 import Fp8Weight
+
 Arguments = dict[str, Any]
 
 
@@ -42,6 +44,24 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Arguments:
 
 def silu_and_mul(x: Tensor) -> Arguments:
     return {"input": x}
+
+
+def fp8_of_bfloat16(x: Tensor, weight: Fp8Weight, out: Tensor) -> Arguments:
+    """x [T, K] in bfloat16, which is quantized inside; the weight's scales are by blocks of 128 x 128."""
+    return {"input": x, "weight": weight.values, "weight_scale": weight.scales, "out": out}
+
+
+def fp8_of_fp8(values: Tensor, scales: Tensor, weight: Fp8Weight, out: Tensor) -> Arguments:
+    """values [T, K] in FP8, scales [T, K / 128]; T is a multiple of 4."""
+    return {
+        "a": values,
+        "b": weight.values,
+        "a_scale": scales,
+        "b_scale": weight.scales,
+        "scale_major_mode": "K",
+        "out": out,
+        "backend": "cutlass",
+    }
 
 
 def prefill_wrapper(workspace: Tensor, backend: str) -> Arguments:

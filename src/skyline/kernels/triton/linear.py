@@ -280,7 +280,7 @@ def fused_linear(
         x = rms_norm(x, norm, eps)
     if residual is not None and bias is None and not silu_mul:
         return torch.addmm(residual, x, weight.t())
-    return _finish(F.linear(x, weight, bias), None, silu_mul, residual)
+    return finish(F.linear(x, weight, bias), None, silu_mul, residual)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
@@ -320,14 +320,15 @@ def product_fp8(
     """
     if values.shape[0] <= BAND_ROWS:
         return _bands(values, scales, weight, dtype, bias, silu_mul, residual)
-    return _finish(_tiles(values, scales, weight, dtype), bias, silu_mul, residual)
+    return finish(_tiles(values, scales, weight, dtype), bias, silu_mul, residual)
 
 
 def linear_fp8(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
     return fused_linear_fp8(x, weight, bias, silu_mul)
 
 
-def _finish(y: Tensor, bias: Tensor | None, silu_mul: bool, residual: Tensor | None) -> Tensor:
+def finish(y: Tensor, bias: Tensor | None, silu_mul: bool, residual: Tensor | None) -> Tensor:
+    """What comes behind a product y [T, N], each by itself."""
     if bias is not None:
         y = y + bias
     if silu_mul:

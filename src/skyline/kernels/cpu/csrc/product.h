@@ -15,8 +15,8 @@ struct Activations {
   int64_t rows;
 };
 
-// Rows of A that a panel is best multiplied by before the next one: without AMX, with more of them A hides more of the caches
-// than reading the panels once less gains (Zen 5; on Zen 3 it makes no difference).
+// Rows of A that a panel is best multiplied by before the next one. Without AMX, more of them take so much of the caches that it
+// costs more than reading the panels less often gains (Zen 5; on Zen 3 it makes no difference).
 #if defined(__AMX_TILE__)
 constexpr int64_t kRowsAtOnce = 512;
 #else

@@ -9,7 +9,7 @@ Attention splits a step into a plan, made once, and a run a layer. A plan needs 
 a recorded decode step does not know. So steps that compute prompts are planned (BatchPrefillWithPagedKVCacheWrapper),
 while decode steps take the kernels that read lengths and block tables on the device and need no plan.
 
-Products of FP8 weights are tried out before they are used: trials.py says how.
+Each call is tried out before it is used: trials.py says how.
 
 Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
 copies where Triton takes one launch. Sampling draws its numbers by the place in the batch, so that a request's seed

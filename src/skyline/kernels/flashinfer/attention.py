@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skyline.kernels.flashinfer import calls, step
 from skyline.kernels.flashinfer.linear import fused_linear_fp8
+from skyline.kernels.flashinfer.trials import checked
 from skyline.kernels.triton import attention as triton
 from skyline.kernels.triton.device import capability
 from skyline.ops import AttentionBatch, KVCache
@@ -49,18 +50,27 @@ def paged_attention(
         return triton.paged_attention(q, cache, batch, scale, window, sinks, softcap)
     tables = batch.of(cache).block_tables
     queries = q.reshape(-1, heads, size).contiguous()
-    if mine.decodes:
+
+    def decode() -> Tensor:
         lengths, padding = mine.lengths()
         memory = step.workspace("decode", q.device)
         found = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
             **calls.decode(queries, k, v, memory, tables, lengths, shape)
         )
         return cast(Tensor, found.view(q.shape).masked_fill_(padding, 0))
-    # On Blackwell the kernels chosen by default are those of Ampere.
-    wrapper = mine.wrapper(shape, tables, "trtllm-gen" if major[0] == 10 else "auto")
-    out = torch.empty_like(queries)
-    wrapper.run(**calls.prefill_run(queries, k, v, out))
-    return out.view(q.shape)
+
+    def prefill() -> Tensor:
+        # On Blackwell the kernels chosen by default are those of Ampere.
+        wrapper = mine.wrapper(shape, tables, "trtllm-gen" if major[0] == 10 else "auto")
+        out = torch.empty_like(queries)
+        wrapper.run(**calls.prefill_run(queries, k, v, out))
+        return out.view(q.shape)
+
+    return checked(
+        ("decoding with" if mine.decodes else "prompts with", shape),
+        decode if mine.decodes else prefill,
+        lambda: triton.paged_attention(q, cache, batch, scale, window, sinks, softcap),
+    )
 
 
 def attention_linear_fp8(

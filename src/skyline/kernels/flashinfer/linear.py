@@ -56,8 +56,7 @@ def product(x: Tensor, weight: Fp8Weight, norm: Tensor | None = None, eps: float
         found = flashinfer.gemm.gemm_fp8_nt_groupwise(**calls.fp8_of_fp8(values, scales, weight, out))
         return cast(Tensor, found[:rows])
 
-    kind = f"FP8 weights of {weight.shape[0]} x {weight.shape[1]}"
-    return checked(kind, hopper if major == 9 else blackwell, ours)
+    return checked(("FP8 weights of", *weight.shape), hopper if major == 9 else blackwell, ours)
 
 
 def fused_linear_fp8(

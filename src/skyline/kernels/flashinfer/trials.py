@@ -1,39 +1,44 @@
 """Whether a foreign kernel may be used: its result is compared once with ours, on the GPU and the numbers at hand.
 
 FlashInfer builds or fetches kernels when they are first called, and what it takes depends on the GPU, the toolkit and
-the shape. So the first call of each kind computes a result twice, and whatever goes wrong is said in one line.
+the shape. So the first call of each kind computes a result twice, and whatever goes wrong is said in one line. All of
+its calls go through here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 
-# Of the root mean square. Two ways to add FP8 products differ by a tenth of it at most, a misread layout by all of it.
+# Of the root mean square. Two ways to add the same products differ by a tenth of that, a misread layout by 20 times it.
 _TOLERANCE = 0.05
 
-_passed: dict[Hashable, bool] = {}
+Kind = tuple[object, ...]  # what is computed, and what else its kernel may depend on
+
+_passed: dict[Kind, bool] = {}
 
 
-def checked(kind: Hashable, foreign: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Tensor:
+def checked(kind: Kind, foreign: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Tensor:
     """What `foreign` gives if a call of this kind has passed its trial, else what `ours` does.
 
-    The trial waits for the device, so there is none while a CUDA graph is recorded.
+    The trial waits for the device, so there is none while a CUDA graph is recorded. Zeros tell nothing: they are none.
     """
     passed = _passed.get(kind)
     if passed:
         return foreign()
     result = ours()
-    if passed is None and not (result.is_cuda and torch.cuda.is_current_stream_capturing()):
+    recording = result.is_cuda and torch.cuda.is_current_stream_capturing()
+    if passed is None and not recording and bool(result.any()):
         why_not = _why_not(foreign, result)
         _passed[kind] = why_not is None
         if why_not is not None:
-            _LOG.warning("FlashInfer is not used for %s, our own kernel computes it: %s", kind, why_not)
+            what = " ".join(map(str, kind))
+            _LOG.warning("FlashInfer is not used for %s, our own kernel computes it: %s", what, why_not)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Products of FP8 weights by FlashInfer, which needs a GPU: stand-ins compute what its documentation says."""
+"""How FlashInfer's kernels are tried out. It needs a GPU: stand-ins compute what its documentation says."""
 
 from __future__ import annotations
 
@@ -14,24 +14,42 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.flashinfer import trials
-from skyline.ops import OPS
+from skyline.ops import OPS, KVCache
+from skyline.ops.attention import make_batch
 from skyline.ops.fp8 import BLOCK, Fp8Weight, fp8_case_weight
 
-NAME = "skyline.kernels.flashinfer.linear"
+PACKAGE = "skyline.kernels.flashinfer"
+NAME = f"{PACKAGE}.linear"
+MODULES = [f"{PACKAGE}.{part}" for part in ("attention", "dense", "linear", "step")]
 
 
 class Library:
-    """Two functions of flashinfer.gemm. wrong: they read scales as if transposed; broken: they raise."""
+    """Some of its functions. wrong: products read scales as if transposed; broken: all of them raise."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.wrong = self.broken = False
 
-    def _product(self, x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    def rmsnorm(self, *, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+        self.calls.append("rmsnorm")
+        return self._unless_broken(OPS["rms_norm"].reference(input, weight, eps))
+
+    def silu_and_mul(self, *, input: Tensor) -> Tensor:
+        self.calls.append("silu_and_mul")
+        return self._unless_broken(OPS["silu_mul"].reference(input))
+
+    def trtllm_batch_decode_with_kv_cache(self, *, query: Tensor, **options: Any) -> Tensor:
+        self.calls.append("decode")
+        return self._unless_broken(torch.zeros_like(query))  # wrong in any case
+
+    def _unless_broken(self, result: Tensor) -> Tensor:
         if self.broken:
             raise RuntimeError("ninja: build stopped")
+        return result
+
+    def _product(self, x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> Tensor:
         wide = Fp8Weight(weight, scales.t().reshape(scales.shape) if self.wrong else scales).dequantize()
-        return out.copy_(x @ wide.t())
+        return self._unless_broken(out.copy_(x @ wide.t()))
 
     def fp8_blockscale_gemm_sm90(self, *, input: Tensor, weight: Tensor, weight_scale: Tensor, out: Tensor) -> Tensor:
         self.calls.append("sm90")
@@ -60,16 +78,31 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
-    package, gemm = ModuleType("flashinfer"), ModuleType("flashinfer.gemm")
-    for name in ("fp8_blockscale_gemm_sm90", "gemm_fp8_nt_groupwise"):
-        setattr(gemm, name, getattr(found, name))
-    package.gemm = gemm  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flashinfer", package)
-    monkeypatch.setitem(sys.modules, "flashinfer.gemm", gemm)
-    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    modules = {name: ModuleType(name) for name in ("flashinfer", "flashinfer.gemm", "flashinfer.decode")}
+    for place, names in (
+        ("flashinfer", ("rmsnorm", "silu_and_mul")),
+        ("flashinfer.gemm", ("fp8_blockscale_gemm_sm90", "gemm_fp8_nt_groupwise")),
+        ("flashinfer.decode", ("trtllm_batch_decode_with_kv_cache",)),
+    ):
+        for name in names:
+            setattr(modules[place], name, getattr(found, name))
+        monkeypatch.setitem(sys.modules, place, modules[place])
+    for part in ("gemm", "decode"):
+        setattr(modules["flashinfer"], part, modules[f"flashinfer.{part}"])
+    # Those that are imported already hold the real library, and shall again afterwards.
+    ours = import_module(PACKAGE)
+    before = {name: sys.modules.pop(name, None) for name in MODULES}
+    kept = {name.rpartition(".")[2]: vars(ours).pop(name.rpartition(".")[2], None) for name in MODULES}
     monkeypatch.setattr(trials, "_passed", {})
     yield found
-    sys.modules.pop(NAME, None)
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+    for part, module in kept.items():
+        vars(ours).pop(part, None)
+        if module is not None:
+            setattr(ours, part, module)
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, major: int) -> Any:
@@ -130,6 +163,49 @@ def test_what_fails_its_trial_is_never_used(
             assert _close(module.linear_fp8(x, weight), expected)
     assert library.calls == ["sm90"]
     assert [said in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_norm_and_activation(broken: bool, library: Library) -> None:
+    dense = import_module(f"{PACKAGE}.dense")
+    library.broken = broken
+    x, _, norm = _inputs(128, 384)
+    for _ in range(2):
+        assert _close(dense.rms_norm(x, norm, 1e-6), OPS["rms_norm"].reference(x, norm, 1e-6))
+        assert _close(dense.silu_mul(x), OPS["silu_mul"].reference(x))
+    assert library.calls == ["rmsnorm", "silu_and_mul"] * (1 if broken else 2)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_attention(broken: bool, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in gives zeros, or raises: either way the answer is right, and it is asked once."""
+    attention = import_module(f"{PACKAGE}.attention")
+    monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention.step, "_WORKSPACE", 16)
+    library.broken = broken
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(2, 64, torch.bfloat16)
+    cache.allocate(9, 16, torch.device("cpu"))
+    for part in cache.tensors:
+        part.copy_(torch.randn(part.shape, generator=generator))
+    q = torch.randn((2, 4 * 64), generator=generator).bfloat16()
+    batch = make_batch([20, 5], [1, 1], 16)
+    expected = OPS["paged_attention"].reference(q, cache, batch, 0.125)
+    for _ in range(2):
+        assert _close(attention.paged_attention(q, cache, batch, 0.125), expected)
+    assert library.calls == ["decode"]
+
+
+def test_zeros_are_no_trial() -> None:
+    calls: list[str] = []
+
+    def foreign() -> Tensor:
+        calls.append("")
+        return torch.zeros(3)
+
+    for ours in (torch.zeros(3), torch.zeros(3), torch.ones(3)):
+        assert trials.checked(("zeros",), foreign, lambda ours=ours: ours) is ours  # type: ignore[misc]
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

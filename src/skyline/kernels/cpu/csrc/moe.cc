@@ -58,20 +58,23 @@ void multiply_experts(const PackedMatrix& m, const Activations& a, const std::ve
                       int64_t out_stride, Gating gating) {
   static thread_local std::vector<Task> tasks;
   tasks.clear();
-  const int64_t experts = static_cast<int64_t>(starts.size()) - 1, panels = m.panels(), at_once = max_rows(m);
+  const int64_t experts = static_cast<int64_t>(starts.size()) - 1, panels = m.panels();
+  const int64_t at_once = max_rows(m, Tactic{512});  // few rows an expert: one way through its weight is best
   int64_t total = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = starts[e + 1] - starts[e];
     total += rows + kReadRows * ceil_div(rows, at_once);
   }
   const int64_t wanted = 16 * ThreadPool::get().size();
-  for (int64_t e = 0; e < experts; e++)
-    for (int64_t begin = starts[e]; begin < starts[e + 1]; begin += at_once) {
-      const int64_t end = std::min(begin + at_once, starts[e + 1]);
+  for (int64_t e = 0; e < experts; e++) {
+    const int64_t rows = starts[e + 1] - starts[e], turns = ceil_div(rows, at_once);
+    for (int64_t turn = 0; turn < turns; turn++) {
+      const int64_t begin = starts[e] + rows * turn / turns, end = starts[e] + rows * (turn + 1) / turns;
       const int64_t pieces = std::clamp<int64_t>(ceil_div(wanted * (end - begin + kReadRows), total), 1, panels);
       for (int64_t i = 0; i < pieces; i++)
         tasks.push_back({e, begin, end, panels * i / pieces, panels * (i + 1) / pieces});
     }
+  }
   const Task* list = tasks.data();  // the name `tasks` means another vector in each thread
   ThreadPool::get().run(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = list[i];

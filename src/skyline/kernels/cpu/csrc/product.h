@@ -61,6 +61,6 @@ Activations prepare(const PackedMatrix& weight, const T* x, int64_t stride, int6
 template <class T>
 void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel, int64_t next);
 
-int64_t max_rows(const PackedMatrix& weight, const Tactic& tactic = {});
+int64_t max_rows(const PackedMatrix& weight, const Tactic& tactic);
 
 }  // namespace skyline

@@ -29,7 +29,7 @@ struct Int8Table {
 };
 constexpr Int8Table kInt8Table{};
 
-// Integers from -127 to 127 as bfloat16, by their bytes in a table: that takes a third of the instructions of converting them.
+// Integers from -127 to 127 as bfloat16, by their bytes in a table: that takes half the instructions of converting them.
 class Int8Numbers {
  public:
   // Of each 16 bytes, the first 8 and the second.

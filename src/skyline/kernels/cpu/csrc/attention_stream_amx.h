@@ -11,7 +11,7 @@ namespace skyline::attention {
 
 // 32 dimensions as bfloat16; those from the n-th on are zero.
 inline __m512i load_pairs(const bf16* from, int64_t n) {
-  return n >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+  return load_bytes(from, 2 * n);
 }
 inline __m512i load_pairs(const int8_t* from, int64_t n) {
   __m256i bytes = n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from skyline.kernels import Request, choose
+from skyline.kernels import Request, candidates, choose
 from skyline.kernels.flashinfer import calls
 from skyline.kernels.gpu import GPUS
 from skyline.ops import OPS
@@ -105,6 +105,13 @@ def test_what_is_served(request_: Request, expected: str | None) -> None:
         assert (choice.kernel.provider == "flashinfer") == (expected is None)
         why_not = dict(choice.rejected).get("flashinfer")
     assert (why_not is None) if expected is None else expected in (why_not or "")
+
+
+@pytest.mark.parametrize("op", ["linear_fp8", "fused_linear_fp8", "gated_mlp_fp8"])
+def test_products_count_more_than_one_launch(op: str) -> None:
+    """Rows are quantized before they are multiplied, whoever does it."""
+    of = {kernel.provider: kernel.launches for kernel in candidates(op)}
+    assert of["flashinfer"] is not None and of["flashinfer"] is of["triton"]
 
 
 def test_pages_of_a_step() -> None:

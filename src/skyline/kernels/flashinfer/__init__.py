@@ -28,6 +28,7 @@ import torch
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Request, register
 from skyline.kernels.triton import LayoutOf, supports_fp8
+from skyline.kernels.triton.launches import LAUNCHES
 
 PROVIDER = "flashinfer"
 
@@ -81,7 +82,10 @@ def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, 
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
 
-    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}))
+    launches = (
+        LAUNCHES.get(op) if module == "linear" else None
+    )  # where few rows, or what surrounds a product, is Triton's
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches))
 
 
 _provide("rms_norm", "dense")

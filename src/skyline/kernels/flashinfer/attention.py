@@ -49,9 +49,9 @@ def paged_attention(
     if sinks is not None or k.dtype != q.dtype or not q.shape[0] or not serves(shape, mine.decodes, major):
         return triton.paged_attention(q, cache, batch, scale, window, sinks, softcap)
     tables = batch.of(cache).block_tables
-    queries = q.reshape(-1, heads, size).contiguous()
 
     def decode() -> Tensor:
+        queries = q.reshape(-1, heads, size).contiguous()
         lengths, padding = mine.lengths()
         memory = step.workspace("decode", q.device)
         found = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
@@ -60,6 +60,7 @@ def paged_attention(
         return cast(Tensor, found.view(q.shape).masked_fill_(padding, 0))
 
     def prefill() -> Tensor:
+        queries = q.reshape(-1, heads, size).contiguous()
         # On Blackwell the kernels chosen by default are those of Ampere.
         wrapper = mine.wrapper(shape, tables, "trtllm-gen" if major[0] == 10 else "auto")
         out = torch.empty_like(queries)

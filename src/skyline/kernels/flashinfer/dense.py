@@ -15,12 +15,12 @@ from skyline.kernels.triton import activations, norms
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(x.shape)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return checked(
-        ("rms_norm of", rows.shape[1], x.dtype),
-        lambda: cast(Tensor, flashinfer.rmsnorm(**calls.rmsnorm(rows, weight, eps))).view(x.shape),
-        lambda: norms.rms_norm(x, weight, eps),
-    )
+
+    def foreign() -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return cast(Tensor, flashinfer.rmsnorm(**calls.rmsnorm(rows, weight, eps))).view(x.shape)
+
+    return checked(("rms_norm of", x.shape[-1], x.dtype), foreign, lambda: norms.rms_norm(x, weight, eps))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import Format, pack, packed_layout
 from skyline.ops.fp4 import fp4_case_weight
-from tests.kernels.test_tuning import FORMATS, kernel_of
+from skyline.ops.fp8 import FP8, Fp8Weight
+from tests.kernels.test_tuning import FORMATS, kernel_of, weight_of
 
 pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
 
@@ -34,8 +35,7 @@ def test_every_number_of_rows_gives_the_same_bits(name: str, gated: bool, instru
     _, format, group = ALL[name]
     dtype = torch.float32 if format is Format.FLOAT32 else torch.bfloat16
     generator = torch.Generator().manual_seed(4)
-    layout = packed_layout(format, gated=gated, group=group)
-    weight = pack(torch.randn((N, K), generator=generator).to(dtype) / 32, layout)
+    weight = weight_of(format, group, torch.randn((N, K), generator=generator).to(dtype) / 32, gated)
     x = torch.randn((150, K), generator=generator).to(dtype)
     together = product(name, weight, x, gated)
     begin = 0
@@ -52,7 +52,7 @@ def test_equals_the_product_of_its_values(name: str, rows: int, instruction_set:
     _, format, group = ALL[name]
     dtype = torch.float32 if format is Format.FLOAT32 else torch.bfloat16
     generator = torch.Generator().manual_seed(rows)
-    weight = pack(torch.randn((N, K), generator=generator).to(dtype) / 32, packed_layout(format, group=group))
+    weight = weight_of(format, group, torch.randn((N, K), generator=generator).to(dtype) / 32)
     x = torch.randn((rows, K), generator=generator).to(dtype)
     expected = x.double() @ weight.dense().double().T
     error = (product(name, weight, x, False).double() - expected).abs().max() / expected.abs().max()
@@ -77,3 +77,33 @@ def test_fp4_is_kept_as_it_is(group: int, instruction_set: str) -> None:
         kernel.into(out, x, weight)
         wanted = x.double() @ expected.double().T
         assert (out.double() - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_fp8_is_kept_as_it_is(blocks: bool, instruction_set: str) -> None:
+    """All numbers there are, in rows whose scales differ, and a K and an N that end within a block."""
+    n, k = 200, 300
+    codes = torch.arange(n * k, dtype=torch.int64) % 256
+    codes[(codes & 127) == 127] = 0  # NaN
+    values = codes.view(n, k)[:, torch.randperm(k)].to(torch.uint8).view(FP8)
+    scales = torch.rand((2, 3) if blocks else (n,)) + 0.5
+    stored = Fp8Weight(values, scales)
+    weight = pack(stored, packed_layout(Format.FP8))
+    assert weight.nbytes < (1.1 if blocks else 1.05) * 224 * 320
+    expected = stored.dequantize()
+    assert torch.equal(weight.dense(), expected)
+    kernel = kernel_of("linear_fp8", Format.FP8, 128 if blocks else 0)
+    for rows in (1, 9, 40):
+        x, out = torch.randn(rows, k).bfloat16(), torch.empty(rows, n).bfloat16()
+        kernel.into(out, x, weight)
+        wanted = x.double() @ expected.double().T
+        assert (out.double() - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_fp8_without_numbers_is_refused(blocks: bool, instruction_set: str) -> None:
+    values = torch.zeros(3, 40)
+    values[1, 7] = torch.nan
+    weight = Fp8Weight(values.to(FP8), torch.ones((1, 1) if blocks else (3,)))
+    with pytest.raises(ValueError, match="holds NaN; quantize the checkpoint again"):
+        pack(weight, packed_layout(Format.FP8))

@@ -14,8 +14,10 @@ from skyline.engine.config import EngineConfig
 from skyline.kernels import candidates, tuning
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.linear import DEFAULT, Tactic
-from skyline.kernels.cpu.packed import Format, pack, packed_layout
+from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout
 from skyline.kernels.tuning import Tunings, bucket, fastest, kept, place, save
+from skyline.ops import Fp8Weight
+from skyline.ops.fp8 import FP8
 from skyline.ops.quantized import IntegerFormat, set_integers
 from skyline.runner.loader import load_model
 from skyline.runner.tune import tune
@@ -30,7 +32,18 @@ FORMATS = {
     "int4 by 32": ("linear_int4", Format.INT4, 32),
     "int4 by 128": ("linear_int4", Format.INT4, 128),
     "mxfp4": ("linear_fp4", Format.FP4, 32),
+    "fp8": ("linear_fp8", Format.FP8, 0),
+    "fp8 in blocks": ("linear_fp8", Format.FP8, 128),
 }
+
+
+def weight_of(format: Format, group: int, weight: torch.Tensor, gated: bool = False) -> PackedWeight:
+    """Packed; blocks of FP8 are not made of rows."""
+    layout = packed_layout(format, gated=gated, group=group)
+    if format is not Format.FP8 or not group:
+        return pack(weight, layout)
+    scales = torch.linspace(0.5, 2.0, -(-weight.shape[0] // group) * -(-weight.shape[1] // group)) / 16
+    return pack(Fp8Weight((weight * 16).to(FP8), scales.view(-(-weight.shape[0] // group), -1)), layout)
 
 
 @pytest.fixture
@@ -55,7 +68,7 @@ def kernel_of(op: str, format: Format, group: int) -> Any:
 def test_every_tactic_gives_the_same_bits(name: str, instruction_set: str) -> None:
     op, format, group = FORMATS[name]
     kernel = kernel_of(op, format, group)
-    weight = pack(torch.randn(72, 1100).bfloat16() / 32, packed_layout(format, group=group))
+    weight = weight_of(format, group, torch.randn(72, 1100).bfloat16() / 32)
     for rows in (1, 2, 7, 16, 65, 300, 600):
         x = torch.randn(rows, 1100).bfloat16()
         expected, got = torch.empty(rows, 72).bfloat16(), torch.empty(rows, 72).bfloat16()

@@ -25,7 +25,7 @@ from skyline.models import create_model
 from skyline.ops import Fp4Weight
 from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program, cpu_keeps_fp4
+from skyline.runner.loader import build_program, cpu_keeps_small_floats
 from skyline.runner.weight_store import WeightStore
 from tests.checkpoint.gguf.test_gguf_weights import made
 from tests.models import quantized
@@ -130,7 +130,7 @@ def _on_a_cpu(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, An
     config = load_config(folder)
     model = create_model(config, torch.bfloat16, CPU, allocate=False)
     with Checkpoint(folder, config) as checkpoint:
-        stored = checkpoint.integers(model, fp4=cpu_keeps_fp4(torch.bfloat16, native.available()))
+        stored = checkpoint.integers(model, small_floats=cpu_keeps_small_floats(torch.bfloat16, native.available()))
         program = build_program(EngineConfig(model=str(folder)), model, torch.bfloat16, stored=stored)
         checkpoint.load(model, WeightStore(model, program, CPU).write)
         return program, model, checkpoint.report(model, torch.bfloat16)
@@ -194,6 +194,36 @@ def test_on_a_cpu_too(format: str, tmp_path: Path) -> None:
     packed = found["model.layers.1.mlp.gate_up_proj.weight"]
     assert packed.layout.gated
     torch.testing.assert_close(packed.dense(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_fp8_stays_on_a_cpu(blocks: bool, family: str, tmp_path: Path) -> None:
+    """Its kernels take blocks that end anywhere: 96 rows of gate and 96 of up, where a GPU's want whole ones."""
+    mixture = {"moe_intermediate_size": 96, "num_experts": 3, "num_experts_per_tok": 2} if family == "Qwen3Moe" else {}
+    settings = {**_TEXT, "hidden_size": 160, "intermediate_size": 96, "head_dim": 16, **mixture}
+    theirs = save_tiny(tmp_path / "plain", family, **settings)
+    if blocks:
+        fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        theirs = quantized.rewrite(tmp_path / "plain", theirs, quantized.fp8_blocks(128), fp8)
+    else:
+        theirs = quantized.compressed(tmp_path / "plain", theirs, "fp8")
+    program, model, report = _on_a_cpu(tmp_path / "small")
+    assert {entry["becomes"] for entry in report} == {f"fp8{' in blocks of 128x128' if blocks else ''}, as stored"}
+    ops = Counter((call.op.name, call.kernel.provider) for call in program.calls if "fp8" in call.op.name)
+    experts = {("moe_experts_fp8", "cpu"): 3} if mixture else {}
+    assert ops == {("linear_fp8", "cpu"): 6 if mixture else 12, **experts}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(use.parameter)]: program.constant(use.slot) for use in program.weights}
+    mlp = theirs.model.layers[1].mlp
+    if mixture:
+        packed, wanted = found["model.layers.1.mlp.experts.gate_up"].expert(2), mlp.experts.gate_up_proj[2]
+    else:
+        packed = found["model.layers.1.mlp.gate_up_proj.weight"]
+        wanted = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    assert packed.layout.gated
+    torch.testing.assert_close(packed.dense(), wanted.detach().float(), rtol=1e-6 if blocks else 4e-3, atol=0)
 
 
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")

@@ -57,11 +57,6 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} must be positive, not {value}")
         if self.quantization_group not in QUANTIZATION_GROUPS:
             raise ValueError(f"quantization_group must be 32, 64 or 128, not {self.quantization_group}")
-        if self.quantization in ("fp8", "mxfp4") and not self.device.startswith("cuda"):
-            instead = "int8" if self.quantization == "fp8" else "int4"
-            raise ValueError(
-                f"quantization {self.quantization} is for GPUs; on a CPU use {instead}, which its kernels compute in"
-            )
         if self.weight_cache and self.device.startswith("cuda"):
             raise ValueError("weight_cache is for the CPU's kernels; leave it out with device cuda")
         if self.weight_cache and self.load_format == "dummy":

@@ -28,16 +28,10 @@ class Fp8Layout:
         return Fp8Weight(values, torch.empty(scales, device=device))
 
     def write(self, target: Fp8Weight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows) -> None:
-        """Raises ValueError if a value is NaN or infinite, or if blocks are to be made of rows of floats."""
+        """Raises what `rows_of` does."""
         device, n, count = target.values.device, target.shape[-2], rows.shape[0]
-        if isinstance(rows, Fp8Rows):
-            values, scales = rows.values.view(torch.uint8).to(device), rows.scales.to(device)
-        elif self.blocks:
-            raise ValueError("a block's scale belongs to rows that are stored with it; quantize the checkpoint again")
-        else:
-            plain = rows.dequantize() if isinstance(rows, QuantizedWeight) else rows
-            ready = quantize_fp8(plain.to(device))
-            values, scales = ready.values.view(torch.uint8), ready.scales.unsqueeze(1)
+        ready = self.rows_of(rows, device)
+        values, scales = ready.values.view(torch.uint8).to(device), ready.scales.to(device)
         target.values.view(torch.uint8).view(-1, target.shape[-1])[first_row : first_row + count] = values
         if not self.blocks:
             target.scales.view(-1)[first_row : first_row + count] = scales[:, 0]
@@ -45,6 +39,18 @@ class Fp8Layout:
         # The rows of a block bring the same scale.
         row = torch.arange(first_row, first_row + count, device=device)
         target.scales.view(-1, scales.shape[1])[row // n * -(-n // BLOCK) + row % n // BLOCK] = scales
+
+    def rows_of(self, rows: Tensor | QuantizedWeight | Fp8Rows, device: torch.device = CPU) -> Fp8Rows:
+        """These rows, made on that device if they are not FP8 yet.
+
+        Raises ValueError if a value is NaN or infinite, or if blocks are to be made of rows of floats.
+        """
+        if isinstance(rows, Fp8Rows):
+            return rows
+        if self.blocks:
+            raise ValueError("a block's scale belongs to rows that are stored with it; quantize the checkpoint again")
+        made = quantize_fp8((rows if isinstance(rows, Tensor) else rows.dequantize()).to(device))
+        return Fp8Rows(made.values, made.scales.unsqueeze(1))
 
 
 FP8_ROWS, FP8_BLOCKS = Fp8Layout(False), Fp8Layout(True)

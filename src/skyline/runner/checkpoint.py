@@ -90,17 +90,19 @@ class Checkpoint:
             counts[stored.format, becomes] += 1
         return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
-    def integers(self, model: nn.Module, gpu: Gpu | None = None, fp4: bool = False) -> dict[int, IntegerFormat]:
+    def integers(
+        self, model: nn.Module, gpu: Gpu | None = None, small_floats: bool = False
+    ) -> dict[int, IntegerFormat]:
         """By parameter's id, the integers that all of its rows are stored as; for a GPU also FP4, and FP8 if it can.
 
-        fp4: for a CPU whose kernels take FP4 (`cpu_takes_fp4`).
+        small_floats: for a CPU whose kernels take both (`cpu_keeps_small_floats`).
         """
         if not self._stored:
             return {}  # a model of many experts has many places to go over
         found: dict[int, set[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
-            format = None if stored is None else _kept(stored, place, gpu, fp4 or gpu is not None)
+            format = None if stored is None else _kept(stored, place, gpu, small_floats)
             for tensor in (place.tensor, *place.others):
                 found.setdefault(id(_whole(tensor)), set()).add(format)
         return {key: format for key, (format, *more) in found.items() if format is not None and not more}
@@ -204,14 +206,14 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _kept(stored: Stored, place: Destination, gpu: Gpu | None, fp4: bool) -> IntegerFormat | None:
+def _kept(stored: Stored, place: Destination, gpu: Gpu | None, small_floats: bool) -> IntegerFormat | None:
     """What kernels can take as it is stored."""
     format = stored.integers
     if format is None or (place.transform is not None and not (format.fp4 and _order(stored, place) is not None)):
         return None
-    if format.fp8:
-        return format if gpu is not None and gpu.fp8 and _whole_blocks(place, format) else None
-    return None if format.fp4 and not fp4 else format
+    if gpu is None:
+        return format if small_floats or not (format.fp8 or format.fp4) else None
+    return format if not format.fp8 or (gpu.fp8 and _whole_blocks(place, format)) else None
 
 
 def _order(stored: Stored, place: Destination) -> torch.Tensor | None:

@@ -107,8 +107,8 @@ def build_program(
     return program
 
 
-def cpu_keeps_fp4(dtype: torch.dtype, isa: str) -> bool:
-    """Whether the kernels of such a CPU take weights in FP4 as they are stored."""
+def cpu_keeps_small_floats(dtype: torch.dtype, isa: str) -> bool:
+    """Whether the kernels of such a CPU take weights in FP8 and FP4 as they are stored."""
     return choose(Request(OPS["linear_fp4"], "cpu", dtype, isa=isa)).kernel.provider == native.PROVIDER
 
 
@@ -127,8 +127,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     gpu = detect(device.index or 0) if device.type == "cuda" else None
     if gpu is not None and (slow := why_slow(config, gpu)):
         _LOG.warning("%s", slow)
-    fp4 = device.type == "cpu" and cpu_keeps_fp4(dtype, native.available())
-    program = build_program(config, model, dtype, stored=checkpoint.integers(model, gpu, fp4) if checkpoint else None)
+    small_floats = device.type == "cpu" and cpu_keeps_small_floats(dtype, native.available())
+    stored_as = checkpoint.integers(model, gpu, small_floats) if checkpoint else None
+    program = build_program(config, model, dtype, stored=stored_as)
     capture_seconds = time.perf_counter() - began
 
     began = time.perf_counter()

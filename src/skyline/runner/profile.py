@@ -29,16 +29,26 @@ _PARTS = ("kernels", "python", "sampling", "preparation", "idle")
 _IN_ACTIVATIONS = (
     "linear",
     "linear_fp4",
+    "linear_fp8",
     "linear_int8_weight_only",
     "moe_experts",
     "moe_experts_clamped",
     "moe_experts_clamped_fp4",
     "moe_experts_fp4",
+    "moe_experts_fp8",
     "moe_experts_int8_weight_only",
     "paged_attention",
 )
 # Whose costs are told from plain parameters, not from how kernels keep them.
-_OF_PARAMETERS = ("linear_fp4", "moe_experts", "moe_experts_clamped", "moe_experts_clamped_fp4", "moe_experts_fp4")
+_OF_PARAMETERS = (
+    "linear_fp4",
+    "linear_fp8",
+    "moe_experts",
+    "moe_experts_clamped",
+    "moe_experts_clamped_fp4",
+    "moe_experts_fp4",
+    "moe_experts_fp8",
+)
 _IN_INTEGERS = {"linear_int8": "int8", "moe_experts_int8": "int8", "linear_int4": "int4", "moe_experts_int4": "int4"}
 
 

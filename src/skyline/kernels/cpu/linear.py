@@ -74,6 +74,7 @@ for _op, _format, _dtypes, _why in (
     ("linear_int4", Format.INT4, _FLOAT32 + _BFLOAT16, ""),
     ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, _BFLOAT16, "multiplies in bfloat16"),
     ("linear_fp4", Format.FP4, _BFLOAT16, "multiplies in bfloat16"),
+    ("linear_fp8", Format.FP8, _BFLOAT16, "multiplies in bfloat16"),
 ):
     provide(_op, _into(_format), only(_dtypes, _why), layouts={1: _layout(_format)}, tactics=_tactics(_format))
 

@@ -41,11 +41,21 @@ def _compute(
 
 
 def _into(layouts: _Layouts) -> Callable[..., None]:
-    def moe_experts(out: Tensor, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> None:
+    def moe_experts(
+        out: Tensor,
+        x: Tensor,
+        gate_up: Any,
+        down: Any,
+        weights: Tensor,
+        ids: Tensor,
+        residual: Tensor | None = None,  # of moe_experts_fp8 only
+    ) -> None:
         if not isinstance(gate_up, PackedWeight):  # a caller without a loader: slow, and right
             arguments = (x, gate_up, down)
             gate_up, down = pack(gate_up, layouts[1](arguments)), pack(down, layouts[2](arguments))
         _compute(out, x, gate_up, down, weights, ids)
+        if residual is not None:
+            out.add_(residual)
 
     return moe_experts
 
@@ -88,6 +98,7 @@ _provide("moe_experts_int8", Format.INT8, supports)
 _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts_int4", Format.INT4, supports)
 _provide("moe_experts_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))
+_provide("moe_experts_fp8", Format.FP8, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide_clamped("moe_experts_clamped", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide_clamped("moe_experts_clamped", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide_clamped("moe_experts_clamped_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))

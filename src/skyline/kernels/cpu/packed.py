@@ -12,11 +12,13 @@ from torch import Tensor
 
 from skyline.kernels.cpu.native import library
 from skyline.kernels.fp4_layout import FP4
+from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.registry import CPU
-from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops import Fp4Weight, Fp8Weight, QuantizedWeight
 from skyline.ops.fp4 import MXFP4_GROUP
+from skyline.ops.fp8 import BLOCK, Fp8Rows
 from skyline.ops.host_memory import reserve_weight
-from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
+from skyline.ops.quantized import DEFAULT_GROUP, integers_of
 from skyline.ops.quantized_moe import expert_weight
 
 PANEL = 32
@@ -31,14 +33,15 @@ class Format(IntEnum):
     INT8 = 3
     INT4 = 4
     FP4 = 5
+    FP8 = 6
 
 
 @dataclass(slots=True, eq=False)
 class PackedWeight:
     """A weight [N, K], or [E, N, K], that the kernels of this provider read.
 
-    data: uint8 [E * panels, bytes of a panel]. scales float32, one a packed row: int8 formats and fp4; sums int32: int8
-    formats only.
+    data: uint8 [E * panels, bytes of a panel]. scales float32, one a packed row: int8 formats, fp4, and fp8 without
+    groups; sums int32: int8 formats only.
     """
 
     layout: PackedLayout
@@ -78,7 +81,8 @@ class PackedWeight:
 class PackedLayout:
     """A layout of csrc/packed.h. `gated`: rows are gate and up projections, to be multiplied after silu.
 
-    group: of int4 and fp4, the number of values that share a scale; zeros: of int4, whether those have a zero point.
+    group: of int4, fp4 and fp8, the number of values that share a scale; of fp8, 0 if all of a row do. zeros: of int4,
+    whether those have a zero point.
     """
 
     def __init__(self, format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> None:
@@ -107,6 +111,9 @@ class PackedLayout:
             case Format.FP4:
                 padded = -(-k // 32) * 32
                 return -(-padded // self.group * PANEL // 64) * 64 + padded * PANEL // 2
+            case Format.FP8:
+                padded = -(-k // 32) * 32
+                return (-(-padded // self.group) * 4 if self.group else 0) * PANEL + padded * PANEL
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> PackedWeight:
         experts = shape[0] if len(shape) == 3 else 1
@@ -116,15 +123,19 @@ class PackedLayout:
         panels = experts * self.panels(n)
         data = reserve_weight((panels, self.panel_bytes(k)), torch.uint8)  # zeros, for the padding
         scales = sums = None
-        if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY, Format.FP4):
+        by_rows = self.format is Format.FP8 and not self.group
+        if by_rows or self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY, Format.FP4):
             scales = torch.zeros(panels * PANEL, dtype=torch.float32)
         if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
             sums = torch.zeros(panels * PANEL, dtype=torch.int32)
         return PackedWeight(self, tuple(shape), data, scales, sums)
 
-    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight | Fp4Weight) -> None:
+    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
         if self.format is Format.FP4:
             rows = FP4[self.group].rows_of(rows)
+        elif self.format is Format.FP8:
+            assert not isinstance(rows, Fp4Weight)
+            rows = (FP8_BLOCKS if self.group else FP8_ROWS).rows_of(rows)
         n, count, done = target.shape[-2], rows.shape[0], 0
         while done < count:
             expert, row = divmod(first_row + done, n)
@@ -136,6 +147,10 @@ class PackedLayout:
             elif isinstance(rows, Fp4Weight):
                 parts = (rows.values, rows.scales.view(torch.uint8), rows.row_scales)
                 library().pack_fp4(*place, *(part[done:stop].contiguous() for part in parts), row)
+            elif isinstance(rows, Fp8Rows):
+                values, scales = rows.values.view(torch.uint8)[done:stop], rows.scales[done:stop].float()
+                if not library().pack_fp8(*place, values.contiguous(), scales.contiguous(), row):
+                    raise ValueError("a weight holds NaN; quantize the checkpoint again")
             elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
@@ -147,26 +162,37 @@ def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bo
 
 
 def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLayout:
-    """For a parameter; in int4 and fp4, with the group and zero points that were decided for it."""
-    if format is Format.FP4:
-        stored = integers_of(weight)
-        return packed_layout(format, gated, MXFP4_GROUP if stored is None else stored.group or MXFP4_GROUP)
-    if format is not Format.INT4:
-        return packed_layout(format, gated)
-    decided = integers_of(weight) or IntegerFormat(4, DEFAULT_GROUP)
-    return packed_layout(format, gated, decided.group or DEFAULT_GROUP, decided.zeros)
+    """For a parameter; in int4, fp4 and fp8, with the group and zero points that were decided for it."""
+    decided = integers_of(weight)
+    group = 0 if decided is None else decided.group or 0
+    match format:
+        case Format.FP8:
+            return packed_layout(format, gated, group)
+        case Format.FP4:
+            return packed_layout(format, gated, group or MXFP4_GROUP)
+        case Format.INT4:
+            return packed_layout(format, gated, group or DEFAULT_GROUP, decided is not None and decided.zeros)
+        case _:
+            return packed_layout(format, gated)
 
 
 _layout = functools.cache(PackedLayout)  # tells calls apart by how they are written, hence the function above
 
 
-def pack(weight: Tensor | QuantizedWeight | Fp4Weight, layout: PackedLayout) -> PackedWeight:
+def pack(weight: Tensor | QuantizedWeight | Fp4Weight | Fp8Weight, layout: PackedLayout) -> PackedWeight:
     """weight [N, K] or [E, N, K] in this layout; one that is quantized already keeps its values and scales."""
     if isinstance(weight, Fp4Weight):
         layout = packed_layout(layout.format, layout.gated, weight.group)
         target = layout.allocate(tuple(weight.shape), torch.bfloat16)
         values, scales = (part.reshape(-1, part.shape[-1]) for part in (weight.values, weight.scales))
         layout.write(target, 0, Fp4Weight(values, scales, weight.row_scales.flatten(), weight.group))
+        return target
+    if isinstance(weight, Fp8Weight):
+        layout = packed_layout(layout.format, layout.gated, BLOCK if weight.blocks else 0)
+        target = layout.allocate(tuple(weight.shape), torch.bfloat16)
+        n, k = weight.shape[-2:]
+        scales = weight.scales.repeat_interleave(BLOCK, -2)[..., :n, :] if weight.blocks else weight.scales[..., None]
+        layout.write(target, 0, Fp8Rows(weight.values.reshape(-1, k), scales.reshape(-1, scales.shape[-1])))
         return target
     if isinstance(weight, QuantizedWeight):
         layout = packed_layout(layout.format, layout.gated, weight.group or 0, weight.zeros is not None)

@@ -21,6 +21,7 @@ struct alignas(64) Scratch {
 #else
   uint8_t wide[kMostPiece * kPanel * 2];
   uint8_t pairs[kMostPiece / 4 * kPanel * 2];
+  float partial[kMostRows * kPanel];
 #endif
 };
 

@@ -48,6 +48,25 @@ void accumulate_fp4(const PackedMatrix& m, const float* x, int64_t stride, int64
   });
 }
 
+// FP8 too. Where each group of k has scales of the columns, its sums are multiplied by them first.
+void accumulate_fp8(const PackedMatrix& m, const float* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t piece, Scratch& s) {
+  const uint8_t* values = panel + m.fp8_scale_bytes();
+  const int64_t k = m.padded_k(), together = m.group ? m.group : k;
+  for (int64_t g = 0; g < k; g += together) {
+    float* sums = m.group ? s.partial : s.c;
+    accumulate_pieces<Bf16Pairs>(x + g, stride, rows, std::min(together, k - g), piece, s, sums, false, [&](int64_t k0, int64_t steps) {
+      widen_fp8(values + (g + k0) * kPanel, steps, s.pairs);
+      return static_cast<const uint8_t*>(s.pairs);
+    });
+    if (!m.group) return;
+    const float* scales = reinterpret_cast<const float*>(panel) + g / m.group * kPanel;
+    for (int64_t at = 0; at < rows * kPanel; at += Vec::width) {
+      const Vec before = g > 0 ? Vec::load(s.c + at) : Vec::zero();
+      fma(Vec::load(sums + at), Vec::load(scales + at % kPanel), before).store(s.c + at);
+    }
+  }
+}
+
 // c [R][32] += R rows of A, from `row` on and at x, times the groups [g, end) of an int4 panel, in order.
 template <bool zeros, int R = static_cast<int>(kRowBlock)>
 void add_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, int64_t row, int64_t rows, const uint8_t* panel,
@@ -175,6 +194,8 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     const float* x = static_cast<const float*>(a.data) + begin * a.stride;
     if (m.format == Format::kFp4) {
       accumulate_fp4(m, x, a.stride, rows, panel, tactic.piece / 4, s);
+    } else if (m.format == Format::kFp8) {
+      accumulate_fp8(m, x, a.stride, rows, panel, tactic.piece / 4, s);
     } else if (m.format == Format::kBfloat16) {
       accumulate_columns<Bf16Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
     } else {

@@ -126,38 +126,71 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
 #endif
 }
 
-// c [rows][32] (+)= rows of A, at x, times `size` of K at b. `streamed`: those come from memory, and then, if any, those at next.
+#if defined(__AMX_TILE__)
+
+// c [rows][32] (+)= sums [rows][32] * scales of the columns.
+void add_scaled(const float* sums, int64_t rows, const float* scales, float* c, bool accumulate) {
+  for (int64_t i = 0; i < kPanel; i += Vec::width) {
+    const Vec scale = Vec::load(scales + i);
+    for (int64_t at = i; at < rows * kPanel; at += kPanel)
+      fma(Vec::load(sums + at), scale, accumulate ? Vec::load(c + at) : Vec::zero()).store(c + at);
+  }
+}
+
+#endif
+
+// c [rows][32] (+)= rows of A, at x, times `size` of K at b, and, if there are, times the scales of the columns. streamed: b comes
+// from memory itself, where AMX has to ask for it. ahead: what the others ask for.
 template <class Step>
 void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t size, typename Step::C* c,
-                     bool accumulate, bool streamed, const uint8_t* next) {
+                     bool accumulate, bool streamed, Ahead ahead, const float* scales = nullptr) {
   const int64_t blocks = ceil_div(rows, kRowBlock);
 #if defined(__AMX_TILE__)
   TileShape shape;
-  for (int64_t r = 0; r < rows; r += kRowBlock)
-    multiply<Step>(shape, x + r * stride, stride, std::min(kRowBlock, rows - r), b, size / Step::k, c + r * kPanel, accumulate,
-                   streamed && blocks == 1);
+  for (int64_t r = 0; r < rows; r += kRowBlock) {
+    const int64_t count = std::min(kRowBlock, rows - r);
+    alignas(64) typename Step::C sums[kRowBlock * kPanel];
+    typename Step::C* to = scales ? sums : c + r * kPanel;
+    multiply<Step>(shape, x + r * stride, stride, count, b, size / Step::k, to, accumulate && !scales, streamed && blocks == 1);
+    if constexpr (std::is_same_v<typename Step::C, float>) {
+      tile_fence();
+      if (scales) add_scaled(sums, count, scales, c + r * kPanel, accumulate);
+    }
+  }
 #else
-  const int64_t bytes = size * kPanel * static_cast<int64_t>(sizeof(*x));
-  const Ahead ahead = streamed ? ahead_of(b, bytes, next, rows, blocks) : Ahead{};
   for (int64_t i = 0; i < blocks; i++) {
     const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
     multiply<Step>(x + r * stride, stride, count, b, size / Step::k, c + r * kPanel, accumulate,
-                   blocks > 1 ? ahead.part(i, blocks) : ahead);
+                   blocks > 1 ? ahead.part(i, blocks) : ahead, scales);
   }
 #endif
 }
 
-// c [rows][32] = rows of A times a panel that becomes bfloat16, piece by piece, or for few rows pair by pair.
+// c [rows][32] = rows of A times a panel that becomes bfloat16, piece by piece, or for few rows pair by pair: its values, `bits` of
+// each, are columns_at(k). The next piece is asked for meanwhile. scales, if there are, are those of columns for each `group` of k.
 template <class ColumnsAt>
-void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s,
-                        const ColumnsAt& columns_at) {
+void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s, int64_t bits,
+                        const uint8_t* values, const uint8_t* next, const ColumnsAt& columns_at, const float* scales = nullptr,
+                        int64_t group = 0) {
+  const auto scales_at = [&](int64_t k0) { return scales ? scales + k0 / group * kPanel : nullptr; };
 #if !defined(__AMX_TILE__)
-  if (rows <= kPassingRows) return multiply_in_passing(x, stride, rows, columns_at(0), k / 32, s.c);
+  if (rows <= kPassingRows) {
+    const int64_t together = scales ? group : k;
+    for (int64_t k0 = 0; k0 < k; k0 += together)
+      multiply_in_passing(x + k0, stride, rows, columns_at(k0), std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
+    return;
+  }
 #endif
   for (int64_t k0 = 0; k0 < k; k0 += tactic.piece) {
-    const int64_t size = std::min(tactic.piece, k - k0);
+    const int64_t size = std::min(tactic.piece, k - k0), together = scales ? group : size, parts = ceil_div(size, together);
+    const uint8_t* after = k0 + size < k ? values + (k0 + size) * kPanel * bits / 8 : next;
+    const Ahead ahead{after, after ? after + size * kPanel * bits / 8 : nullptr};
     widen(columns_at(k0), size / 32, s.b);
-    multiply_blocks<Bf16Step>(x + k0, stride, rows, s.b, size, s.c, k0 > 0, false, nullptr);
+    for (int64_t i = 0; i < parts; i++) {
+      const int64_t g = i * together;
+      multiply_blocks<Bf16Step>(x + k0 + g, stride, rows, s.b + g * kPanel * 2, std::min(together, size - g), s.c, k0 + g > 0,
+                                false, ahead.part(i, parts), scales_at(k0 + g));
+    }
   }
 }
 
@@ -177,18 +210,25 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     for (int64_t k0 = 0; k0 < k; k0 += piece) {
       const int64_t size = std::min(piece, k - k0);
       const uint8_t* b = panel + k0 * kPanel;
-      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size, reinterpret_cast<int32_t*>(s.c), k0 > 0, true,
-                                k0 + size < k ? b + size * kPanel : next);
+      const Ahead ahead = ahead_of(b, size * kPanel, k0 + size < k ? b + size * kPanel : next, rows, ceil_div(rows, kRowBlock));
+      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size, reinterpret_cast<int32_t*>(s.c), k0 > 0, true, ahead);
     }
     return;
   }
   const bf16* x = static_cast<const bf16*>(a.data) + begin * a.stride;
   if (m.format == Format::kInt8WeightOnly)
-    return accumulate_widened(x, a.stride, rows, k, tactic, s, [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
+    return accumulate_widened(x, a.stride, rows, k, tactic, s, 8, panel, next,
+                              [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
+  if (m.format == Format::kFp8) {
+    const uint8_t* values = panel + m.fp8_scale_bytes();
+    return accumulate_widened(
+        x, a.stride, rows, k, tactic, s, 8, values, next, [&](int64_t k0) { return Fp8Columns(values + k0 * kPanel); },
+        m.group ? reinterpret_cast<const float*>(panel) : nullptr, m.group);
+  }
   if (m.format == Format::kFp4) {
     const uint8_t* values = panel + m.fp4_scale_bytes();
     auto of_group = [&]<int64_t group>(std::integral_constant<int64_t, group>) {
-      accumulate_widened(x, a.stride, rows, k, tactic, s, [&](int64_t k0) {
+      accumulate_widened(x, a.stride, rows, k, tactic, s, 4, values, next, [&](int64_t k0) {
         return Fp4Columns<group>(panel + k0 / group * kPanel, values + k0 * kPanel / 2);
       });
     };
@@ -198,7 +238,9 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t size = std::min(piece, k - k0);
     const uint8_t* b = panel + k0 * kPanel * 2;
-    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size, s.c, k0 > 0, true, k0 + size < k ? b + size * kPanel * 2 : next);
+    const uint8_t* after = k0 + size < k ? b + size * kPanel * 2 : next;
+    const Ahead ahead = ahead_of(b, size * kPanel * 2, after, rows, ceil_div(rows, kRowBlock));
+    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size, s.c, k0 > 0, true, ahead);
   }
 }
 

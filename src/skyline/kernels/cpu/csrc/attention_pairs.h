@@ -6,6 +6,7 @@
 #if defined(__AVX512F__)
 
 #include "attention.h"
+#include "byte_numbers.h"
 #include "repeat.h"
 
 namespace skyline::attention {
@@ -14,38 +15,6 @@ namespace skyline::attention {
 inline __m512i load_bytes(const void* from, int64_t n) {
   return n >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, from);
 }
-
-// The bytes of 0 to 127 as bfloat16.
-struct Int8Table {
-  alignas(64) uint8_t low[128] = {}, high[128] = {};
-  constexpr Int8Table() {
-    for (int n = 1, exponent = 0; n < 128; n++) {
-      if (n >> exponent > 1) exponent++;
-      const int bits = (127 + exponent) << 7 | ((n << (7 - exponent)) & 127);
-      low[n] = bits & 255;
-      high[n] = bits >> 8;
-    }
-  }
-};
-constexpr Int8Table kInt8Table{};
-
-// Integers from -127 to 127 as bfloat16, by their bytes in a table: that takes half the instructions of converting them.
-class Int8Numbers {
- public:
-  // Of each 16 bytes, the first 8 and the second.
-  __attribute__((always_inline)) void widen(__m512i bytes, __m512i& first, __m512i& second) const {
-    const __m512i size = _mm512_abs_epi8(bytes);
-    const __m512i low = _mm512_permutex2var_epi8(low_[0], size, low_[1]);
-    const __m512i unsigned_high = _mm512_permutex2var_epi8(high_[0], size, high_[1]);
-    const __m512i high = _mm512_ternarylogic_epi32(unsigned_high, bytes, _mm512_set1_epi8(-128), 0xF8);  // | of &
-    first = _mm512_unpacklo_epi8(low, high);
-    second = _mm512_unpackhi_epi8(low, high);
-  }
-
- private:
-  const __m512i low_[2] = {_mm512_load_si512(kInt8Table.low), _mm512_load_si512(kInt8Table.low + 64)};
-  const __m512i high_[2] = {_mm512_load_si512(kInt8Table.high), _mm512_load_si512(kInt8Table.high + 64)};
-};
 
 // Of a matrix of 16 x 16 units of 32 bits.
 inline void transpose_pairs(__m512i (&r)[16]) {
@@ -129,7 +98,7 @@ struct Pairs<int8_t> {
   static __m256i load(const int8_t* from, int64_t n) {
     return n >= 32 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi8((1u << n) - 1, from);
   }
-  const Int8Numbers numbers_;
+  const ByteNumbers<Int8> numbers_;
 };
 
 // 16 keys as [pairs of dimensions][16 keys], padded to a multiple of 32 dimensions.

@@ -178,7 +178,8 @@ class Packer {
         }
         break;
       }
-      case Format::kFp4: break;  // pack_fp4's alone
+      case Format::kFp4:
+      case Format::kFp8: break;  // pack_fp4's and pack_fp8's alone
       case Format::kInt4:
         for (int64_t r = 0; r < count; r++) {
           if (!given) load(src, first + r);
@@ -263,11 +264,36 @@ void pack_fp4_row(const PackedMatrix& m, const uint8_t* values, const uint8_t* s
   }
 }
 
-float fp4_scale(const PackedMatrix& m, uint8_t byte) {
-  if (m.group == 32) return std::ldexp(1.0f, byte - 127);
+// float8_e4m3fn (arXiv:2209.05433), but for NaN, which no weight holds.
+float e4m3(uint8_t byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
   const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(static_cast<float>(mantissa), -9);
   return byte & 0x80 ? -size : size;
+}
+
+float fp4_scale(const PackedMatrix& m, uint8_t byte) { return m.group == 32 ? std::ldexp(1.0f, byte - 127) : e4m3(byte); }
+
+// Where value i of a row of FP8 is.
+uint8_t* fp8_value(const PackedMatrix& m, int64_t place, int64_t i) {
+  const int64_t tile = place % kPanel / kTile, lane = place % kTile, four = (i / 32 * 2 + tile) * 8 + i % 32 / 4;
+  uint8_t* panel = m.data + place / kPanel * m.panel_bytes() + m.fp8_scale_bytes();
+  return panel + four * 64 + lane / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2 + i % 2;
+}
+
+// One row of FP8. Returns whether all of it are numbers.
+bool pack_fp8_row(const PackedMatrix& m, const uint8_t* values, const float* scales, int64_t place) {
+  if (m.group) {
+    float* to = reinterpret_cast<float*>(m.data + place / kPanel * m.panel_bytes()) + place % kPanel;
+    for (int64_t g = 0; g < ceil_div(m.k, m.group); g++) to[g * kPanel] = scales[g];
+  } else {
+    m.scales[place] = scales[0];
+  }
+  bool numbers = true;
+  for (int64_t i = 0; i < m.k; i++) {
+    *fp8_value(m, place, i) = values[i];
+    numbers = numbers && (values[i] & 0x7F) != 0x7F;
+  }
+  return numbers;
 }
 
 // Value (row, i) of the weight as the kernels use it.
@@ -289,6 +315,10 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
       const uint8_t byte = panel[line + (2 * lane + i % 2) * 2 + n / 2];
       const float value = kE2m1[n % 2 ? byte >> 4 : byte & 15];
       return m.scales[place] * (value * fp4_scale(m, panel[i / m.group * kPanel + place % kPanel]));
+    }
+    case Format::kFp8: {
+      const float value = e4m3(*fp8_value(m, place, i));
+      return value * (m.group ? reinterpret_cast<const float*>(panel)[i / m.group * kPanel + place % kPanel] : m.scales[place]);
     }
     case Format::kInt4: break;
   }
@@ -366,6 +396,23 @@ void pack_fp4(PACKED_PARAMETERS, TensorView values, TensorView group_scales, Ten
   }
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_fp4, pack_fp4);
+
+// Writes rows of FP8 to the weight from first_row on: values uint8 [rows, K] and scales float32 [rows, groups], or [rows, 1]
+// without groups. Returns whether all values were numbers. Any number of threads may write different rows.
+bool pack_fp8(PACKED_PARAMETERS, TensorView values, TensorView row_scales, int64_t first_row) {
+  PackedMatrix m = PACKED_MATRIX;
+  SKYLINE_CHECK(m.format == Format::kFp8 && group % 32 == 0, "takes FP8 in groups of whole 32s, or by rows");
+  const int64_t groups = group ? ceil_div(k, group) : 1;
+  SKYLINE_CHECK(is_uint8(values) && values.ndim() == 2 && values.shape()[1] == k && is_float32(row_scales) &&
+                    row_scales.numel() == values.shape()[0] * groups && values.IsContiguous() && row_scales.IsContiguous() &&
+                    first_row >= 0 && first_row + values.shape()[0] <= n,
+                "values or scales do not match the weight");
+  bool numbers = true;
+  for (int64_t r = 0; r < values.shape()[0]; r++)
+    numbers &= pack_fp8_row(m, data<uint8_t>(values) + r * k, data<float>(row_scales) + r * groups, m.place(first_row + r));
+  return numbers;
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_fp8, pack_fp8);
 
 // out [T, K], ids [T] int64 or int32: the rows of the weight, dequantized. Ids outside the weight raise.
 void packed_embedding(TensorView out, TensorView ids, PACKED_PARAMETERS) {

@@ -10,6 +10,9 @@
 //   int4               for each group of k: 32 float16 scales, 32 float16 zero points less 8 (asymmetric only), then for each
 //                      32 k two tiles [4][16 rows][4]: byte e of row j has k = 4 j + e in its low and k = 4 (j + 4) + e in its
 //                      high nibble, so that the halves are the two halves of an int8 tile of 32 k
+//   fp8                for each group of k, if there are groups, 32 float32 scales; then [K/32] x two tiles [8 fours of k][4 fours
+//                      of rows][2 pairs of k][4 rows][2]: of 16 bytes, half belong to the first pair and half to the second, as
+//                      the instructions that put two bytes together take them
 //
 // `gated` weights hold the gate in the first half of their rows and the up projection in the second: tile 0 of a panel is 16
 // rows of gate and tile 1 the same 16 of up, so that silu(gate) * up needs one panel only.
@@ -20,7 +23,7 @@
 
 namespace skyline {
 
-enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4, kFp4 };
+enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4, kFp4, kFp8 };
 
 constexpr int64_t kPanel = 32, kTile = 16;
 
@@ -30,10 +33,10 @@ struct PackedMatrix {
   Format format;
   int64_t n, k;
   bool gated;
-  int64_t group;  // int4 and fp4 only
+  int64_t group;  // int4, fp4 and fp8 only; of fp8, 0 is a scale for a whole row
   bool zeros;     // int4 only
   uint8_t* data;
-  float* scales;  // int8 formats and fp4: one a row, in panel order
+  float* scales;  // int8 formats, fp4, and fp8 without groups: one a row, in panel order
   int32_t* sums;  // int8: sum of each row's values, in panel order
 
   // K is padded with zeros to a multiple of this.
@@ -49,12 +52,14 @@ struct PackedMatrix {
   int64_t panels() const { return gated ? ceil_div(n / 2, kTile) : ceil_div(n, kPanel); }
   int64_t group_bytes() const { return (zeros ? 128 : 64) + group / 32 * 512; }
   int64_t fp4_scale_bytes() const { return ceil_div(padded_k() / group * kPanel, 64) * 64; }
+  int64_t fp8_scale_bytes() const { return group ? ceil_div(padded_k(), group) * kPanel * 4 : 0; }
   int64_t panel_bytes() const {
     switch (format) {
       case Format::kFloat32: return k * kPanel * 4;
       case Format::kBfloat16: return padded_k() * kPanel * 2;
       case Format::kInt4: return padded_k() / group * group_bytes();
       case Format::kFp4: return fp4_scale_bytes() + padded_k() * kPanel / 2;
+      case Format::kFp8: return fp8_scale_bytes() + padded_k() * kPanel;
       default: return padded_k() * kPanel;
     }
   }

@@ -76,7 +76,7 @@ Vec finished(const Product<T>& p, const Scratch& s, int64_t row, int64_t r, int6
     value = value * (Vec::all(p.a.scales[row]) * Vec::load(m.scales + place));
   } else {
     value = Vec::load(s.c + r * kPanel + column);
-    if (m.format == Format::kInt8WeightOnly || m.format == Format::kFp4) value = value * Vec::load(m.scales + place);
+    if (m.scales) value = value * Vec::load(m.scales + place);
   }
   return p.bias ? value + Vec::load(p.bias + feature, count) : value;
 }

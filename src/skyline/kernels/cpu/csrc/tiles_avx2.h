@@ -172,6 +172,28 @@ inline void widen_fp4(const uint8_t* scales, const uint8_t* from, int64_t blocks
     }
 }
 
+// The same of an FP8 panel (float8_e4m3fn), without its scales. Numbers are made by moving their bits; 2^120 makes up for the
+// difference in what exponents count from.
+inline void widen_fp8(const uint8_t* from, int64_t blocks, uint8_t* to) {
+  const __m256i bits = _mm256_set1_epi16(static_cast<int16_t>(0x87F0)), high_half = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+  const __m256 factor = _mm256_set1_ps(0x1p120f);
+  for (int64_t tile = 0; tile < 2 * blocks; tile++, to += 1024)
+    for (int line = 0; line < 8; line++, from += 64) {
+      prefetch_l2(from + kAhead);
+      repeat<2>(SKYLINE_EACH(half) {
+        const __m256i bytes = load_whole(from + 32 * half), none = _mm256_setzero_si256();
+        const __m256i words[2] = {_mm256_unpacklo_epi8(none, bytes), _mm256_unpackhi_epi8(none, bytes)};
+        repeat<2>(SKYLINE_EACH(n) {
+          const __m256i moved = _mm256_and_si256(_mm256_srai_epi16(words[n], 4), bits);
+          const __m256 first = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(moved, 16)), factor);
+          const __m256 second = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(moved, high_half)), factor);
+          const __m256i pair = _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(first), 16), _mm256_castps_si256(second));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * (2 * line + n) + 32 * half), pair);
+        });
+      });
+    }
+}
+
 constexpr int64_t kWideRows = 3;  // by four vectors: fewer elements of A to spread than with six rows and two vectors
 
 // c [rows][32] (+)= rows <= kWideRows of A times widened columns.

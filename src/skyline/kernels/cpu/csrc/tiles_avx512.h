@@ -2,6 +2,7 @@
 #pragma once
 
 #include "amx.h"
+#include "byte_numbers.h"
 #include "packed.h"
 #include "repeat.h"
 #include "simd.h"
@@ -149,16 +150,30 @@ struct Int8Step {
   static V dot(V acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
 };
 
-// c [rows][32] (+)= rows <= kRowBlock of A (row stride lda) times `steps` blocks of the panel.
+// c [R][32] (+)= sums * scales of the columns.
+template <int R>
+inline void add_scaled(const __m512 (&sums)[R][2], const float* scales, float* c, bool accumulate) {
+  repeat<2>(SKYLINE_EACH(t) {
+    const __m512 scale = _mm512_loadu_ps(scales + 16 * t);
+    repeat<R>(SKYLINE_EACH(r) {
+      float* to = c + r * kPanel + 16 * t;
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(sums[r][t], scale, accumulate ? _mm512_loadu_ps(to) : _mm512_setzero_ps()));
+    });
+  });
+}
+
+// c [rows][32] (+)= rows <= kRowBlock of A (row stride lda) times `steps` blocks of the panel, and, if there are scales of its
+// columns (of float sums only), times those.
 template <class Step, int R = static_cast<int>(kRowBlock)>
 void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_t* b, int64_t steps, typename Step::C* c,
-              bool accumulate, Ahead ahead) {
+              bool accumulate, Ahead ahead, const float* scales = nullptr) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply<Step, R - 1>(a, lda, rows, b, steps, c, accumulate, ahead);
+    if (rows < R) return multiply<Step, R - 1>(a, lda, rows, b, steps, c, accumulate, ahead, scales);
   }
   typename Step::V acc[R][2];
+  const bool go_on = accumulate && !scales;
   repeat<R>(SKYLINE_EACH(r) {
-    repeat<2>(SKYLINE_EACH(t) { acc[r][t] = accumulate ? Step::load(c + r * kPanel + 16 * t) : Step::zero(); });
+    repeat<2>(SKYLINE_EACH(t) { acc[r][t] = go_on ? Step::load(c + r * kPanel + 16 * t) : Step::zero(); });
   });
   constexpr int64_t a_part = Step::k / 16;
   for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
@@ -171,6 +186,9 @@ void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_
         acc[r][1] = Step::dot(acc[r][1], x, right);
       });
     }
+  if constexpr (std::is_same_v<typename Step::C, float>) {
+    if (scales) return add_scaled<R>(acc, scales, c, accumulate);
+  }
   repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { Step::store(c + r * kPanel + 16 * t, acc[r][t]); }); });
 }
 
@@ -248,15 +266,36 @@ class Fp4Columns {
   __m512i factors_[2][32 / group];
 };
 
+// The same of an FP8 panel, without its scales.
+class Fp8Columns {
+ public:
+  explicit Fp8Columns(const uint8_t* values) : from_(values - 1024) {}
+  void begin() {
+    from_ += 1024;
+    prefetch<16>(from_);
+  }
+  template <int t, int n>
+  __m512i pair(int64_t q) const {
+    __m512i both[2];
+    numbers_.widen(_mm512_loadu_si512(from_ + 512 * t + 64 * (2 * q + n / 2)), both[0], both[1]);
+    return both[n % 2];
+  }
+
+ private:
+  const uint8_t* from_;
+  const ByteNumbers<E4m3> numbers_;
+};
+
 // Writes `blocks` blocks of 32 k in the bfloat16 layout.
 template <class Columns>
 inline void widen(Columns columns, int64_t blocks, uint8_t* to) {
   for (int64_t i = 0; i < blocks; i++, to += 2048) {
     columns.begin();
     repeat<4>(SKYLINE_EACH(q) {
-      repeat<4>(SKYLINE_EACH(n) {
-        _mm512_storeu_si512(to + 64 * (4 * q + n), columns.template pair<0, n>(q));
-        _mm512_storeu_si512(to + 64 * (4 * q + n) + 1024, columns.template pair<1, n>(q));
+      __m512i pairs[2][4];  // all of them before any is stored: what two have in common is computed once
+      repeat<2>(SKYLINE_EACH(t) { repeat<4>(SKYLINE_EACH(n) { pairs[t][n] = columns.template pair<t, n>(q); }); });
+      repeat<2>(SKYLINE_EACH(t) {
+        repeat<4>(SKYLINE_EACH(n) { _mm512_storeu_si512(to + 1024 * t + 64 * (4 * q + n), pairs[t][n]); });
       });
     });
   }
@@ -266,11 +305,13 @@ constexpr int64_t kPassingRows = 8;  // up to so many are multiplied by columns 
 
 #if !defined(__AMX_TILE__)
 
-// c [rows][32] = rows <= kPassingRows of A times all `blocks` blocks, in the order of `multiply`.
+// c [rows][32] = rows <= kPassingRows of A times `blocks` blocks, in the order of `multiply`; with scales of the columns, times
+// those, and added to c if `accumulate`.
 template <class Columns, int R = static_cast<int>(kPassingRows)>
-void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns columns, int64_t blocks, float* c) {
+void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns columns, int64_t blocks, float* c, bool accumulate,
+                         const float* scales) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_in_passing<Columns, R - 1>(a, lda, rows, columns, blocks, c);
+    if (rows < R) return multiply_in_passing<Columns, R - 1>(a, lda, rows, columns, blocks, c, accumulate, scales);
   }
   __m512 acc[R][2];
   repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
@@ -286,6 +327,7 @@ void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns colum
         });
       });
   }
+  if (scales) return add_scaled<R>(acc, scales, c, accumulate);
   repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { _mm512_storeu_ps(c + r * kPanel + 16 * t, acc[r][t]); }); });
 }
 

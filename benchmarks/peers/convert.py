@@ -36,10 +36,11 @@ def convert(work: Path, model: str, formats: Iterable[str], names: Iterable[str]
             if target == checkpoint:
                 continue
             reason = None
-            if name == "llama.cpp":
+            if target.suffix == ".gguf":
                 reason = _make(work, gguf, [convert_python, str(TO_GGUF), str(checkpoint), "{}"])
                 if kind != "bf16" and not reason:
-                    command = [PEERS[name].python(work), _script("quantize_gguf"), str(gguf), "{}", target.stem]
+                    quantize = [PEERS["llama.cpp"].python(work), _script("quantize_gguf")]
+                    command = [*quantize, str(gguf), "{}", target.stem]
                     reason = _make(work, target, command)
             elif name == "vllm":
                 script = _script("to_compressed_tensors")

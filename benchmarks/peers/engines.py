@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "int4", "gguf-q4_k_m", "gguf-q8_0")
 MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-moe-small")
 
 
@@ -72,11 +72,15 @@ class Peer:
         return work / "cache" / self.key
 
 
-_OUR_FILES = {"bf16": "hf", "int8": "hf", "int4": "hf"}
+_GGUF_FILES = {"gguf-q4_k_m": "q4_k_m.gguf", "gguf-q8_0": "q8_0.gguf"}  # the same file for all who read GGUF
+_OUR_FILES = {"bf16": "hf", "int8": "hf", "int4": "hf", **_GGUF_FILES}
 _OUR_FORMATS = {
     "bf16": "bfloat16",
     "int8": "quantization='int8': int8 weights, activations quantized to int8 while running",
     "int4": "quantization='int4', its default group (64); activations quantized to int8 in the same groups",
+    "gguf-q4_k_m": "Q4_K as int4 with zero points, activations quantized to int8 in its groups; Q6_K, and Q4_K fused "
+    "with it, read as bfloat16",
+    "gguf-q8_0": "Q8_0 read as bfloat16",
 }
 
 PEERS = {
@@ -98,11 +102,13 @@ PEERS = {
         Peer(
             "llama.cpp",
             "llama_cpp",
-            {"bf16": "bf16.gguf", "int8": "q8_0.gguf", "int4": "q4_0.gguf"},
+            {"bf16": "bf16.gguf", "int8": "q8_0.gguf", "int4": "q4_0.gguf", **_GGUF_FILES},
             {
                 "bf16": "BF16",
                 "int8": "Q8_0: int8 weights in groups of 32, int8 activations",
                 "int4": "Q4_0: int4 weights in groups of 32 (tied embedding and head Q6_K), int8 activations",
+                "gguf-q4_k_m": "Q4_K and Q6_K, int8 activations",
+                "gguf-q8_0": "Q8_0: int8 weights in groups of 32, int8 activations",
             },
             ("llama-cpp-python[server]==0.3.36",),
         ),

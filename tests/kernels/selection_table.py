@@ -21,7 +21,7 @@ from skyline.kernels import Kernel, NoKernelError, Request, candidates, choose, 
 from skyline.kernels.gpu import GPUS, Gpu
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS
-from skyline.ops.quantized import IntegerFormat, integers_of
+from skyline.ops.formats import IntegerFormat, integers_of
 from skyline.runner.decode_graphs import why_not_recorded
 from skyline.runner.loader import build_program, choose_dtype
 from skyline.runner.memory import KV_DTYPES, set_kv_dtype

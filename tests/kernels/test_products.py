@@ -11,6 +11,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import Format, pack, packed_layout
 from skyline.ops.fp4 import fp4_case_weight
 from skyline.ops.fp8 import FP8, Fp8Weight
+from skyline.ops.quantized import ByteRows
 from tests.kernels.test_tuning import FORMATS, kernel_of, weight_of
 
 pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
@@ -107,3 +108,46 @@ def test_fp8_without_numbers_is_refused(blocks: bool, instruction_set: str) -> N
     weight = Fp8Weight(values.to(FP8), torch.ones((1, 1) if blocks else (3,)))
     with pytest.raises(ValueError, match="holds NaN; quantize the checkpoint again"):
         pack(weight, packed_layout(Format.FP8))
+
+
+KINDS = {"by 32": (Format.BYTES, 32), "blocks": (Format.BYTES, 16), "six bits": (Format.SIX_BITS, 16)}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_give_the_bits_of_bfloat16(name: str, offsets: bool, gated: bool, instruction_set: str) -> None:
+    """A byte times its scale, less a minimum, rounded to bfloat16: as if the weight had been that."""
+    format, group = KINDS[name]
+    if format is Format.SIX_BITS and offsets:
+        pytest.skip("there are none")
+    rows = byte_rows(format, group, offsets)
+    layout = packed_layout(format, gated=gated, group=group, zeros=offsets)
+    weight, plain = pack(rows, layout), pack(rows.dequantize().bfloat16(), packed_layout(Format.BFLOAT16, gated=gated))
+    assert torch.equal(weight.dense(torch.bfloat16), rows.dequantize().bfloat16())
+    bits = 6.6 if format is Format.SIX_BITS else 9.2 if offsets else 8.6
+    assert weight.nbytes < bits / 8 * 96 * rows.shape[1] * 1.03  # whole panels, and steps of K
+    kernel = kernel_of("linear", Format.BFLOAT16, 0)
+    for count in (1, 3, 8, 9, 40, 200):
+        x = torch.randn(count, rows.shape[1]).bfloat16()
+        outs = [torch.empty(count, N // 2 if gated else N).bfloat16() for _ in range(2)]
+        for out, packed in zip(outs, (weight, plain), strict=True):
+            kernel.into(out, x, packed, None, gated)
+        assert torch.equal(*outs), count
+
+
+def byte_rows(format: Format, group: int, offsets: bool) -> ByteRows:
+    """With the extremes of their levels."""
+    k = K if group == 32 else 1024
+    low, high = (-32, 32) if format is Format.SIX_BITS else (0, 32) if offsets else (-128, 128)
+    levels = torch.randint(low, high, (N, k)).to(torch.int8)
+    levels[0, :2] = torch.tensor([low, high - 1])
+    factors = ((torch.rand(N, -(-k // (32 if group == 32 else 256))) + 0.5) / 2000).half()
+    if group == 32:
+        return ByteRows(levels, factors, (torch.randn(factors.shape) / 30).half() if offsets else None)
+    scales = torch.randint(-128, 128, (N, k // 16)).to(torch.int8)
+    if not offsets:
+        return ByteRows(levels, factors, None, scales)
+    # Groups of 32, as Q4_K has them.
+    minima = torch.randint(0, 256, (N, k // 32)).to(torch.uint8)
+    return ByteRows(levels, factors, (torch.rand(factors.shape) / 3000).half(), scales[:, ::2].contiguous(), minima)

@@ -17,8 +17,9 @@ from skyline.kernels.cpu.linear import DEFAULT, Tactic
 from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout
 from skyline.kernels.tuning import Tunings, bucket, fastest, kept, place, save
 from skyline.ops import Fp8Weight
+from skyline.ops.formats import IntegerFormat, set_integers
 from skyline.ops.fp8 import FP8
-from skyline.ops.quantized import IntegerFormat, set_integers
+from skyline.ops.quantized import ByteRows
 from skyline.runner.loader import load_model
 from skyline.runner.tune import tune
 from tests.cli.test_commands import one_red_line, skyline
@@ -34,12 +35,17 @@ FORMATS = {
     "mxfp4": ("linear_fp4", Format.FP4, 32),
     "fp8": ("linear_fp8", Format.FP8, 0),
     "fp8 in blocks": ("linear_fp8", Format.FP8, 128),
+    "bytes by 32": ("linear", Format.BYTES, 32),
 }
 
 
 def weight_of(format: Format, group: int, weight: torch.Tensor, gated: bool = False) -> PackedWeight:
-    """Packed; blocks of FP8 are not made of rows."""
+    """Packed; blocks of FP8, and bytes, are not made of rows."""
     layout = packed_layout(format, gated=gated, group=group)
+    if format is Format.BYTES:
+        factors = torch.linspace(0.5, 2.0, weight.shape[0] * -(-weight.shape[1] // group)) / 1000
+        levels = (weight * 1000).round().clamp(-128, 127).to(torch.int8)
+        return pack(ByteRows(levels, factors.half().view(weight.shape[0], -1)), layout)
     if format is not Format.FP8 or not group:
         return pack(weight, layout)
     scales = torch.linspace(0.5, 2.0, -(-weight.shape[0] // group) * -(-weight.shape[1] // group)) / 16
@@ -55,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def kernel_of(op: str, format: Format, group: int) -> Any:
     weight = torch.randn(8, 128).bfloat16()
     if group:
-        set_integers(weight, IntegerFormat(4, group))
+        set_integers(weight, IntegerFormat(8 if format is Format.BYTES else 4, group, widened=format is Format.BYTES))
     for kernel in candidates(op):
         if kernel.provider == native.PROVIDER:
             layout: Any = kernel.layouts[1]

@@ -9,7 +9,7 @@ from skyline.kernels import Request, choose
 from skyline.kernels.cpu.packed import Format, pack, packed_layout, weight_layout
 from skyline.kernels.torch_quantized import INT4, INT8, Int4Layout
 from skyline.ops import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
-from skyline.ops.quantized import IntegerFormat, set_integers
+from skyline.ops.formats import IntegerFormat, set_integers
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
 LAYOUTS = [INT8, *INT4.values()]

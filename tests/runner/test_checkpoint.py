@@ -16,18 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from skyline.checkpoint.config import load_config
 from skyline.checkpoint.errors import CheckpointError
+from skyline.checkpoint.weights import load
 from skyline.engine.config import EngineConfig
 from skyline.graph import Program
 from skyline.kernels.cpu import native
+from skyline.kernels.cpu.packed import Format, PackedWeight
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.gpu import GPUS
-from skyline.models import create_model
+from skyline.models import create_model, destinations, ignorable
 from skyline.ops import Fp4Weight
 from skyline.quantization.compress import mxfp4
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program, cpu_keeps_small_floats
+from skyline.runner.loader import build_program, compiled_kinds, load_model
 from skyline.runner.weight_store import WeightStore
-from tests.checkpoint.gguf.test_gguf_weights import made
+from tests.checkpoint.gguf.test_gguf_weights import AllPlain, made
 from tests.models import quantized
 from tests.models.families import FAMILIES
 from tests.models.harness import CPU, PagedRunner, save_tiny
@@ -126,12 +128,13 @@ def _on_h200(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any
         return program, model, checkpoint.report(model, torch.bfloat16)
 
 
-def _on_a_cpu(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+def _on_a_cpu(folder: Path, **options: Any) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+    asked = EngineConfig(model=str(folder), **options)
     config = load_config(folder)
     model = create_model(config, torch.bfloat16, CPU, allocate=False)
     with Checkpoint(folder, config) as checkpoint:
-        stored = checkpoint.integers(model, small_floats=cpu_keeps_small_floats(torch.bfloat16, native.available()))
-        program = build_program(EngineConfig(model=str(folder)), model, torch.bfloat16, stored=stored)
+        stored = checkpoint.integers(model, None, compiled_kinds(asked, torch.bfloat16, native.available()))
+        program = build_program(asked, model, torch.bfloat16, stored=stored)
         checkpoint.load(model, WeightStore(model, program, CPU).write)
         return program, model, checkpoint.report(model, torch.bfloat16)
 
@@ -226,6 +229,23 @@ def test_fp8_stays_on_a_cpu(blocks: bool, family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(packed.dense(), wanted.detach().float(), rtol=1e-6 if blocks else 4e-3, atol=0)
 
 
+@pytest.mark.parametrize("options", [{"prefer_kernels": "torch"}, {"dtype": "float32"}])
+def test_small_floats_become_plain_where_torch_computes(options: dict[str, str], tmp_path: Path) -> None:
+    """Where blocks of FP8 begin within a fused weight, torch's form of it has no place for their scales."""
+    theirs = save_tiny(tmp_path / "plain", "Qwen3", **{**_TEXT, "hidden_size": 160, "intermediate_size": 96})
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    quantized.rewrite(tmp_path / "plain", theirs, quantized.fp8_blocks(128), fp8)
+    asked = EngineConfig(model=str(tmp_path / "small"), **options)
+    dtype = torch.float32 if "dtype" in options else torch.bfloat16
+    assert compiled_kinds(asked, dtype, native.available()).isdisjoint({"fp8", "fp4", "bytes"})
+    if "dtype" not in options:
+        program, _, report = _on_a_cpu(tmp_path / "small", **options)
+        assert {entry["becomes"] for entry in report} == {"bfloat16, rounded"}
+        assert not any("fp8" in call.op.name for call in program.calls)
+    with pytest.raises(ValueError, match=r"fp8 needs the CPU.s compiled kernels.*else use int8"):
+        load_model(EngineConfig(model=str(tmp_path / "plain"), quantization="fp8", **options))
+
+
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
 def test_experts_of_gpt_oss_on_a_cpu(tmp_path: Path) -> None:
     settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -264,6 +284,55 @@ def test_experts_of_gpt_oss_from_gguf(load: Callable[..., Any], tmp_path: Path) 
             whole = found.dequantize() if isinstance(found, Fp4Weight) else None
             for expert in range(3):
                 assert torch.equal(found.expert(expert).dense() if whole is None else whole[expert], wanted[expert])
+
+
+@pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
+@pytest.mark.parametrize("down", [Type.Q6_K, Type.Q8_0])
+@pytest.mark.parametrize("model", ["qwen3", "qwen3moe"])
+def test_k_types_from_gguf_on_a_cpu(model: str, down: Type, tmp_path: Path) -> None:
+    """As in files of Q4_K_M: a fused weight of several types is bytes, and so are an expert's two if one is."""
+
+    def kind(name: str) -> Type:
+        if any(part in name for part in ("attn_v", "ffn_down", "token_embd", "output.")):
+            return Type.Q4_K if "blk.1" in name else down if "ffn_down" in name else Type.Q6_K
+        return Type.Q4_K if name.endswith(".weight") and "norm" not in name and "gate_inp" not in name else Type.F32
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "moe_intermediate_size": 256}
+    weights, _ = made(tmp_path, model, kind, settings=wide)
+    shutil.copy(tmp_path / "original" / "config.json", weights.folder)
+    program, ours, report = _on_a_cpu(weights.folder)
+    downs = {("GGUF Q8_0", "int8 in groups of 32 for bfloat16, as stored")} if down == Type.Q8_0 else set()
+    assert {(entry["format"], entry["becomes"]) for entry in report} == downs | {
+        ("GGUF Q4_K", "int4 in groups of 32 with zero points, as stored"),
+        ("GGUF Q4_K", "int8 in groups of 16 for bfloat16, as stored"),
+        ("GGUF Q6_K", "int8 in groups of 16 for bfloat16, as stored"),
+        ("GGUF Q6_K", "int6 in groups of 16 for bfloat16, as stored"),
+        ("GGUF Q6_K", "bfloat16, rounded"),  # the embedding, of which a step reads some rows only
+    }
+    plain = create_model(load_config(weights.folder), torch.bfloat16, CPU)
+    load(AllPlain(weights), destinations(plain), ignore=ignorable(plain))
+    wanted, kept = dict(plain.named_parameters()), 0
+    for use in program.weights:
+        packed = program.constant(use.slot)
+        name = next(name for name, parameter in ours.named_parameters() if parameter is use.parameter)
+        if not isinstance(packed, PackedWeight) or packed.layout.format not in (
+            Format.BYTES,
+            Format.SIX_BITS,
+            Format.INT4,
+        ):
+            continue
+        kept += 1
+        experts = range(packed.shape[0]) if len(packed.shape) == 3 else [0]
+        found = torch.stack([packed.expert(expert).dense(torch.bfloat16) for expert in experts]).view(packed.shape)
+        if packed.layout.format is Format.INT4:  # whose scales are float16
+            torch.testing.assert_close(found, wanted[name].detach(), rtol=2**-7, atol=1e-3)
+        else:
+            assert torch.equal(found, wanted[name])
+    assert kept == 9
+    ours_ = PagedRunner(ours, run=program).step(("a", TOKENS))[0].float()
+    theirs = PagedRunner(plain).step(("a", TOKENS))[0].float()
+    # Activations are int8 to the int4, and a router may choose other experts for a token.
+    assert (ours_ - theirs).abs().median() < 0.05 * theirs.std()
 
 
 def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:

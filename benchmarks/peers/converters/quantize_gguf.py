@@ -1,6 +1,6 @@
 """Quantize a GGUF file with llama.cpp's own quantizer (runs in llama.cpp's environment).
 
-python quantize_gguf.py IN OUT q8_0|q4_0
+python quantize_gguf.py IN OUT q8_0|q4_0|q4_k_m
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import sys
 
 import llama_cpp
 
-TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+TYPES = {
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Skyline(Engine):
             "kv_cache_dtype": settings["kv_cache_dtype"],
             "num_kv_blocks": settings["kv_tokens"] // 16 + 1,
         }
-        if settings["format"] != "bf16":
+        if settings["format"] in ("int8", "int4"):
             options["quantization"] = settings["format"]
         self.llm = LLM(model, **options)
         self.params = SamplingParams

@@ -12,8 +12,8 @@ from torch import fx
 from skyline import ops
 from skyline.graph.capture import VALUE
 from skyline.ops import Op
+from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, set_integers, widened
 from skyline.ops.fp4 import MXFP4_GROUP
-from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, set_integers
 from skyline.quantization import SCHEMES, Scheme
 
 # Which arguments are weights.
@@ -34,11 +34,12 @@ def quantize_linears(
     """Rewrite `linear` and `moe_experts` to ops on integers, FP8 or FP4; the result is how often each was put in.
 
     With a scheme, all of them are, int4 in groups of `group`. Without one, those whose weights the checkpoint has as
-    such: `stored`, by the parameter's id; so are gpt-oss's experts under a scheme that has no op for them.
-    Arguments stay as they are: the weight is still the attribute of the model, which is told what it becomes
-    (skyline.ops.quantized.set_integers), and the kernel's layout does that while its rows are read. What decides stays
-    dense under a scheme: routers, gates, the weights of the indexer's heads. Run it before the passes that fuse. Raises
-    ValueError for a scheme that does not exist.
+    such: `stored`, by the parameter's id; so are gpt-oss's experts under a scheme that has no op for them. Ops on
+    weights that are widened where they are read stay, and are not counted. Arguments stay as they are: the weight is
+    still the attribute of the model, which is told what it becomes (skyline.ops.formats.set_integers), and the
+    kernel's layout does that while its rows are read. What decides stays dense under a scheme: routers, gates, the
+    weights of the indexer's heads. Run it before the passes that fuse. Raises ValueError for a scheme that does not
+    exist.
     """
     if scheme is not None and scheme not in SCHEMES:
         raise ValueError(f"quantization must be one of {', '.join(SCHEMES)}, not {scheme!r}")
@@ -48,16 +49,18 @@ def quantize_linears(
             continue
         weights = [node.args[index].meta[VALUE] for index in _WEIGHTS[node.target]]
         if scheme and not (node.target is ops.moe_experts_clamped and SCHEMES[scheme].clamped is None):
-            found = _from_scheme(node, SCHEMES[scheme], group)
+            chosen = _from_scheme(node, SCHEMES[scheme], group)
+            found = None if chosen is None else (chosen[0], [chosen[1]] * len(weights))
         else:
             found = _as_stored(node, weights, stored or {})
         if found is None:
             continue
-        node.target, format = found
-        for weight in weights:
+        op, formats = found
+        for weight, format in zip(weights, formats, strict=True):
             set_integers(weight, format)
-        counts[node.target.name] += 1
-    return dict(counts)
+        counts[op.name] += op is not node.target
+        node.target = op
+    return {op: count for op, count in counts.items() if count}
 
 
 def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, IntegerFormat] | None:
@@ -81,21 +84,31 @@ def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, Integer
 
 def _as_stored(
     node: fx.Node, weights: list[Any], stored: Mapping[int, IntegerFormat]
-) -> tuple[Op, IntegerFormat] | None:
-    formats = {stored.get(id(weight)) for weight in weights}
-    format = formats.pop()
-    if format is None or formats:  # of experts, both weights have to be alike
+) -> tuple[Op, list[IntegerFormat]] | None:
+    kept = [stored.get(id(weight)) for weight in weights]
+    formats = [format for format in kept if format is not None]
+    if len(formats) < len(kept):
         return None
+    if any(format.widened for format in formats):  # of experts, the other one then is, too
+        assert isinstance(node.target, Op)
+        return node.target, [widened(format) for format in formats]
+    if len(set(formats)) > 1:
+        return None
+    op = _op_on(node, formats[0])
+    return None if op is None else (op, formats)
+
+
+def _op_on(node: fx.Node, format: IntegerFormat) -> Op | None:
     if format.fp4:
-        return _FP4[node.target], format
+        return _FP4[node.target]
     if node.target is ops.moe_experts_clamped:
         return None
     experts = node.target is ops.moe_experts
     if format.fp8:
-        return ops.moe_experts_fp8 if experts else ops.linear_fp8, format
+        return ops.moe_experts_fp8 if experts else ops.linear_fp8
     if format.bits == 8:
-        return ops.moe_experts_int8 if experts else ops.linear_int8, format
-    return ops.moe_experts_int4 if experts else ops.linear_int4, format
+        return ops.moe_experts_int8 if experts else ops.linear_int8
+    return ops.moe_experts_int4 if experts else ops.linear_int4
 
 
 def _decides(linear: fx.Node) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skyline.kernels.registry import CPU, Layout
 from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.formats import integers_of
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
 from skyline.ops.fp8 import Fp8Rows
-from skyline.ops.quantized import integers_of
 from skyline.quantization.compress import mxfp4
 
 _LARGEST = 240  # of E8M0: kernels multiply it by 2^14 in float32 (skyline.kernels.triton.four_bits)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from skyline.kernels.registry import CPU, Layout
 from skyline.ops import Fp8Weight, QuantizedWeight
+from skyline.ops.formats import integers_of
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Rows, quantize_fp8
-from skyline.ops.quantized import integers_of
 
 
 class Fp8Layout:

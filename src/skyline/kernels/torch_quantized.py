@@ -34,7 +34,7 @@ from skyline.ops import (
     moe_experts_int8,
     moe_experts_int8_weight_only,
 )
-from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
+from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import mixture
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 

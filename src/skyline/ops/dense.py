@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
+from skyline.ops.formats import plain_bytes
 
 _ROWS = (1, 3, 17)
 
@@ -120,7 +121,7 @@ def linear_cost(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bo
     """`weight`: a matrix [N, K], or anything else that has its `shape` and tells its `nbytes`."""
     rows, (n, k) = x.numel() // x.shape[-1], weight.shape
     out = rows * (n // 2 if silu_mul else n) * x.element_size()
-    return Cost(nbytes(x, bias) + weight.nbytes + out, 2 * rows * n * k)
+    return Cost(nbytes(x, bias) + plain_bytes(weight) + out, 2 * rows * n * k)
 
 
 def linear_meta(x: Tensor, weight: Any, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:

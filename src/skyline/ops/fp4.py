@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skyline.ops import dense
 from skyline.ops.contract import Case, Cost, Op, randn, register
-from skyline.ops.quantized import integers_of
+from skyline.ops.formats import integers_of
 
 MXFP4_GROUP, NVFP4_GROUP = 32, 16
 

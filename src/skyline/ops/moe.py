@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.ops.contract import Case, CaseGenerator, Cost, Op, nbytes, randn, register
+from skyline.ops.formats import plain_bytes
 
 
 def _topk_router(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 def _moe_experts_cost(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Cost:
     pairs, experts = ids.numel(), gate_up.shape[0]
     touched = min(experts, pairs)  # each token may choose experts no other token did
-    expert_bytes = nbytes(gate_up, down) // experts
+    expert_bytes = (plain_bytes(gate_up) + plain_bytes(down)) // experts
     return Cost(2 * nbytes(x) + touched * expert_bytes, 2 * pairs * (gate_up[0].numel() + down[0].numel()))
 
 

@@ -11,36 +11,7 @@ from torch import Tensor
 
 from skyline.ops import dense
 from skyline.ops.contract import Case, Cost, Op, randn, register
-
-DEFAULT_GROUP = 64
-
-
-@dataclass(frozen=True, slots=True)
-class IntegerFormat:
-    """Of what kind the integers of a weight are (QuantizedWeight).
-
-    bits 8: one scale a row. bits 4: a scale for each `group` neighbours of a row, with `zeros` also a zero point.
-    fp8: no integers, but FP8 (skyline.ops.fp8), with a scale a row, or, with `group`, for each block of group x group.
-    fp4: no integers, but FP4 (skyline.ops.fp4), with a scale for each `group` neighbours of a row.
-    """
-
-    bits: int
-    group: int | None = None
-    zeros: bool = False
-    fp8: bool = False
-    fp4: bool = False
-
-
-def set_integers(parameter: Tensor, format: IntegerFormat) -> None:
-    """Decide what the values of a parameter, which still stand for themselves, become in memory."""
-    parameter.integers = format  # type: ignore[attr-defined]
-
-
-def integers_of(parameter: Any) -> IntegerFormat | None:
-    """What `set_integers` decided."""
-    found = getattr(parameter, "integers", None)
-    assert found is None or isinstance(found, IntegerFormat)
-    return found
+from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +57,42 @@ class QuantizedWeight:
     def _spread(self, per_group: Tensor) -> Tensor:
         assert self.group is not None
         return per_group.float().repeat_interleave(self.group, dim=-1)[..., : self.shape[-1]]
+
+
+class ByteRows(NamedTuple):
+    """Rows of a weight on their way into memory: level * (factor * scale) - offset * minimum, in float32, as in GGML.
+
+    levels int8 [n, K]. In groups of 32: factors, and offsets or None, float16 [n, ceil(K / 32)], and scales and minima
+    are 1. In blocks of 256: [n, K / 256], scales int8 and minima uint8 [n, K / group].
+    """
+
+    levels: Tensor
+    factors: Tensor
+    offsets: Tensor | None = None
+    scales: Tensor | None = None
+    minima: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.levels.shape
+
+    @property
+    def group(self) -> int:
+        return 32 if self.scales is None else self.shape[1] // self.scales.shape[1]
+
+    def rows(self, start: int, stop: int) -> ByteRows:
+        return ByteRows(*(None if part is None else part[start:stop] for part in self))  # type: ignore[arg-type]
+
+    def dequantize(self) -> Tensor:
+        """float32, of `shape`."""
+        values = self.levels.float() * self._spread(self.factors, self.scales)
+        return values if self.offsets is None else values - self._spread(self.offsets, self.minima)
+
+    def _spread(self, factors: Tensor, by: Tensor | None) -> Tensor:
+        if by is None:
+            return factors.float().repeat_interleave(32, 1)[:, : self.shape[1]]
+        of_groups = factors.float().repeat_interleave(by.shape[1] // factors.shape[1], 1) * by.float()
+        return of_groups.repeat_interleave(self.group, 1)
 
 
 def int8_bytes(n: int, k: int) -> int:

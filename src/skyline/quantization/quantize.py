@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.ops import QuantizedWeight
-from skyline.ops.quantized import DEFAULT_GROUP
+from skyline.ops.formats import DEFAULT_GROUP
 
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:

@@ -17,8 +17,8 @@ from skyline.checkpoint.weights import Destination, LoadReport, SafetensorsWeigh
 from skyline.kernels.gpu import Gpu
 from skyline.models import destinations, ignorable
 from skyline.ops import Fp4Weight, KVCache
+from skyline.ops.formats import IntegerFormat, integers_of, together
 from skyline.ops.fp4 import MXFP4_GROUP
-from skyline.ops.quantized import IntegerFormat, integers_of
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeight, GGUFWeights
 from skyline.quantization.formats.scaled import ScaledWeight
@@ -83,7 +83,7 @@ class Checkpoint:
             decided = integers_of(_whole(places[name].tensor))
             if decided is None:
                 becomes = f"{name_of}, exactly" if stored.exact or dtype == torch.float32 else f"{name_of}, rounded"
-            elif decided == stored.integers and (places[name].transform is None or decided.fp4):
+            elif _goes_into(stored, decided) and (places[name].transform is None or decided.fp4):
                 becomes = f"{_described(decided)}, as stored"
             else:
                 becomes = f"{_described(decided)}, quantized again"
@@ -91,21 +91,22 @@ class Checkpoint:
         return [{"format": f, "becomes": b, "weights": count} for (f, b), count in counts.items()]
 
     def integers(
-        self, model: nn.Module, gpu: Gpu | None = None, small_floats: bool = False
+        self, model: nn.Module, gpu: Gpu | None = None, compiled: frozenset[str] = frozenset()
     ) -> dict[int, IntegerFormat]:
-        """By parameter's id, the integers that all of its rows are stored as; for a GPU also FP4, and FP8 if it can.
+        """By parameter's id, in what form kernels take all of its rows as they are stored, of GGUF's types together.
 
-        small_floats: for a CPU whose kernels take both (`cpu_keeps_small_floats`).
+        For a GPU, FP8 only if it can, and no bytes. compiled: kinds that a CPU takes (`loader.compiled_kinds`).
         """
         if not self._stored:
             return {}  # a model of many experts has many places to go over
-        found: dict[int, set[IntegerFormat | None]] = {}
+        found: dict[int, list[IntegerFormat | None]] = {}
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
-            format = None if stored is None else _kept(stored, place, gpu, small_floats)
+            format = None if stored is None else _kept(stored, place, gpu, compiled)
             for tensor in (place.tensor, *place.others):
-                found.setdefault(id(_whole(tensor)), set()).add(format)
-        return {key: format for key, (format, *more) in found.items() if format is not None and not more}
+                found.setdefault(id(_whole(tensor)), []).append(format)
+        joined = {key: together(formats) for key, formats in found.items()}
+        return {key: format for key, format in joined.items() if format is not None}
 
     def load(self, model: nn.Module, write: Callable[[torch.Tensor, Any], None]) -> LoadReport:
         """Hand every weight to `write(part of a parameter, rows)`; rows may be a QuantizedWeight, see WeightStore."""
@@ -154,12 +155,12 @@ class _AsWanted:
     def __init__(self, stored: Stored, place: Destination | None) -> None:
         decided = None if place is None else integers_of(_whole(place.tensor))
         self._stored, self.shape = stored, stored.shape
-        self._as_integers = self.in_order = False
+        self._as_integers = self.in_order = self._as_bytes = False
         self._order: torch.Tensor | None = None
-        if place is None or decided is None or decided != stored.integers:
+        if place is None or decided is None or not _goes_into(stored, decided):
             return
         if place.transform is None:
-            self._as_integers = True
+            self._as_integers, self._as_bytes = True, decided.widened
         elif (order := _order(stored, place)) is not None:
             self._as_integers = self.in_order = True
             self._order, self.shape = order, tuple(place.tensor.shape)
@@ -167,6 +168,9 @@ class _AsWanted:
     def read(self, start: int, stop: int) -> Any:
         if not self._as_integers:
             return self._stored.read(start, stop)
+        if self._as_bytes:
+            assert isinstance(self._stored, GGUFWeight)
+            return self._stored.as_bytes(start, stop)
         rows = self._stored.levels(start, stop)
         if self._order is None:
             return rows
@@ -206,14 +210,23 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _kept(stored: Stored, place: Destination, gpu: Gpu | None, small_floats: bool) -> IntegerFormat | None:
+def _kept(stored: Stored, place: Destination, gpu: Gpu | None, compiled: frozenset[str]) -> IntegerFormat | None:
     """What kernels can take as it is stored."""
     format = stored.integers
     if format is None or (place.transform is not None and not (format.fp4 and _order(stored, place) is not None)):
         return None
     if gpu is None:
-        return format if small_floats or not (format.fp8 or format.fp4) else None
-    return format if not format.fp8 or (gpu.fp8 and _whole_blocks(place, format)) else None
+        return format if format.kind in compiled else None
+    if format.widened or (format.fp8 and not (gpu.fp8 and _whole_blocks(place, format))):
+        return None
+    return format
+
+
+def _goes_into(stored: Stored, decided: IntegerFormat) -> bool:
+    """Whether what was decided for a parameter takes the weight's rows as they are stored."""
+    if stored.integers is None or decided == stored.integers:
+        return decided == stored.integers
+    return decided.widened and isinstance(stored, GGUFWeight)
 
 
 def _order(stored: Stored, place: Destination) -> torch.Tensor | None:
@@ -247,6 +260,8 @@ def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
 def _described(format: IntegerFormat) -> str:
     if format.fp4:
         return "mxfp4" if format.group == MXFP4_GROUP else "nvfp4"
+    if format.widened:
+        return f"int{format.bits} in groups of {format.group} for bfloat16"
     if format.fp8:
         return "fp8" if format.group is None else f"fp8 in blocks of {format.group}x{format.group}"
     group = "" if format.group is None else f" in groups of {format.group}"

@@ -25,7 +25,7 @@ from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program, choose_dtype, cpu_keeps_small_floats, why_call_by_call
+from skyline.runner.loader import build_program, choose_dtype, compiled_kinds, why_call_by_call
 from skyline.runner.memory import KV_DTYPES, set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
@@ -74,8 +74,8 @@ def explain(
     model = create_model(model_config, dtype, "meta")
     unfused = _launched(capture(model))
     checkpoint = _open(Path(config.model), model_config)
-    small_floats = device_type == "cpu" and cpu_keeps_small_floats(dtype, isa)
-    stored = checkpoint.integers(model, gpu, small_floats) if checkpoint else None
+    kinds = compiled_kinds(config, dtype, isa) if device_type == "cpu" else frozenset()
+    stored = checkpoint.integers(model, gpu, kinds) if checkpoint else None
     program = build_program(config, model, dtype, isa, stored, gpu)
     fused = [call.op.name for call in program.calls if not call.is_view]
     launches, per_layer = Counter(fused), _per_layer(fused)

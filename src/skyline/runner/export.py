@@ -16,7 +16,7 @@ from skyline.checkpoint.fields import read_json_object
 from skyline.checkpoint.safetensors_weights import INDEX_FILE, SINGLE_FILE, SafetensorsWeights
 from skyline.graph import capture, quantize_linears
 from skyline.models import create_model, destinations
-from skyline.ops.quantized import integers_of
+from skyline.ops.formats import integers_of
 from skyline.quantization.compress import COMPRESSIONS, Compression
 from skyline.runner.checkpoint import Checkpoint
 

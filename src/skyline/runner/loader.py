@@ -19,7 +19,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, KVCache, LayerCache
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.runner import decode_knobs, dry_run
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.decode_graphs import why_not_recorded
@@ -107,9 +107,20 @@ def build_program(
     return program
 
 
-def cpu_keeps_small_floats(dtype: torch.dtype, isa: str) -> bool:
-    """Whether the kernels of such a CPU take weights in FP8 and FP4 as they are stored."""
-    return choose(Request(OPS["linear_fp4"], "cpu", dtype, isa=isa)).kernel.provider == native.PROVIDER
+# By the kind of a weight (skyline.ops.formats.IntegerFormat).
+_OP_ON = {"fp8": "linear_fp8", "fp4": "linear_fp4", "int8": "linear_int8", "int4": "linear_int4", "bytes": "linear"}
+
+
+def compiled_kinds(config: EngineConfig, dtype: torch.dtype, isa: str) -> frozenset[str]:
+    """Kinds of weights that the kernels of such a CPU take as they are stored; torch computes with others slowly."""
+    found = set()
+    for kind, op in _OP_ON.items():
+        if kind == "bytes" and dtype != torch.bfloat16:  # which they are read as
+            continue
+        request = Request(OPS[op], "cpu", dtype, isa=isa, prefer=config.prefer_kernels)
+        if choose(request).kernel.provider == native.PROVIDER:
+            found.add(kind)
+    return frozenset(found)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -127,8 +138,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     gpu = detect(device.index or 0) if device.type == "cuda" else None
     if gpu is not None and (slow := why_slow(config, gpu)):
         _LOG.warning("%s", slow)
-    small_floats = device.type == "cpu" and cpu_keeps_small_floats(dtype, native.available())
-    stored_as = checkpoint.integers(model, gpu, small_floats) if checkpoint else None
+    kinds = compiled_kinds(config, dtype, native.available()) if device.type == "cpu" else frozenset()
+    if gpu is None and (why := why_refused(config, kinds)):
+        raise ValueError(why)
+    stored_as = checkpoint.integers(model, gpu, kinds) if checkpoint else None
     program = build_program(config, model, dtype, stored=stored_as)
     capture_seconds = time.perf_counter() - began
 
@@ -217,6 +230,18 @@ def load_model(config: EngineConfig) -> LoadedModel:
         report["tuning"] = f"tactics of {len(tunings.tactics)} products, measured by `skyline tune`"
     report["load"] = f"{load_seconds:.2f} s weights, {capture_seconds * 1000:.0f} ms capture"
     return LoadedModel(runner, program, limits, eos, model_config.vocab_size, report)
+
+
+def why_refused(config: EngineConfig, kinds: frozenset[str]) -> str:
+    """Why a CPU cannot be asked for this quantization, for which torch has no more than a reference; "" if it can."""
+    kind = {"fp8": "fp8", "mxfp4": "fp4"}.get(config.quantization or "")
+    if kind is None or kind in kinds:
+        return ""
+    instead = "int8" if kind == "fp8" else "int4"
+    return (
+        f"quantization {config.quantization} needs the CPU's compiled kernels and activations in bfloat16 "
+        f"(--dtype bfloat16, a C++ compiler); else use {instead}"
+    )
 
 
 def why_slow(config: EngineConfig, gpu: Gpu) -> str:

@@ -17,6 +17,7 @@ from skyline.layers import random_values
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.host_memory import reserve_weight
+from skyline.ops.quantized import ByteRows
 
 
 class WeightStore:
@@ -53,7 +54,9 @@ class WeightStore:
             found |= parts
         return found
 
-    def write(self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
+    def write(
+        self, target: torch.Tensor, source: torch.Tensor | QuantizedWeight | ByteRows | Fp8Rows | Fp4Weight
+    ) -> None:
         """`target` is a parameter or some of its rows, on the meta device; `source` has its shape. Thread-safe.
 
         Integers are for layouts that were made for them, by `set_integers`.

@@ -13,7 +13,30 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from skyline.checkpoint.gguf.types import GGML_TYPES
+
 LLAMA3_FACTORS = "rope_freqs"
+
+# The K types, which the package cannot write, with the middle of their levels where these are not signed.
+_STEPS = {Type.Q2_K: 1.5, Type.Q3_K: 0.0, Type.Q4_K: 7.5, Type.Q5_K: 15.5, Type.Q6_K: 0.0}
+
+
+def random_blocks(shape: tuple[int, ...], kind: Type) -> NDArray[np.uint8]:
+    """Values of some 0.05, around zero, for a tensor of that shape."""
+    layout = GGML_TYPES[kind.value]
+    *lead, k = shape
+    generator = np.random.default_rng(k)
+    data = generator.integers(0, 256, (*lead, k // layout.block_size * layout.block_bytes), dtype=np.uint8)
+    fields = data.reshape(-1, layout.block_bytes).view(layout.block)
+    assert layout.block is not None and layout.block.names is not None
+    fields["d"] = 1.0
+    if "dmin" in layout.block.names:
+        fields["dmin"] = 1.0
+    found = layout.levels(data.reshape(-1, data.shape[-1]))
+    fields["d"] = 0.05 / (np.abs(found.group_scales()).mean() * (found.levels - _STEPS[kind]).std())
+    if "dmin" in layout.block.names:
+        fields["dmin"] = fields["d"] * _STEPS[kind]
+    return data
 
 
 def convert(
@@ -37,7 +60,7 @@ def convert(
     written = {}
     for name, data in named(folder, config, architecture).items():
         chosen = kind(name) if data.ndim > 1 and "_inp" not in name and ".bias" not in name else Type.F32
-        written[name] = gguf.quants.quantize(data, chosen)
+        written[name] = random_blocks(data.shape, chosen) if chosen in _STEPS else gguf.quants.quantize(data, chosen)
         writer.add_tensor(name, written[name], raw_dtype=chosen)
     finish(writer)
     return written

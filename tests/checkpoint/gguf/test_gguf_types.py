@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from skyline.checkpoint.gguf.types import GGML_TYPES, GGMLType, q4_0_levels
+from skyline.checkpoint.gguf.types import GGML_TYPES, GGMLType
 
 QUANTIZED = {number: kind for number, kind in GGML_TYPES.items() if kind.block is not None}
 
@@ -40,13 +40,19 @@ def test_numbers_names_and_sizes_are_those_of_the_package_gguf() -> None:
         assert (theirs.name, *gguf.GGML_QUANT_SIZES[theirs]) == (kind.name, kind.block_size, kind.block_bytes)
 
 
-def test_levels_of_q4_0_stand_for_the_same_values() -> None:
-    rows = random_rows(GGML_TYPES[2], 3, 4)
-    values, scales = q4_0_levels(rows)
-    assert values.shape == (3, 128) and scales.shape == (3, 4)
-    assert values.min() == -8 and values.max() == 7
-    product = values.astype(np.float32) * np.repeat(scales.astype(np.float32), 32, axis=1)
-    np.testing.assert_array_equal(product, gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q4_0))
+@pytest.mark.parametrize("number", sorted(QUANTIZED.keys() - {39}), ids=lambda number: QUANTIZED[number].name)
+def test_levels_have_the_shape_that_the_type_says(number: int) -> None:
+    kind = QUANTIZED[number]
+    found = kind.levels(random_rows(kind, 3, 4))
+    k = 4 * kind.block_size
+    assert found.levels.dtype == np.int8 and found.levels.shape == (3, k)
+    assert found.factors.dtype == np.float16 and found.factors.shape == (3, 4)
+    assert found.group_scales().shape == (3, k // kind.group)
+    assert (found.offsets is not None) == kind.offsets
+    span = int(found.levels.max()) - int(found.levels.min())
+    # Random bytes hold all levels of the smaller types.
+    assert span == 2 ** int(kind.name[1]) - 1 or (kind.name == "Q8_0" and span > 240)
+    assert (found.levels.min() == 0) == kind.offsets
 
 
 @pytest.mark.parametrize("number", QUANTIZED, ids=lambda number: QUANTIZED[number].name)

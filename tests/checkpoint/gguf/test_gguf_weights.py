@@ -19,10 +19,11 @@ from skyline.checkpoint.config import load_config
 from skyline.checkpoint.gguf import materialize
 from skyline.checkpoint.weights import load
 from skyline.models import create_model, destinations, ignorable
-from skyline.ops import Fp4Weight
+from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.quantized import ByteRows
 from skyline.quantization.formats.gguf import GGUFWeights
 from skyline.quantization.formats.stored import IntegerFormat
-from tests.checkpoint.gguf.convert import convert, finish
+from tests.checkpoint.gguf.convert import convert, finish, random_blocks
 from tests.models.harness import PagedRunner, save_tiny
 from tests.tiny import make_tokenizer
 
@@ -54,10 +55,12 @@ MODELS: dict[str, tuple[str, MODEL_ARCH, dict[str, Any]]] = {
 }
 
 
-def made(folder: Path, model: str, kind: Callable[[str], Type], **keys: Any) -> tuple[GGUFWeights, dict[str, Any]]:
+def made(
+    folder: Path, model: str, kind: Callable[[str], Type], settings: dict[str, Any] | None = None, **keys: Any
+) -> tuple[GGUFWeights, dict[str, Any]]:
     """The weights of a tiny model as GGUF, and the tensors of the checkpoint."""
-    family, architecture, settings = MODELS[model]
-    save_tiny(folder / "original", family, **{**SIZES, **settings})
+    family, architecture, usual = MODELS[model]
+    save_tiny(folder / "original", family, **{**SIZES, **usual, **(settings or {})})
     (folder / "made").mkdir()
     convert(folder / "original", folder / "made" / "model.gguf", architecture, kind, **keys)
     return GGUFWeights(folder / "made"), load_file(folder / "original" / "model.safetensors")
@@ -114,7 +117,8 @@ def test_what_is_said_of_a_weight(tmp_path: Path) -> None:
     k = weights.stored["model.layers.0.self_attn.k_proj.weight"]
     assert (k.format, k.exact, k.integers) == ("GGUF BF16", True, None)
     embedding = weights.stored["model.embed_tokens.weight"]
-    assert (embedding.exact, embedding.integers) == (False, None) and embedding.shape == (97, 64)
+    assert not embedding.exact and embedding.shape == (97, 64)
+    assert embedding.integers == IntegerFormat(bits=8, group=32, widened=True)
     assert weights.dtype("model.layers.0.mlp.up_proj.weight") == torch.float16
     with pytest.raises(CheckpointError, match=r"no plain tensor named 'model\.embed_tokens"):
         weights.get("model.embed_tokens.weight")
@@ -204,6 +208,56 @@ def test_the_levels_of_q4_0_are_the_weight(tmp_path: Path, name: str) -> None:
     assert torch.equal(levels.dequantize(), stored.read(3, 60))
 
 
+@pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q5_K, Type.Q6_K])
+def test_other_levels_are_bytes(tmp_path: Path, kind: Type) -> None:
+    data = random_blocks((50, 512), kind) if kind.name.endswith("K") else some_of(kind)
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, kind)}).stored["model.layers.1.mlp.up_proj.weight"]
+    rows, is_k = stored.levels(3, 50), kind.name.endswith("K")
+    assert isinstance(rows, ByteRows)
+    assert stored.integers == IntegerFormat(
+        6 if kind == Type.Q6_K else 8, 16 if is_k else 32, rows.offsets is not None, widened=True, blocks=is_k
+    )
+    assert torch.equal(rows.dequantize(), stored.read(3, 50))
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q4_K])
+def test_four_bits_with_minima_get_zero_points(tmp_path: Path, kind: Type) -> None:
+    """Within what rounding scales and zero points to float16 does."""
+    data = random_blocks((50, 512), kind) if kind == Type.Q4_K else some_of(kind)
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, kind)}).stored["model.layers.1.mlp.up_proj.weight"]
+    assert stored.integers == IntegerFormat(4, 32, zeros=True, blocks=kind == Type.Q4_K)
+    assert torch.equal(stored.as_bytes(3, 50).dequantize(), stored.read(3, 50))
+    rows, wanted = stored.levels(3, 50), stored.read(3, 50)
+    assert isinstance(rows, QuantizedWeight) and rows.zeros is not None
+    assert rows.values.min() == 0 and rows.values.max() == 15
+    assert (rows.dequantize() - wanted).abs().max() < 2**-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("scale,minimum", [(0.0, 0.5), (1e-7, 0.5), (0.0, 0.0), (1e-5, -3.0)])
+def test_groups_of_next_to_one_value(tmp_path: Path, scale: float, minimum: float) -> None:
+    """Where no zero point is a number of float16."""
+    data = some_of(Type.Q4_1).reshape(-1, 20)
+    data[::3, :4] = np.array([scale, minimum], np.float16).view(np.uint8)
+    data = data.reshape(50, -1)
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, Type.Q4_1)}).stored["model.layers.1.mlp.up_proj.weight"]
+    found, wanted = stored.levels(0, 50).dequantize(), stored.read(0, 50)
+    assert bool(found.isfinite().all()) and (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+
+
+def test_scales_beyond_float16_are_refused(tmp_path: Path) -> None:
+    """Each of their parts is a number of it."""
+    data = random_blocks((4, 512), Type.Q4_K)
+    data.reshape(-1, 144)[1, :4] = np.array([6e4, 6e4], np.float16).view(np.uint8)
+    stored = header_of(tmp_path, {"blk.1.ffn_up.weight": (data, Type.Q4_K)}).stored["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match="a scale that is NaN, infinite or too large"):
+        stored.levels(0, 4)
+
+
+def some_of(kind: Type) -> np.ndarray:
+    values = np.random.default_rng(1).standard_normal((50, 512)).astype(np.float32)
+    return np.asarray(gguf.quants.quantize(values, kind))
+
+
 def test_mxfp4_is_a_weight_of_four_bit_floats(tmp_path: Path) -> None:
     """Every code, and scales over many powers of two."""
     data = np.random.default_rng(0).integers(0, 256, (64, 2 * 17), dtype=np.uint8)
@@ -260,7 +314,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     stored = weights.stored["model.layers.0.mlp.up_proj.weight"]
     for read in (stored.read, stored.levels):
         read(0, 2)
-        with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' has a scale that is NaN or infinite"):
+        with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' has a scale that is NaN, infinite"):
             read(0, 4)
 
 

@@ -25,8 +25,8 @@ from skyline.ops import (
     QuantizedWeight,
     StateCache,
 )
+from skyline.ops.formats import IntegerFormat, set_integers
 from skyline.ops.fp8 import quantize_fp8
-from skyline.ops.quantized import IntegerFormat, set_integers
 from tests.kernels.triton.test_ops import KERNELS
 
 H200 = GPUS["h200"]  # which kernels take a CPU for

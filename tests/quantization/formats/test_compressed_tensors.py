@@ -14,7 +14,7 @@ from compressed_tensors.quantization.utils.helpers import generate_gparam
 from torch import Tensor
 
 from skyline.checkpoint.errors import CheckpointError
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.quantization.formats import detect
 from tests.quantization.formats.tensors import Tensors, found, only, randint, randn, whole
 

@@ -12,7 +12,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from skyline.checkpoint.errors import CheckpointError
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.quantization.formats import detect
 from tests.quantization.formats.tensors import Tensors, found, only, randint, randn, whole
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skyline.checkpoint.errors import CheckpointError
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.quantization.formats import detect
 from tests.quantization.formats.tensors import Tensors, found, only, randint, randn, whole
 

@@ -17,41 +17,96 @@ from numpy.typing import NDArray
 
 Blocks = NDArray[Any]  # [n] of a block's structured dtype
 Bytes = NDArray[np.uint8]
+Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
 
 _SUPER = 256  # values of a block of the K types
 
 
 @dataclass(frozen=True, slots=True)
-class GGMLType:
-    """block_size: values of a block. block: its layout. values: blocks [n] to float32 [n, block_size].
+class Levels:
+    """Integers and what they stand for: of each row, level * (factor * scale) - offset * minimum, in float32.
 
-    `block` and `values` are None for the plain types, F32, F16 and BF16.
+    levels: int8 [n, k]. factors, and offsets or None: float16 [n, k / block]. scales int8, and minima uint8 or None:
+    [n, k / group]; where a block is one group, there are neither, which is 1.
+    """
+
+    levels: NDArray[np.int8]
+    factors: Halves
+    offsets: Halves | None = None
+    scales: NDArray[np.int8] | None = None
+    minima: NDArray[np.uint8] | None = None
+
+    def values(self) -> Floats:
+        """float32 [n, k]."""
+        scales = self.group_scales()
+        grouped = self.levels.reshape(*scales.shape, -1).astype(np.float32)
+        values, minima = scales[..., None] * grouped, self.group_minima()
+        return (values if minima is None else values - minima[..., None]).reshape(self.levels.shape)
+
+    def group_scales(self) -> Floats:
+        """Of each group, exact: [n, k / group]."""
+        return _scaled(self.factors, self.scales)
+
+    def group_minima(self) -> Floats | None:
+        return None if self.offsets is None else _scaled(self.offsets, self.minima)
+
+
+def _scaled(factors: Halves, by: NDArray[Any] | None) -> Floats:
+    wide = factors.astype(np.float32)
+    if by is None:
+        return wide
+    grouped = by.reshape(*factors.shape, -1).astype(np.float32)
+    return (wide[..., None] * grouped).reshape(by.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class GGMLType:
+    """block_size: values of a block. block: its layout. unpack: blocks [n] to rows of block_size.
+
+    `block` is None for the plain types, F32, F16 and BF16, and `unpack` for those and for MXFP4, which holds floats.
+    group: values that share a scale. offsets: whether there are.
     """
 
     name: str
     block_size: int
     block_bytes: int
     block: np.dtype[Any] | None = None
-    values: Callable[[Blocks], Floats] | None = None
+    unpack: Callable[[Blocks], Levels] | None = None
+    group: int = 0
+    offsets: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.block_size * self.block_bytes
+
+    def levels(self, rows: Bytes) -> Levels:
+        """Rows as they are in the file [n, bytes of a row]."""
+        assert self.unpack is not None
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = self.unpack(self.blocks(rows))
+        parts = (found.levels, found.factors, found.offsets, found.scales, found.minima)
+        return Levels(*(None if part is None else part.reshape(len(rows), -1) for part in parts))  # type: ignore[arg-type]
 
     def dequantize(self, rows: Bytes) -> Floats:
         """Rows as they are in the file [n, bytes of a row] to float32 [n, values of a row].
 
         A scale that is NaN or infinite gives values that are not finite.
         """
-        assert self.block is not None and self.values is not None
-        blocks = np.ascontiguousarray(rows).reshape(-1).view(self.block)
         with np.errstate(invalid="ignore", over="ignore"):
-            return self.values(blocks).reshape(len(rows), -1)
+            if self.unpack is None:
+                return _mxfp4(self.blocks(rows)).reshape(len(rows), -1)
+            return self.levels(rows).values()
+
+    def blocks(self, rows: Bytes) -> Blocks:
+        """[n, bytes of a row] as blocks, one row's after the other's."""
+        assert self.block is not None
+        return np.ascontiguousarray(rows).reshape(-1).view(self.block)
 
 
-def _scale(blocks: Blocks, field: str) -> Floats:
-    """A float16 of each block as float32 [n, 1]."""
-    return blocks[field].astype(np.float32)[:, None]
+def _half(blocks: Blocks, field: str) -> Halves:
+    """A float16 of each block [n, 1]."""
+    halves: Halves = blocks[field].astype(np.float16)[:, None]
+    return halves
 
 
 def _nibbles(packed: Bytes, run: int) -> Bytes:
@@ -72,67 +127,68 @@ def _fifth_bits(blocks: Blocks) -> Bytes:
     return np.unpackbits(blocks["high"], axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q4_0(blocks: Blocks) -> Floats:
-    return _scale(blocks, "d") * (_nibbles(blocks["q"], 16).astype(np.float32) - 8)
+def _signed(levels: Bytes, zero: int = 0) -> NDArray[np.int8]:
+    return levels.astype(np.int8) - np.int8(zero)
 
 
-def _q4_1(blocks: Blocks) -> Floats:
-    return _scale(blocks, "d") * _nibbles(blocks["q"], 16).astype(np.float32) + _scale(blocks, "m")
+def _q4_0(blocks: Blocks) -> Levels:
+    return Levels(_signed(_nibbles(blocks["q"], 16), 8), _half(blocks, "d"))
 
 
-def _q5_0(blocks: Blocks) -> Floats:
-    levels = _nibbles(blocks["q"], 16) | _fifth_bits(blocks)
-    return _scale(blocks, "d") * (levels.astype(np.float32) - 16)
+def _q4_1(blocks: Blocks) -> Levels:
+    return Levels(_signed(_nibbles(blocks["q"], 16)), _half(blocks, "d"), -_half(blocks, "m"))
 
 
-def _q5_1(blocks: Blocks) -> Floats:
-    levels = _nibbles(blocks["q"], 16) | _fifth_bits(blocks)
-    return _scale(blocks, "d") * levels.astype(np.float32) + _scale(blocks, "m")
+def _q5_0(blocks: Blocks) -> Levels:
+    return Levels(_signed(_nibbles(blocks["q"], 16) | _fifth_bits(blocks), 16), _half(blocks, "d"))
 
 
-def _q8_0(blocks: Blocks) -> Floats:
-    return _scale(blocks, "d") * blocks["q"].astype(np.float32)
+def _q5_1(blocks: Blocks) -> Levels:
+    return Levels(_signed(_nibbles(blocks["q"], 16) | _fifth_bits(blocks)), _half(blocks, "d"), -_half(blocks, "m"))
 
 
-def _q2_k(blocks: Blocks) -> Floats:
-    scales = _scale(blocks, "d") * (blocks["scales"] & 15).astype(np.float32)
-    minima = _scale(blocks, "dmin") * (blocks["scales"] >> 4).astype(np.float32)
-    levels = _fields(blocks["q"], 2, 32).reshape(-1, 16, 16).astype(np.float32)
-    return scales[:, :, None] * levels - minima[:, :, None]
+def _q8_0(blocks: Blocks) -> Levels:
+    return Levels(blocks["q"], _half(blocks, "d"))
 
 
-def _q3_k(blocks: Blocks) -> Floats:
+def _q2_k(blocks: Blocks) -> Levels:
+    scales: Bytes = blocks["scales"]
+    minima = scales >> np.uint8(4)
+    return Levels(
+        _signed(_fields(blocks["q"], 2, 32)),
+        _half(blocks, "d"),
+        _half(blocks, "dmin"),
+        _signed(scales & np.uint8(15)),
+        minima,
+    )
+
+
+def _q3_k(blocks: Blocks) -> Levels:
     lower, upper = _nibbles(blocks["scales"][:, :8], 8), _fields(blocks["scales"][:, 8:], 2, 4)
-    scales = _scale(blocks, "d") * ((lower | upper << np.uint8(4)).astype(np.float32) - 32)
     # The third bit says "not minus four".
     levels = _fields(blocks["q"], 2, 32) | _fields(blocks["high"], 1, 32) << np.uint8(2)
-    return scales[:, :, None] * (levels.reshape(-1, 16, 16).astype(np.float32) - 4)
+    return Levels(_signed(levels, 4), _half(blocks, "d"), None, _signed(lower | upper << np.uint8(4), 32))
 
 
-def _k_scales(blocks: Blocks) -> tuple[Floats, Floats]:
-    """The scales and minima of the eight groups of Q4_K and Q5_K, [n, 8, 1] each: 6 bits, packed in 12 bytes."""
+def _with_k_scales(levels: Bytes, blocks: Blocks) -> Levels:
+    """Of Q4_K and Q5_K: the scales and minima of eight groups, 6 bits each, are packed in 12 bytes."""
     scales, minima, rest = np.split(blocks["scales"], 3, axis=1)
     scales = np.concatenate([scales & 63, rest & 15 | scales >> 6 << np.uint8(4)], axis=1)
     minima = np.concatenate([minima & 63, rest >> 4 | minima >> 6 << np.uint8(4)], axis=1)
-    wide = _scale(blocks, "d") * scales.astype(np.float32), _scale(blocks, "dmin") * minima.astype(np.float32)
-    return wide[0][:, :, None], wide[1][:, :, None]
+    return Levels(_signed(levels), _half(blocks, "d"), _half(blocks, "dmin"), _signed(scales), minima)
 
 
-def _q4_k(blocks: Blocks) -> Floats:
-    scales, minima = _k_scales(blocks)
-    return scales * _nibbles(blocks["q"], 32).reshape(-1, 8, 32).astype(np.float32) - minima
+def _q4_k(blocks: Blocks) -> Levels:
+    return _with_k_scales(_nibbles(blocks["q"], 32), blocks)
 
 
-def _q5_k(blocks: Blocks) -> Floats:
-    scales, minima = _k_scales(blocks)
-    levels = _nibbles(blocks["q"], 32) | _fields(blocks["high"], 1, 32) << np.uint8(4)
-    return scales * levels.reshape(-1, 8, 32).astype(np.float32) - minima
+def _q5_k(blocks: Blocks) -> Levels:
+    return _with_k_scales(_nibbles(blocks["q"], 32) | _fields(blocks["high"], 1, 32) << np.uint8(4), blocks)
 
 
-def _q6_k(blocks: Blocks) -> Floats:
-    scales = _scale(blocks, "d") * blocks["scales"].astype(np.float32)
+def _q6_k(blocks: Blocks) -> Levels:
     levels = _nibbles(blocks["q"], 64) | _fields(blocks["high"], 2, 32) << np.uint8(4)
-    return scales[:, :, None] * (levels.reshape(-1, 16, 16).astype(np.float32) - 32)
+    return Levels(_signed(levels, 32), _half(blocks, "d"), None, blocks["scales"])
 
 
 # The values of E2M1 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
@@ -145,9 +201,15 @@ def _mxfp4(blocks: Blocks) -> Floats:
     return scales[:, None].astype(np.float32) * _E2M1[_nibbles(blocks["q"], 16)]
 
 
-def _type(name: str, size: int, values: Callable[[Blocks], Floats], *fields: tuple[str, str, int]) -> GGMLType:
-    block = np.dtype([(field, dtype, (count,)) if count > 1 else (field, dtype) for field, dtype, count in fields])
-    return GGMLType(name, size, block.itemsize, block, values)
+def _block(*fields: tuple[str, str, int]) -> np.dtype[Any]:
+    return np.dtype([(field, dtype, (count,)) if count > 1 else (field, dtype) for field, dtype, count in fields])
+
+
+def _type(name: str, size: int, unpack: Callable[[Blocks], Levels], *fields: tuple[str, str, int]) -> GGMLType:
+    block = _block(*fields)
+    made = unpack(np.zeros(1, block))
+    group = size if made.scales is None else size // made.scales.shape[1]
+    return GGMLType(name, size, block.itemsize, block, unpack, group, made.offsets is not None)
 
 
 _D, _M, _DMIN = ("d", "<f2", 1), ("m", "<f2", 1), ("dmin", "<f2", 1)
@@ -167,24 +229,13 @@ GGML_TYPES: dict[int, GGMLType] = {
     13: _type("Q5_K", _SUPER, _q5_k, _D, _DMIN, ("scales", "u1", 12), ("high", "u1", 32), ("q", "u1", 128)),
     14: _type("Q6_K", _SUPER, _q6_k, ("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), _D),
     30: GGMLType("BF16", 1, 2),
-    39: _type("MXFP4", 32, _mxfp4, ("e", "u1", 1), ("q", "u1", 16)),
+    39: GGMLType("MXFP4", 32, 17, _block(("e", "u1", 1), ("q", "u1", 16))),
 }
-
-
-def q4_0_levels(rows: Bytes) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Rows of Q4_0 as they are in the file to integers in -8..7 [n, k] and scales [n, k / 32]."""
-    block = GGML_TYPES[2].block
-    assert block is not None
-    blocks = np.ascontiguousarray(rows).reshape(-1).view(block)
-    levels = _nibbles(blocks["q"], 16).astype(np.int8) - np.int8(8)
-    return levels.reshape(len(rows), -1), blocks["d"].reshape(len(rows), -1).astype(np.float16)
 
 
 def mxfp4_codes(rows: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Rows of MXFP4 of a file to codes [n, k / 2], two a byte, the even one low, and scales [n, k / 32]."""
-    block = GGML_TYPES[39].block
-    assert block is not None
-    blocks = np.ascontiguousarray(rows).reshape(-1).view(block)
+    blocks = GGML_TYPES[39].blocks(rows)
     even, odd = blocks["q"][:, 0::2], blocks["q"][:, 1::2]  # of a block's first half in the low nibbles
     codes = np.concatenate(((even & 15) | (odd & 15) << 4, even >> 4 | odd & 0xF0), axis=1)
     return codes.reshape(len(rows), -1), blocks["e"].reshape(len(rows), -1)

@@ -12,6 +12,7 @@ from skyline.kernels.cpu.native import library, only, provide, supports
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 from skyline.kernels.registry import Request
 
+_PLAIN = {Format.BFLOAT16, Format.BYTES, Format.SIX_BITS}  # that the op on plain weights takes
 _Layouts = Mapping[int, Callable[[tuple[Any, ...]], PackedLayout]]
 
 
@@ -35,9 +36,11 @@ def _compute(
 ) -> None:
     """gating: alpha and limit of `moe_experts_clamped`; alpha 0 is silu."""
     first, second = gate_up.layout, down.layout
-    if (first.format, first.group, first.zeros) != (second.format, second.group, second.zeros):
+    own = int(second.format), second.group, second.zeros
+    if own != (int(first.format), first.group, first.zeros) and not {first.format, second.format} <= _PLAIN:
         raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
-    library().moe_experts(out, x, weights, ids, *biases, *gating, down.data, down.scales, down.sums, *gate_up.arguments)
+    parts = down.data, down.scales, down.sums
+    library().moe_experts(out, x, weights, ids, *biases, *gating, *parts, *own, *gate_up.arguments)
 
 
 def _into(layouts: _Layouts) -> Callable[..., None]:

@@ -15,13 +15,17 @@ from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.registry import CPU
 from skyline.ops import Fp4Weight, Fp8Weight, QuantizedWeight
+from skyline.ops.formats import DEFAULT_GROUP, integers_of
 from skyline.ops.fp4 import MXFP4_GROUP
-from skyline.ops.fp8 import BLOCK, Fp8Rows
+from skyline.ops.fp8 import BLOCK as FP8_BLOCK
+from skyline.ops.fp8 import Fp8Rows
 from skyline.ops.host_memory import reserve_weight
-from skyline.ops.quantized import DEFAULT_GROUP, integers_of
+from skyline.ops.quantized import ByteRows
 from skyline.ops.quantized_moe import expert_weight
 
 PANEL = 32
+SUPER = 256  # values of a row that share factors, in GGML's K types
+_Rows = Tensor | QuantizedWeight | ByteRows | Fp8Rows | Fp4Weight
 
 
 class Format(IntEnum):
@@ -34,6 +38,8 @@ class Format(IntEnum):
     INT4 = 4
     FP4 = 5
     FP8 = 6
+    BYTES = 7
+    SIX_BITS = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +87,8 @@ class PackedWeight:
 class PackedLayout:
     """A layout of csrc/packed.h. `gated`: rows are gate and up projections, to be multiplied after silu.
 
-    group: of int4, fp4 and fp8, the number of values that share a scale; of fp8, 0 if all of a row do. zeros: of int4,
-    whether those have a zero point.
+    group: of all but int8 and plain formats, the number of values that share a scale; of fp8, 0 if all of a row do.
+    zeros: whether those have a zero point, or of bytes offsets.
     """
 
     def __init__(self, format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> None:
@@ -91,7 +97,9 @@ class PackedLayout:
         self.group = group
         self.zeros = zeros
         self.name = format.name.lower() + (f" by {group}" if group else "")
-        self.name += (" with zero points" if zeros else "") + (", gated" if gated else "")
+        self.name += ((" with offsets" if format is Format.BYTES else " with zero points") if zeros else "") + (
+            ", gated" if gated else ""
+        )
 
     def panels(self, n: int) -> int:
         return -(-(n // 2) // (PANEL // 2)) if self.gated else -(-n // PANEL)
@@ -111,6 +119,11 @@ class PackedLayout:
             case Format.FP4:
                 padded = -(-k // 32) * 32
                 return -(-padded // self.group * PANEL // 64) * 64 + padded * PANEL // 2
+            case Format.BYTES | Format.SIX_BITS:
+                of_a_head, head = (32, 64) if self.group == 32 else (SUPER, 64 + SUPER // 16 * PANEL)
+                heads = -(-k // of_a_head)
+                values = 768 if self.format is Format.SIX_BITS else 1024
+                return heads * (head * (2 if self.zeros else 1) + of_a_head // 32 * values)
             case Format.FP8:
                 padded = -(-k // 32) * 32
                 return (-(-padded // self.group) * 4 if self.group else 0) * PANEL + padded * PANEL
@@ -130,12 +143,8 @@ class PackedLayout:
             sums = torch.zeros(panels * PANEL, dtype=torch.int32)
         return PackedWeight(self, tuple(shape), data, scales, sums)
 
-    def write(self, target: PackedWeight, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
-        if self.format is Format.FP4:
-            rows = FP4[self.group].rows_of(rows)
-        elif self.format is Format.FP8:
-            assert not isinstance(rows, Fp4Weight)
-            rows = (FP8_BLOCKS if self.group else FP8_ROWS).rows_of(rows)
+    def write(self, target: PackedWeight, first_row: int, rows: _Rows) -> None:
+        rows = self._ready(rows)
         n, count, done = target.shape[-2], rows.shape[0], 0
         while done < count:
             expert, row = divmod(first_row + done, n)
@@ -147,6 +156,9 @@ class PackedLayout:
             elif isinstance(rows, Fp4Weight):
                 parts = (rows.values, rows.scales.view(torch.uint8), rows.row_scales)
                 library().pack_fp4(*place, *(part[done:stop].contiguous() for part in parts), row)
+            elif isinstance(rows, ByteRows):
+                levels, *others = (None if p is None else p.contiguous() for p in rows.rows(done, stop))
+                library().pack_bytes(*place, levels, rows.group, *others, row)
             elif isinstance(rows, Fp8Rows):
                 values, scales = rows.values.view(torch.uint8)[done:stop], rows.scales[done:stop].float()
                 if not library().pack_fp8(*place, values.contiguous(), scales.contiguous(), row):
@@ -155,6 +167,21 @@ class PackedLayout:
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
 
+    def _ready(self, rows: _Rows) -> _Rows:
+        """Rows in the numbers of this format, where those are not made while packing."""
+        match self.format:
+            case Format.BYTES | Format.SIX_BITS:
+                assert isinstance(rows, ByteRows)  # decided for weights that are stored as such
+                return rows
+            case Format.FP8:
+                assert isinstance(rows, Tensor | QuantizedWeight | Fp8Rows)
+                return (FP8_BLOCKS if self.group else FP8_ROWS).rows_of(rows)
+            case Format.FP4:
+                assert not isinstance(rows, ByteRows)
+                return FP4[self.group].rows_of(rows)
+            case _:
+                return rows
+
 
 def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bool = False) -> PackedLayout:
     """One object a layout: layouts are compared by identity."""
@@ -162,10 +189,12 @@ def packed_layout(format: Format, gated: bool = False, group: int = 0, zeros: bo
 
 
 def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLayout:
-    """For a parameter; in int4, fp4 and fp8, with the group and zero points that were decided for it."""
+    """For a parameter; in int4, fp4, fp8 and bytes, with the group and zero points that were decided for it."""
     decided = integers_of(weight)
     group = 0 if decided is None else decided.group or 0
     match format:
+        case Format.BFLOAT16 if decided is not None and decided.widened:
+            return packed_layout(Format.SIX_BITS if decided.bits == 6 else Format.BYTES, gated, group, decided.zeros)
         case Format.FP8:
             return packed_layout(format, gated, group)
         case Format.FP4:
@@ -179,8 +208,12 @@ def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLay
 _layout = functools.cache(PackedLayout)  # tells calls apart by how they are written, hence the function above
 
 
-def pack(weight: Tensor | QuantizedWeight | Fp4Weight | Fp8Weight, layout: PackedLayout) -> PackedWeight:
+def pack(weight: Tensor | QuantizedWeight | ByteRows | Fp4Weight | Fp8Weight, layout: PackedLayout) -> PackedWeight:
     """weight [N, K] or [E, N, K] in this layout; one that is quantized already keeps its values and scales."""
+    if isinstance(weight, ByteRows):
+        target = layout.allocate(tuple(weight.shape), torch.bfloat16)
+        layout.write(target, 0, weight)
+        return target
     if isinstance(weight, Fp4Weight):
         layout = packed_layout(layout.format, layout.gated, weight.group)
         target = layout.allocate(tuple(weight.shape), torch.bfloat16)
@@ -188,10 +221,12 @@ def pack(weight: Tensor | QuantizedWeight | Fp4Weight | Fp8Weight, layout: Packe
         layout.write(target, 0, Fp4Weight(values, scales, weight.row_scales.flatten(), weight.group))
         return target
     if isinstance(weight, Fp8Weight):
-        layout = packed_layout(layout.format, layout.gated, BLOCK if weight.blocks else 0)
+        layout = packed_layout(layout.format, layout.gated, FP8_BLOCK if weight.blocks else 0)
         target = layout.allocate(tuple(weight.shape), torch.bfloat16)
         n, k = weight.shape[-2:]
-        scales = weight.scales.repeat_interleave(BLOCK, -2)[..., :n, :] if weight.blocks else weight.scales[..., None]
+        scales = weight.scales[..., None]
+        if weight.blocks:
+            scales = weight.scales.repeat_interleave(FP8_BLOCK, -2)[..., :n, :]
         layout.write(target, 0, Fp8Rows(weight.values.reshape(-1, k), scales.reshape(-1, scales.shape[-1])))
         return target
     if isinstance(weight, QuantizedWeight):

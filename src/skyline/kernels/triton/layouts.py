@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skyline.kernels.registry import CPU, Layout
 from skyline.ops import QuantizedWeight
-from skyline.ops.quantized import DEFAULT_GROUP, IntegerFormat, integers_of
+from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
 SYMMETRIC_ZERO = 8  # of packed int4 without zero points: -8..7 are stored as 0..15

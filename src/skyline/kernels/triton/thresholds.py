@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from skyline.kernels.triton.knobs import current
+from skyline.ops.formats import integers_of
 from skyline.ops.fp8 import BLOCK, Fp8Weight
-from skyline.ops.quantized import integers_of
 
 BAND_ROWS = 64  # most rows of x that FP8 products take in bands of the weight
 FEW_PAIRS = 128  # most pairs of token and expert that are grouped without a sort

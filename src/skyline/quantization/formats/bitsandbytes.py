@@ -17,7 +17,7 @@ from torch import Tensor
 from skyline.checkpoint.errors import CheckpointError
 from skyline.checkpoint.fields import Fields
 from skyline.ops import QuantizedWeight
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.quantization.formats.found import Found
 from skyline.quantization.formats.scales import checked, expect, expect_dtype, expect_shape
 from skyline.quantization.formats.stored import TensorSource

@@ -15,12 +15,14 @@ from skyline.checkpoint.gguf import WEIGHTS_FILE
 from skyline.checkpoint.gguf.architectures import Header
 from skyline.checkpoint.gguf.reader import open_gguf
 from skyline.checkpoint.gguf.tensors import Placed, interleaved_rows, place
-from skyline.checkpoint.gguf.types import mxfp4_codes, q4_0_levels
+from skyline.checkpoint.gguf.types import Levels, mxfp4_codes
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import MXFP4_GROUP
+from skyline.ops.quantized import ByteRows
 from skyline.quantization.formats.stored import IntegerFormat, Stored
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FOUR_BITS = ("Q4_0", "Q4_1", "Q4_K")  # whose levels, by groups of 32, kernels multiply as integers
 _PIECE = 1 << 22  # values dequantized at a time, which bounds the temporaries to some 100 MB
 
 
@@ -119,8 +121,14 @@ class GGUFWeight:
             return None
         if {entry.tensor.type.name for entry in self._entries()} == {"MXFP4"}:
             return IntegerFormat(bits=4, group=MXFP4_GROUP, fp4=True)
-        is_matrix = len(self.shape) == 2 and self.placed.partner is None
-        return IntegerFormat(bits=4, group=32) if is_matrix and self.placed.tensor.type.name == "Q4_0" else None
+        kind = self.placed.tensor.type
+        if len(self.shape) != 2 or self.placed.partner is not None or kind.unpack is None:
+            return None
+        blocks = kind.name.endswith("K")
+        if kind.name in _FOUR_BITS:
+            return IntegerFormat(4, kind.group, kind.offsets, blocks=blocks)
+        bits = 6 if kind.name == "Q6_K" else 8
+        return IntegerFormat(bits, 16 if blocks else kind.group, kind.offsets, widened=True, blocks=blocks)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         values = torch.empty(stop - start, *self.shape[1:])
@@ -131,16 +139,27 @@ class GGUFWeight:
             values[first - start : last - start] = _values(self.placed, first, last)
         return values
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp4Weight:
+    def levels(self, start: int, stop: int) -> QuantizedWeight | ByteRows | Fp4Weight:
         assert self.integers is not None
         if self.integers.fp4:
-            return self._four_bits(start, stop)
-        values, scales = q4_0_levels(_rows(self.placed, start, stop))
-        if not np.isfinite(scales).all():
-            raise _not_finite(self.placed)
-        return QuantizedWeight(torch.from_numpy(values), torch.from_numpy(scales), group=self.integers.group)
+            return self._four_bit_floats(start, stop)
+        if self.integers.widened:
+            return self.as_bytes(start, stop)
+        return _with_zero_points(self.placed, self._levels(start, stop))
 
-    def _four_bits(self, start: int, stop: int) -> Fp4Weight:
+    def as_bytes(self, start: int, stop: int) -> ByteRows:
+        """The same rows in the form that all integers of GGUF have."""
+        found = self._levels(start, stop)
+        parts = (found.levels, found.factors, found.offsets, found.scales, found.minima)
+        return ByteRows(*(None if part is None else torch.from_numpy(part) for part in parts))  # type: ignore[arg-type]
+
+    def _levels(self, start: int, stop: int) -> Levels:
+        found = self.placed.tensor.type.levels(_rows(self.placed, start, stop))
+        if not all(np.isfinite(part).all() for part in (found.factors, found.offsets) if part is not None):
+            raise _not_finite(self.placed)
+        return found
+
+    def _four_bit_floats(self, start: int, stop: int) -> Fp4Weight:
         """Rows [(stop - start) * N, K] of matrices; those of partners take turns."""
         parts = []
         for entry in self._entries():
@@ -154,6 +173,23 @@ class GGUFWeight:
 
     def _entries(self) -> list[Placed]:
         return [self.placed] if self.placed.partner is None else [self.placed, self.placed.partner]
+
+
+def _with_zero_points(placed: Placed, found: Levels) -> QuantizedWeight:
+    """In the form of a weight of four bits: (level - zero) * scale, both of float16, to which K types are rounded."""
+    levels, scales = torch.from_numpy(found.levels), torch.from_numpy(found.group_scales()).half()
+    minima, zeros = found.group_minima(), None
+    if minima is not None:
+        offsets = torch.from_numpy(minima)
+        zeros = (offsets / scales.float()).half()
+        # Where levels make no difference to the offset, or there is none of both, zero times a number is left.
+        flat = ~zeros.isfinite()
+        if bool(flat.any()):
+            scales, zeros = torch.where(flat, offsets.half(), scales), torch.where(flat, 1.0, zeros.float()).half()
+            levels = levels.masked_fill(flat.repeat_interleave(32, 1), 0)
+    if not bool(scales.isfinite().all()):
+        raise _not_finite(placed)
+    return QuantizedWeight(levels, scales, zeros, 32)
 
 
 def _rows(placed: Placed, start: int, stop: int) -> NDArray[np.uint8]:
@@ -185,6 +221,6 @@ def _values(placed: Placed, start: int, stop: int) -> torch.Tensor:
 
 def _not_finite(placed: Placed) -> CheckpointError:
     return CheckpointError(
-        f"{placed.file.path}: tensor {placed.tensor.name!r} has a scale that is NaN or infinite; "
+        f"{placed.file.path}: tensor {placed.tensor.name!r} has a scale that is NaN, infinite or too large; "
         "download the file again, or convert the model again"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skyline.checkpoint.errors import CheckpointError
 from skyline.ops import QuantizedWeight
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.formats import IntegerFormat
 from skyline.quantization.formats.packing import spread_columns, unpack_awq, unpack_words
 from skyline.quantization.formats.scales import checked
 from skyline.quantization.formats.stored import TensorSource

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.formats import IntegerFormat
 from skyline.ops.fp4 import unpack_e2m1
 from skyline.ops.fp8 import BLOCK, FP8, Fp8Rows
-from skyline.ops.quantized import IntegerFormat
 from skyline.quantization.formats.packing import spread_columns, widen_fp8
 from skyline.quantization.formats.scales import (
     Grid,

@@ -8,8 +8,9 @@ import torch
 
 from skyline.checkpoint.weights import Weights as TensorSource
 from skyline.ops import Fp4Weight, QuantizedWeight
+from skyline.ops.formats import IntegerFormat
 from skyline.ops.fp8 import Fp8Rows
-from skyline.ops.quantized import IntegerFormat
+from skyline.ops.quantized import ByteRows
 
 __all__ = ["IntegerFormat", "Stored", "TensorSource"]
 
@@ -22,7 +23,7 @@ class Stored(Protocol):
     parts: the names of the checkpoint's tensors it is made of.
     format: for people, as in "fp8, blocks of 128x128".
     exact: whether every value is a bfloat16 (else rounding it to one is the only loss).
-    integers: how it can be handed to kernels without any loss; None if only as plain values.
+    integers: how it can be handed to kernels, its scales rounded to float16 at most; None if only as plain values.
     """
 
     @property
@@ -43,6 +44,6 @@ class Stored(Protocol):
         """
         ...
 
-    def levels(self, start: int, stop: int) -> QuantizedWeight | Fp8Rows | Fp4Weight:
-        """The same rows of a matrix [N, K] as integers, FP8 or FP4, where `integers` says that there are such."""
+    def levels(self, start: int, stop: int) -> QuantizedWeight | ByteRows | Fp8Rows | Fp4Weight:
+        """The same rows of a matrix [N, K] as integers, bytes, FP8 or FP4, as `integers` says."""
         ...

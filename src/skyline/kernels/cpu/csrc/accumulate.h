@@ -25,6 +25,17 @@ struct alignas(64) Scratch {
 #endif
 };
 
+// What there is of bytes and six bits as types, so that its properties are constants to the compiler.
+template <int64_t group, bool offsets, bool six>
+struct Bytes {};
+
+template <class As>
+void dispatch_bytes(const PackedMatrix& m, const As& as) {
+  if (m.format == Format::kSixBits) return as(Bytes<16, false, true>());
+  if (m.group == 16) return m.zeros ? as(Bytes<16, true, false>()) : as(Bytes<16, false, false>());
+  return m.zeros ? as(Bytes<32, true, false>()) : as(Bytes<32, false, false>());
+}
+
 #if defined(__AVX512F__)
 inline Vec widen_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 #else

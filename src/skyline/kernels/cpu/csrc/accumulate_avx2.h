@@ -48,6 +48,16 @@ void accumulate_fp4(const PackedMatrix& m, const float* x, int64_t stride, int64
   });
 }
 
+// Bytes and six bits too.
+void accumulate_bytes(const PackedMatrix& m, const float* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t piece, Scratch& s) {
+  dispatch_bytes(m, [&]<int64_t group, bool offsets, bool six>(Bytes<group, offsets, six>) {
+    accumulate_pieces<Bf16Pairs>(x, stride, rows, m.padded_k(), piece, s, s.c, false, [&](int64_t k0, int64_t steps) {
+      widen_bytes<group, offsets, six>(m, panel, k0, steps, s.pairs);
+      return static_cast<const uint8_t*>(s.pairs);
+    });
+  });
+}
+
 // FP8 too. Where each group of k has scales of the columns, its sums are multiplied by them first.
 void accumulate_fp8(const PackedMatrix& m, const float* x, int64_t stride, int64_t rows, const uint8_t* panel, int64_t piece, Scratch& s) {
   const uint8_t* values = panel + m.fp8_scale_bytes();
@@ -196,6 +206,8 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
       accumulate_fp4(m, x, a.stride, rows, panel, tactic.piece / 4, s);
     } else if (m.format == Format::kFp8) {
       accumulate_fp8(m, x, a.stride, rows, panel, tactic.piece / 4, s);
+    } else if (m.format == Format::kBytes || m.format == Format::kSixBits) {
+      accumulate_bytes(m, x, a.stride, rows, panel, tactic.piece / 4, s);
     } else if (m.format == Format::kBfloat16) {
       accumulate_columns<Bf16Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
     } else {

@@ -140,7 +140,7 @@ void add_scaled(const float* sums, int64_t rows, const float* scales, float* c, 
 #endif
 
 // c [rows][32] (+)= rows of A, at x, times `size` of K at b, and, if there are, times the scales of the columns. streamed: b comes
-// from memory itself, where AMX has to ask for it. ahead: what the others ask for.
+// from memory itself, which AMX then asks for; ahead: what the others ask for.
 template <class Step>
 void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t size, typename Step::C* c,
                      bool accumulate, bool streamed, Ahead ahead, const float* scales = nullptr) {
@@ -167,7 +167,7 @@ void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, co
 }
 
 // c [rows][32] = rows of A times a panel that becomes bfloat16, piece by piece, or for few rows pair by pair: its values, `bits` of
-// each, are columns_at(k). The next piece is asked for meanwhile. scales, if there are, are those of columns for each `group` of k.
+// each, are columns_at(k). The next piece is asked for meanwhile (not on AMX). scales, if there are, are those of columns for each `group` of k.
 template <class ColumnsAt>
 void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s, int64_t bits,
                         const uint8_t* values, const uint8_t* next, const ColumnsAt& columns_at, const float* scales = nullptr,
@@ -176,8 +176,10 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
 #if !defined(__AMX_TILE__)
   if (rows <= kPassingRows) {
     const int64_t together = scales ? group : k;
-    for (int64_t k0 = 0; k0 < k; k0 += together)
-      multiply_in_passing(x + k0, stride, rows, columns_at(k0), std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
+    for (int64_t k0 = 0; k0 < k; k0 += together) {
+      auto columns = columns_at(k0);
+      multiply_in_passing(x + k0, stride, rows, columns, std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
+    }
     return;
   }
 #endif
@@ -224,6 +226,12 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     return accumulate_widened(
         x, a.stride, rows, k, tactic, s, 8, values, next, [&](int64_t k0) { return Fp8Columns(values + k0 * kPanel); },
         m.group ? reinterpret_cast<const float*>(panel) : nullptr, m.group);
+  }
+  if (m.format == Format::kBytes || m.format == Format::kSixBits) {
+    return dispatch_bytes(m, [&]<int64_t group, bool offsets, bool six>(Bytes<group, offsets, six>) {
+      accumulate_widened(x, a.stride, rows, k, tactic, s, six ? 6 : 8, panel + m.heads_bytes(), next,
+                         [&](int64_t k0) { return ByteColumns<group, offsets, six>(m, panel, k0); });
+    });
   }
   if (m.format == Format::kFp4) {
     const uint8_t* values = panel + m.fp4_scale_bytes();

@@ -7,7 +7,7 @@
 namespace skyline {
 
 #if defined(__AMX_TILE__)
-using Narrow = bf16;       // for weights of bfloat16, and of int8 weight-only
+using Narrow = bf16;       // for weights of bfloat16, and those that become it
 using Quantized = int8_t;  // for int8
 #elif defined(__AVX512F__)
 using Narrow = bf16;

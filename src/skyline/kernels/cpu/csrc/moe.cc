@@ -152,13 +152,14 @@ class Experts {
 }  // namespace
 
 // out, x [T, H] of one dtype; weights float32 [T, top_k], ids int64 [T, top_k]; biases of that dtype, [E, 2 I] and [E, H], and
-// the two numbers of Gating (0: silu); PACKED_PARAMETERS: the gated weight [E, 2 I, H] of gate and up; down [E, H, I], in the
-// same format, not gated.
+// the two numbers of Gating (0: silu); PACKED_PARAMETERS: the gated weight [E, 2 I, H] of gate and up; down [E, H, I], not
+// gated, in a format of its own, to which the results of the first are no less plain: both quantize their activations, or neither.
 void moe_experts(TensorView out, TensorView x, TensorView weights, TensorView ids, ffi::Optional<TensorView> gate_up_biases,
                  ffi::Optional<TensorView> down_biases, double alpha, double limit, TensorView down,
-                 ffi::Optional<TensorView> down_scales, ffi::Optional<TensorView> down_sums, PACKED_PARAMETERS) {
+                 ffi::Optional<TensorView> down_scales, ffi::Optional<TensorView> down_sums, int64_t down_format, int64_t down_group,
+                 bool down_zeros, PACKED_PARAMETERS) {
   const PackedMatrix first = PACKED_MATRIX;
-  const PackedMatrix second = packed_matrix(down, down_scales, down_sums, format, k, n / 2, false, group, zeros);
+  const PackedMatrix second = packed_matrix(down, down_scales, down_sums, down_format, k, n / 2, false, down_group, down_zeros);
   dispatch_float(x, [&]<class T>(T*) {
     auto to = rows_of<T>(out);
     auto from = rows_of<const T>(x);

@@ -179,7 +179,9 @@ class Packer {
         break;
       }
       case Format::kFp4:
-      case Format::kFp8: break;  // pack_fp4's and pack_fp8's alone
+      case Format::kFp8:
+      case Format::kBytes:
+      case Format::kSixBits: break;  // have functions of their own
       case Format::kInt4:
         for (int64_t r = 0; r < count; r++) {
           if (!given) load(src, first + r);
@@ -289,11 +291,87 @@ bool pack_fp8_row(const PackedMatrix& m, const uint8_t* values, const float* sca
     m.scales[place] = scales[0];
   }
   bool numbers = true;
-  for (int64_t i = 0; i < m.k; i++) {
-    *fp8_value(m, place, i) = values[i];
-    numbers = numbers && (values[i] & 0x7F) != 0x7F;
+  for (int64_t k0 = 0; k0 < m.k; k0 += 32) {
+    uint8_t* to = fp8_value(m, place, k0);
+    const int64_t count = std::min<int64_t>(32, m.k - k0);
+    for (int64_t i = 0; i < count; i++) {
+      const uint8_t value = values[k0 + i];
+      to[i / 4 * 64 + i % 4 / 2 * 8 + i % 2] = value;
+      numbers = numbers && (value & 0x7F) != 0x7F;
+    }
   }
   return numbers;
+}
+
+// Where value i of a row of int8 weight-only is in its panel.
+int64_t int8_place(int64_t place, int64_t i) {
+  const int64_t tile = place % kPanel / kTile, lane = place % kTile;
+  return ((i / 32 * 2 + tile) * 16 + i % 32 / 2) * 32 + lane * 2 + i % 2;
+}
+
+// One row of bytes or six bits, as skyline.ops.quantized.ByteRows has it: what there is for each group is for `group` of its values,
+// which may be several of the weight's groups.
+struct ByteRow {
+  const int8_t* levels;
+  const uint16_t *factors, *offsets;
+  const int8_t* scales;
+  const uint8_t* minima;
+  int64_t group;
+};
+
+void pack_bytes_row(const PackedMatrix& m, const ByteRow& row, int64_t place) {
+  uint8_t* panel = m.data + place / kPanel * m.panel_bytes();
+  const int64_t column = place % kPanel, parts = m.zeros ? 2 : 1;
+  for (int64_t i = 0; i < ceil_div(m.k, m.head_k()); i++) {
+    uint8_t* head = panel + i * m.head_bytes();
+    uint16_t* halves = reinterpret_cast<uint16_t*>(head);
+    halves[column] = row.factors[i];
+    if (m.zeros) halves[kPanel + column] = row.offsets ? row.offsets[i] : 0;
+    if (m.group == 32) continue;
+    for (int64_t g = 0; g < kSuper / 16; g++) {
+      const int64_t from = (i * kSuper + g * 16) / row.group;
+      uint8_t* scales = head + 64 * parts + g * kPanel + column;
+      scales[0] = static_cast<uint8_t>(row.scales[from]);
+      if (m.zeros) scales[kSuper / 16 * kPanel] = row.minima ? row.minima[from] : 0;
+    }
+  }
+  const int64_t tile = column / kTile, lane = column % kTile;
+  for (int64_t k0 = 0; k0 < m.k; k0 += 32) {
+    const int8_t* levels = row.levels + k0;
+    uint8_t* to = panel + m.heads_bytes() + k0 / 32 * m.step_bytes() + tile * m.step_bytes() / 2 + 2 * lane;
+    if (m.format == Format::kBytes) {
+      const int64_t count = std::min<int64_t>(32, m.k - k0);
+      for (int64_t i = 0; i < count; i++) to[i / 2 * 32 + i % 2] = static_cast<uint8_t>(levels[i]);
+      continue;
+    }
+    for (int c = 0; c < 4; c++) {  // of each four of k, which are two pairs in a line
+      const auto level = [&](int four) { return levels[4 * four + c] + 32; };
+      uint8_t* at = to + c / 2 * 32 + c % 2;
+      for (int i = 0; i < 4; i++) at[64 * i] = static_cast<uint8_t>((level(2 * i) & 15) | (level(2 * i + 1) & 15) << 4);
+      for (int i = 0; i < 2; i++) {
+        int upper = 0;
+        for (int four = 0; four < 4; four++) upper |= level(4 * i + four) >> 4 << (2 * four);
+        at[256 + 64 * i] = static_cast<uint8_t>(upper);
+      }
+    }
+  }
+}
+
+float byte_element(const PackedMatrix& m, const uint8_t* panel, int64_t place, int64_t i) {
+  const int64_t column = place % kPanel, at = int8_place(place, i), parts = m.zeros ? 2 : 1;
+  const uint8_t *head = panel + i / m.head_k() * m.head_bytes(), *values = panel + m.heads_bytes();
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(head);
+  float scale = half_to_float(halves[column]), minimum = m.zeros ? half_to_float(halves[kPanel + column]) : 0.0f;
+  if (m.group == 16) {
+    const uint8_t* scales = head + 64 * parts + i % kSuper / 16 * kPanel + column;
+    scale *= static_cast<float>(static_cast<int8_t>(scales[0]));
+    if (m.zeros) minimum *= static_cast<float>(scales[kSuper / 16 * kPanel]);
+  }
+  if (m.format == Format::kBytes) return static_cast<float>(static_cast<int8_t>(values[at])) * scale - minimum;
+  const int64_t line = at % 512 / 64, b = at % 64;
+  const uint8_t* of_tile = values + at / 512 * 384;
+  const int low = of_tile[line / 2 * 64 + b] >> (line % 2 * 4) & 15, high = of_tile[256 + line / 4 * 64 + b] >> (line % 4 * 2) & 3;
+  return static_cast<float>((high << 4 | low) - 32) * scale;
 }
 
 // Value (row, i) of the weight as the kernels use it.
@@ -304,9 +382,7 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
     case Format::kFloat32: return reinterpret_cast<const float*>(panel)[i * kPanel + place % kPanel];
     case Format::kBfloat16:
       return to_float(reinterpret_cast<const bf16*>(panel)[((i / 32 * 2 + tile) * 16 + i % 32 / 2) * 32 + lane * 2 + i % 2]);
-    case Format::kInt8WeightOnly:
-      return m.scales[place] *
-             reinterpret_cast<const int8_t*>(panel)[((i / 32 * 2 + tile) * 16 + i % 32 / 2) * 32 + lane * 2 + i % 2];
+    case Format::kInt8WeightOnly: return m.scales[place] * static_cast<int8_t>(panel[int8_place(place, i)]);
     case Format::kInt8:
       return m.scales[place] *
              reinterpret_cast<const int8_t*>(panel)[((i / 64 * 2 + tile) * 16 + i % 64 / 4) * 64 + lane * 4 + i % 4];
@@ -320,6 +396,8 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
       const float value = e4m3(*fp8_value(m, place, i));
       return value * (m.group ? reinterpret_cast<const float*>(panel)[i / m.group * kPanel + place % kPanel] : m.scales[place]);
     }
+    case Format::kBytes:
+    case Format::kSixBits: return byte_element(m, panel, place, i);
     case Format::kInt4: break;
   }
   const uint8_t* group = panel + i / m.group * m.group_bytes();
@@ -329,6 +407,11 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
   const int level = i % 32 < 16 ? byte & 15 : byte >> 4;
   float zero = m.zeros ? half_to_float(scales[kPanel + place % kPanel]) : 0;
   return (level - 8 - zero) * half_to_float(scales[place % kPanel]);
+}
+
+// Formats that have functions of their own below.
+bool stored_only(Format format) {
+  return format == Format::kFp4 || format == Format::kFp8 || format == Format::kBytes || format == Format::kSixBits;
 }
 
 // Goes through the rows tile by tile.
@@ -352,6 +435,7 @@ bool pack_rows(PACKED_PARAMETERS, TensorView src, int64_t first_row) {
   PackedMatrix m = PACKED_MATRIX;
   SKYLINE_CHECK(src.ndim() == 2 && src.shape()[1] == k && first_row >= 0 && first_row + src.shape()[0] <= n,
                 "rows of another shape than the weight's");
+  SKYLINE_CHECK(!stored_only(m.format), "is not made of rows of floats");
   SKYLINE_CHECK(is_bf16(src) || is_float32(src) || (src.dtype().code == kDLFloat && src.dtype().bits == 16),
                 "takes float32, bfloat16 or float16");
   Packer packer(m);
@@ -368,6 +452,7 @@ void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, 
   SKYLINE_CHECK(is_int8(values) && values.ndim() == 2 && values.shape()[1] == k && first_row >= 0 &&
                     first_row + values.shape()[0] <= n,
                 "takes rows of int8 [N, K]");
+  SKYLINE_CHECK(!stored_only(m.format), "takes integers by rows, or int4 in groups");
   int64_t count = values.shape()[0] * (m.format == Format::kInt4 ? m.padded_k() / group : 1);
   SKYLINE_CHECK(value_scales.numel() == count && value_scales.IsContiguous() && zeros == value_zeros.has_value() &&
                     (!zeros || ((*value_zeros).numel() == count && (*value_zeros).IsContiguous())),
@@ -401,7 +486,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_fp4, pack_fp4);
 // without groups. Returns whether all values were numbers. Any number of threads may write different rows.
 bool pack_fp8(PACKED_PARAMETERS, TensorView values, TensorView row_scales, int64_t first_row) {
   PackedMatrix m = PACKED_MATRIX;
-  SKYLINE_CHECK(m.format == Format::kFp8 && group % 32 == 0, "takes FP8 in groups of whole 32s, or by rows");
+  SKYLINE_CHECK(m.format == Format::kFp8 && (group == 0 || group == 128), "takes FP8 in groups of 128, or by rows");
   const int64_t groups = group ? ceil_div(k, group) : 1;
   SKYLINE_CHECK(is_uint8(values) && values.ndim() == 2 && values.shape()[1] == k && is_float32(row_scales) &&
                     row_scales.numel() == values.shape()[0] * groups && values.IsContiguous() && row_scales.IsContiguous() &&
@@ -413,6 +498,40 @@ bool pack_fp8(PACKED_PARAMETERS, TensorView values, TensorView row_scales, int64
   return numbers;
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_fp8, pack_fp8);
+
+// Writes rows of bytes or six bits to the weight from first_row on: the parts of skyline.ops.quantized.ByteRows, whose scales and
+// minima are for each `from_group` of a row. Any number of threads may write different rows.
+void pack_bytes(PACKED_PARAMETERS, TensorView levels, int64_t from_group, TensorView factors, ffi::Optional<TensorView> offsets,
+                ffi::Optional<TensorView> small_scales, ffi::Optional<TensorView> minima, int64_t first_row) {
+  PackedMatrix m = PACKED_MATRIX;
+  const bool six = m.format == Format::kSixBits;
+  SKYLINE_CHECK((six ? !zeros && group == 16 : m.format == Format::kBytes && (group == 16 || group == 32)) &&
+                    from_group % group == 0,
+                "groups do not match");
+  const auto halves = [](const TensorView& t) { return t.dtype().code == kDLFloat && t.dtype().bits == 16; };
+  const int64_t rows = levels.shape()[0], heads = ceil_div(k, m.head_k()), groups = ceil_div(k, from_group);
+  SKYLINE_CHECK(is_int8(levels) && levels.ndim() == 2 && levels.shape()[1] == k && levels.IsContiguous() && first_row >= 0 &&
+                    first_row + rows <= n && halves(factors) && factors.numel() == rows * heads && factors.IsContiguous(),
+                "levels or factors do not match the weight");
+  SKYLINE_CHECK(group == 32 ? !small_scales.has_value() : (k % kSuper == 0 && small_scales.has_value() && is_int8(*small_scales) &&
+                                (*small_scales).numel() == rows * groups && (*small_scales).IsContiguous()),
+                "scales do not match the weight");
+  SKYLINE_CHECK(!offsets.has_value() || (zeros && halves(*offsets) && (*offsets).numel() == rows * heads && (*offsets).IsContiguous()),
+                "offsets do not match the weight");
+  SKYLINE_CHECK(!minima.has_value() || (group == 16 && offsets.has_value() && is_uint8(*minima) &&
+                                        (*minima).numel() == rows * groups && (*minima).IsContiguous()),
+                "minima do not match the weight");
+  for (int64_t r = 0; r < rows; r++) {
+    const ByteRow row{data<int8_t>(levels) + r * k,
+                      data<uint16_t>(factors) + r * heads,
+                      offsets.has_value() ? data<uint16_t>(*offsets) + r * heads : nullptr,
+                      group == 16 ? data<int8_t>(*small_scales) + r * groups : nullptr,
+                      minima.has_value() ? data<uint8_t>(*minima) + r * groups : nullptr,
+                      from_group};
+    pack_bytes_row(m, row, m.place(first_row + r));
+  }
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_bytes, pack_bytes);
 
 // out [T, K], ids [T] int64 or int32: the rows of the weight, dequantized. Ids outside the weight raise.
 void packed_embedding(TensorView out, TensorView ids, PACKED_PARAMETERS) {

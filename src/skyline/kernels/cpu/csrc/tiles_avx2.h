@@ -194,6 +194,61 @@ inline void widen_fp8(const uint8_t* from, int64_t blocks, uint8_t* to) {
     }
 }
 
+// 32 k of six bits as bytes.
+inline void unpack_six_bits(const uint8_t* from, uint8_t* to) {
+  const __m256i nibble = _mm256_set1_epi8(15), two = _mm256_set1_epi8(0x30), middle = _mm256_set1_epi8(32);
+  for (int t = 0; t < 2; t++, from += 384, to += 512)
+    for (int half = 0; half < 64; half += 32)
+      repeat<8>(SKYLINE_EACH(line) {
+        constexpr int at = 2 * (line % 4);  // of the two bits, which go to 4
+        const __m256i lower = load_whole(from + 64 * (line / 2) + half), bits = load_whole(from + 256 + 64 * (line / 4) + half);
+        const __m256i low = line % 2 ? _mm256_srli_epi16(lower, 4) : lower;
+        const __m256i high = at < 4 ? _mm256_slli_epi16(bits, 4 - at) : _mm256_srli_epi16(bits, at - 4);
+        const __m256i level = _mm256_or_si256(_mm256_and_si256(low, nibble), _mm256_and_si256(high, two));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 64 * line + half), _mm256_sub_epi8(level, middle));
+      });
+}
+
+// Widens `blocks` blocks of 32 k of bytes or six bits, from k0 on, to the bfloat16 layout: a level times factor * scale, less offset *
+// minimum, rounded. In groups of 32 scales and minima are 1.
+template <int64_t group, bool offsets, bool six>
+inline void widen_bytes(const PackedMatrix& m, const uint8_t* panel, int64_t k0, int64_t blocks, uint8_t* to) {
+  const __m256i twice[2] = {_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)};
+  constexpr int parts = offsets ? 2 : 1;
+  alignas(32) uint8_t bytes[1024];
+  const uint8_t* values = panel + m.heads_bytes() + k0 / 32 * m.step_bytes();
+  for (int64_t block = 0; block < blocks; block++, k0 += 32, values += m.step_bytes(), to += 2048) {
+    const uint8_t* head = panel + k0 / m.head_k() * m.head_bytes();
+    for (int64_t at = 0; at < m.step_bytes(); at += 64) prefetch_l2(values + kAhead + at);
+    if constexpr (six) unpack_six_bits(values, bytes);
+    const uint8_t* from = six ? bytes : values;
+    for (int eight = 0; eight < 4; eight++)  // rows
+      for (int64_t g = 0; g < 32 / group; g++) {
+        __m256 scale[2], minimum[2] = {};
+        for (int part = 0; part < parts; part++) {
+          __m256 rows = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head + 64 * part + 16 * eight)));
+          if constexpr (group == 16) {
+            const uint8_t* small = head + 64 * parts + part * (kSuper / 16 * kPanel) + (k0 % kSuper / 16 + g) * kPanel + 8 * eight;
+            const __m128i eight_bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(small));
+            const __m256i whole = part ? _mm256_cvtepu8_epi32(eight_bytes) : _mm256_cvtepi8_epi32(eight_bytes);
+            rows = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), rows);
+          }
+          for (int half = 0; half < 2; half++) (part ? minimum : scale)[half] = _mm256_permutevar8x32_ps(rows, twice[half]);
+        }
+        for (int64_t pair = g * group / 2; pair < (g + 1) * group / 2; pair++) {
+          const uint8_t* at = from + eight / 2 * 512 + 32 * pair + eight % 2 * 16;
+          bf16* out = reinterpret_cast<bf16*>(to + eight / 2 * 1024 + 64 * pair + eight % 2 * 32);
+          repeat<2>(SKYLINE_EACH(half) {
+            const __m128i eight_bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * half));
+            Vec value{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight_bytes))};
+            value.v = offsets ? _mm256_fmsub_ps(value.v, scale[half], minimum[half]) : _mm256_mul_ps(value.v, scale[half]);
+            value.store(out + 8 * half);
+          });
+        }
+      }
+  }
+}
+
 constexpr int64_t kWideRows = 3;  // by four vectors: fewer elements of A to spread than with six rows and two vectors
 
 // c [rows][32] (+)= rows <= kWideRows of A times widened columns.

@@ -286,6 +286,103 @@ class Fp8Columns {
   const ByteNumbers<E4m3> numbers_;
 };
 
+// 32 k of six bits as bytes.
+inline void unpack_six_bits(const uint8_t* from, uint8_t* to) {
+  const __m512i nibble = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30), middle = _mm512_set1_epi8(32);
+  repeat<2>(SKYLINE_EACH(t) {
+    __m512i lower[4], upper[2];
+    repeat<4>(SKYLINE_EACH(i) { lower[i] = _mm512_loadu_si512(from + 384 * t + 64 * i); });
+    repeat<2>(SKYLINE_EACH(i) { upper[i] = _mm512_loadu_si512(from + 384 * t + 256 + 64 * i); });
+    repeat<8>(SKYLINE_EACH(line) {
+      constexpr int at = 2 * (line % 4);  // of the two bits, which go to 4
+      const __m512i low = line % 2 ? _mm512_srli_epi16(lower[line / 2], 4) : lower[line / 2], bits = upper[line / 4];
+      const __m512i high = at < 4 ? _mm512_slli_epi16(bits, 4 - at) : _mm512_srli_epi16(bits, at - 4);
+      const __m512i level = _mm512_or_si512(_mm512_and_si512(low, nibble), _mm512_and_si512(high, two));
+      _mm512_store_si512(to + 512 * t + 64 * line, _mm512_sub_epi8(level, middle));
+    });
+  });
+}
+
+// Of bytes, or six bits, what they stand for rounded to bfloat16: a level times factor * scale, less offset * minimum. In groups of
+// 32 scales and minima are 1.
+template <int64_t group, bool offsets, bool six>
+class ByteColumns {
+ public:
+  ByteColumns(const PackedMatrix& m, const uint8_t* panel, int64_t k0)
+      : head_(panel + k0 / kHeadK * kHeadBytes - (group == 32 ? kHeadBytes : 0)),
+        from_(panel + m.heads_bytes() + (k0 / 32 - 1) * kStep),
+        part_(k0 % kHeadK / 32) {
+    if constexpr (group == 16) read_head();
+  }
+  void begin() {
+    from_ += kStep;
+    prefetch<kStep / 64>(from_);
+    if constexpr (six) unpack_six_bits(from_, bytes_);
+    if constexpr (group == 32) {
+      head_ += kHeadBytes;
+      read_head();
+      repeat<kParts>(SKYLINE_EACH(part) { repeat<2>(SKYLINE_EACH(t) { spread(factors_[0][part][t], wide_[part][t]); }); });
+    } else {
+      if (part_ == 8) {
+        part_ = 0;
+        head_ += kHeadBytes;
+        read_head();
+      }
+      repeat<2>(SKYLINE_EACH(g) {
+        const uint8_t* scales = head_ + 64 * kParts + (2 * part_ + g) * kPanel;
+        repeat<2>(SKYLINE_EACH(t) {
+          const __m512i scale = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 16 * t)));
+          spread(factors_[g][0][t], _mm512_mul_ps(_mm512_cvtepi32_ps(scale), wide_[0][t]));
+          if constexpr (offsets) {
+            const __m128i* minima = reinterpret_cast<const __m128i*>(scales + kSuper / 16 * kPanel + 16 * t);
+            const __m512i minimum = _mm512_cvtepu8_epi32(_mm_loadu_si128(minima));
+            spread(factors_[g][1][t], _mm512_mul_ps(_mm512_cvtepi32_ps(minimum), wide_[1][t]));
+          }
+        });
+      });
+      part_++;
+    }
+  }
+  template <int t, int n>
+  __m512i pair(int64_t q) const {
+    const __m128i* at = reinterpret_cast<const __m128i*>((six ? bytes_ : from_) + 512 * t + 32 * (4 * q + n));
+    const auto& factors = factors_[group == 32 ? 0 : q / 2];
+    __m512 rows[2];
+    repeat<2>(SKYLINE_EACH(half) {
+      const __m512 level = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at + half)));
+      if constexpr (offsets) {
+        rows[half] = _mm512_fmsub_ps(level, factors[0][t][half], factors[1][t][half]);
+      } else {
+        rows[half] = _mm512_mul_ps(level, factors[0][t][half]);
+      }
+    });
+    return (__m512i)_mm512_cvtne2ps_pbh(rows[1], rows[0]);
+  }
+
+ private:
+  static constexpr int kParts = offsets ? 2 : 1;
+  static constexpr int64_t kHeadK = group == 32 ? 32 : kSuper, kStep = six ? 768 : 1024;
+  static constexpr int64_t kHeadBytes = (group == 32 ? 64 : 64 + kSuper / 16 * kPanel) * kParts;
+  void read_head() {
+    repeat<kParts>(SKYLINE_EACH(part) {
+      repeat<2>(SKYLINE_EACH(t) {
+        wide_[part][t] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(head_ + 64 * part + 32 * t)));
+      });
+    });
+  }
+  // Each row's number for the two of a pair.
+  static void spread(__m512 (&to)[2], __m512 rows) {
+    const __m512i first = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    to[0] = _mm512_permutexvar_ps(first, rows);
+    to[1] = _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(8)), rows);
+  }
+  const uint8_t *head_, *from_;
+  int64_t part_;
+  __m512 wide_[kParts][2];                          // a head's factors, and offsets
+  __m512 factors_[group == 32 ? 1 : 2][kParts][2][2];  // of 32 k: for each group and tile, of its first and last eight rows
+  alignas(64) uint8_t bytes_[six ? 1024 : 1];
+};
+
 // Writes `blocks` blocks of 32 k in the bfloat16 layout.
 template <class Columns>
 inline void widen(Columns columns, int64_t blocks, uint8_t* to) {
@@ -308,7 +405,7 @@ constexpr int64_t kPassingRows = 8;  // up to so many are multiplied by columns 
 // c [rows][32] = rows <= kPassingRows of A times `blocks` blocks, in the order of `multiply`; with scales of the columns, times
 // those, and added to c if `accumulate`.
 template <class Columns, int R = static_cast<int>(kPassingRows)>
-void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns columns, int64_t blocks, float* c, bool accumulate,
+void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns& columns, int64_t blocks, float* c, bool accumulate,
                          const float* scales) {
   if constexpr (R > 1) {
     if (rows < R) return multiply_in_passing<Columns, R - 1>(a, lda, rows, columns, blocks, c, accumulate, scales);

@@ -48,6 +48,44 @@ float quantize(const T* x, int64_t k, int64_t padded, Q* q) {
   return most / 127.0f + poison.sum();
 }
 
+struct Group {
+  float scale;
+  int32_t sum;  // of its integers
+};
+
+// The same of a group that is all there, with the vectors in registers.
+template <int64_t part, class T>
+Group quantize_group(const T* x, int8_t* q) {
+  constexpr int n = part / Vec::width;
+  Vec v[n], best = Vec::zero(), poison = Vec::zero();
+  for (int i = 0; i < n; i++) {
+    v[i] = Vec::load(x + i * Vec::width);
+    best = max(best, abs(v[i]));
+    poison = fma(v[i], Vec::zero(), poison);
+  }
+  const float most = best.max();
+  float inverse = 127.0f / most;
+  if (!(inverse <= std::numeric_limits<float>::max())) inverse = 0;
+  Vec total = Vec::zero();  // whole numbers
+  for (int i = 0; i < n; i++) {
+    const Vec level = round_even(v[i] * Vec::all(inverse));
+    level.store(q + i * Vec::width, Vec::width);
+    total = total + level;
+  }
+  const float nothing = poison.sum();  // or NaN
+  return {most / 127.0f + nothing, nothing == 0 ? static_cast<int32_t>(total.sum()) : 0};
+}
+
+template <class T>
+Group quantize_group(const T* x, int64_t count, int64_t part, int8_t* q) {
+  if (count == part && part == 32) return quantize_group<32>(x, q);
+  if (count == part && part == 64) return quantize_group<64>(x, q);
+  if (count == part && part == 128) return quantize_group<128>(x, q);
+  Group group{quantize(x, count, part, q), 0};
+  for (int64_t i = 0; i < part; i++) group.sum += q[i];
+  return group;
+}
+
 template <class T>
 void convert_row(const T* x, int64_t k, int64_t padded, Narrow* to) {
   for (int64_t i = 0; i < k; i += Vec::width) {
@@ -93,10 +131,9 @@ Activations prepare(const PackedMatrix& m, const T* x, int64_t stride, int64_t r
       }
       for (int64_t i = 0; i < parts; i++) {
         int8_t* to = reinterpret_cast<int8_t*>(scratch) + r * wide + i * part;
-        scales[i * rows + r] = quantize(x + r * stride + i * part, std::min(part, m.k - i * part), part, to);
-        int32_t sum = 0;
-        for (int64_t j = 0; j < part; j++) sum += to[j];
-        sums[i * rows + r] = sum;
+        const Group group = quantize_group(x + r * stride + i * part, std::min(part, m.k - i * part), part, to);
+        scales[i * rows + r] = group.scale;
+        sums[i * rows + r] = group.sum;
       }
     }
   });

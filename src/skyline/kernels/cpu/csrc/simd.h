@@ -84,7 +84,11 @@ struct Vec {
   void store(float* p, int n) const { whole(n) ? store(p) : _mm512_mask_storeu_ps(p, mask(n), v); }
   void store(bf16* p, int n) const { whole(n) ? store(p) : _mm256_mask_storeu_epi16(p, mask(n), rounded()); }
   // Rounded to nearest even, saturated.
-  void store(int8_t* p, int n) const { _mm512_mask_cvtsepi32_storeu_epi8(p, mask(n), _mm512_cvtps_epi32(v)); }
+  void store(int8_t* p, int n) const {
+    const __m512i whole_numbers = _mm512_cvtps_epi32(v);
+    if (!whole(n)) return _mm512_mask_cvtsepi32_storeu_epi8(p, mask(n), whole_numbers);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(whole_numbers));
+  }
   // The same with 128 added.
   void store(uint8_t* p, int n) const {
     const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(128));

@@ -58,9 +58,10 @@ def quantize_linears(
         op, formats = found
         for weight, format in zip(weights, formats, strict=True):
             set_integers(weight, format)
-        counts[op.name] += op is not node.target
-        node.target = op
-    return {op: count for op, count in counts.items() if count}
+        if op is not node.target:
+            counts[op.name] += 1
+            node.target = op
+    return dict(counts)
 
 
 def _from_scheme(node: fx.Node, scheme: Scheme, group: int) -> tuple[Op, IntegerFormat] | None:

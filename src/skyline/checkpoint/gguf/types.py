@@ -82,8 +82,7 @@ class GGMLType:
     def levels(self, rows: Bytes) -> Levels:
         """Rows as they are in the file [n, bytes of a row]."""
         assert self.unpack is not None
-        with np.errstate(invalid="ignore", over="ignore"):
-            found = self.unpack(self.blocks(rows))
+        found = self.unpack(self.blocks(rows))
         parts = (found.levels, found.factors, found.offsets, found.scales, found.minima)
         return Levels(*(None if part is None else part.reshape(len(rows), -1) for part in parts))  # type: ignore[arg-type]
 

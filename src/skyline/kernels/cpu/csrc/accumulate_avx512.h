@@ -2,6 +2,7 @@
 #pragma once
 
 #include "accumulate.h"
+#include "columns_avx512.h"
 
 namespace skyline {
 namespace {
@@ -167,7 +168,8 @@ void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, co
 }
 
 // c [rows][32] = rows of A times a panel that becomes bfloat16, piece by piece, or for few rows pair by pair: its values, `bits` of
-// each, are columns_at(k). The next piece is asked for meanwhile (not on AMX). scales, if there are, are those of columns for each `group` of k.
+// each, are columns_at(k). The next piece is asked for meanwhile (not on AMX). scales, if there are, are those of columns for each
+// `group` of k.
 template <class ColumnsAt>
 void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s, int64_t bits,
                         const uint8_t* values, const uint8_t* next, const ColumnsAt& columns_at, const float* scales = nullptr,

@@ -22,6 +22,12 @@ inline void store_in_pairs(Vec v, int16_t* to) {
 }
 #endif
 
+// 127 / largest; of zeros, or as good as that, 0.
+inline float inverse_scale(float largest) {
+  const float inverse = 127.0f / largest;
+  return inverse <= std::numeric_limits<float>::max() ? inverse : 0;
+}
+
 // Symmetric to the largest magnitude, rounded to even; returns the scale. Q: int8_t, or Quantized.
 template <class T, class Q>
 float quantize(const T* x, int64_t k, int64_t padded, Q* q) {
@@ -31,9 +37,7 @@ float quantize(const T* x, int64_t k, int64_t padded, Q* q) {
     best = max(best, abs(v));
     poison = fma(v, Vec::zero(), poison);
   }
-  const float most = best.max();
-  float inverse = 127.0f / most;
-  if (!(inverse <= std::numeric_limits<float>::max())) inverse = 0;  // of zeros, or as good as that
+  const float most = best.max(), inverse = inverse_scale(most);
   for (int64_t i = 0; i < k; i += Vec::width) {
     const int count = static_cast<int>(std::min<int64_t>(Vec::width, k - i));
     Vec v = Vec::load(x + i, count) * Vec::all(inverse);
@@ -63,9 +67,7 @@ Group quantize_group(const T* x, int8_t* q) {
     best = max(best, abs(v[i]));
     poison = fma(v[i], Vec::zero(), poison);
   }
-  const float most = best.max();
-  float inverse = 127.0f / most;
-  if (!(inverse <= std::numeric_limits<float>::max())) inverse = 0;
+  const float most = best.max(), inverse = inverse_scale(most);
   Vec total = Vec::zero();  // whole numbers
   for (int i = 0; i < n; i++) {
     const Vec level = round_even(v[i] * Vec::all(inverse));

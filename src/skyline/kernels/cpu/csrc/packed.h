@@ -38,6 +38,13 @@ constexpr int64_t kSuper = 256;  // of k, that share factors, in groups of 16 (G
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of bytes and six bits: the k that a head is for, its size, and that of 32 k of values.
+constexpr int64_t head_k(int64_t group) { return group == 32 ? 32 : kSuper; }
+constexpr int64_t head_bytes(int64_t group, bool offsets) {
+  return (group == 32 ? 64 : 64 + kSuper / 16 * kPanel) * (offsets ? 2 : 1);
+}
+constexpr int64_t step_bytes(bool six) { return six ? 768 : 1024; }
+
 struct PackedMatrix {
   Format format;
   int64_t n, k;
@@ -63,11 +70,11 @@ struct PackedMatrix {
   int64_t panels() const { return gated ? ceil_div(n / 2, kTile) : ceil_div(n, kPanel); }
   int64_t group_bytes() const { return (zeros ? 128 : 64) + group / 32 * 512; }
   int64_t fp4_scale_bytes() const { return ceil_div(padded_k() / group * kPanel, 64) * 64; }
-  // Of bytes and six bits: a head, all of a panel's heads, and 32 k of values.
-  int64_t head_k() const { return group == 32 ? 32 : kSuper; }
-  int64_t head_bytes() const { return (group == 32 ? 64 : 64 + kSuper / 16 * kPanel) * (zeros ? 2 : 1); }
+  // Of bytes and six bits.
+  int64_t head_k() const { return skyline::head_k(group); }
+  int64_t head_bytes() const { return skyline::head_bytes(group, zeros); }
   int64_t heads_bytes() const { return padded_k() / head_k() * head_bytes(); }
-  int64_t step_bytes() const { return format == Format::kSixBits ? 768 : 1024; }
+  int64_t step_bytes() const { return skyline::step_bytes(format == Format::kSixBits); }
   int64_t fp8_scale_bytes() const { return group ? ceil_div(padded_k(), group) * kPanel * 4 : 0; }
   int64_t panel_bytes() const {
     switch (format) {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8, 32)
-FORMATS = ("bf16", "int8", "int4")  # that more than one peer has
+FORMATS = ("bf16", "int8", "int4")  # a picture each
 COLOURS = {
     "skyline": "#0b6bcb",
     "skyline-kv8": "#5aa9e6",

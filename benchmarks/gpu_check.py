@@ -14,6 +14,7 @@ steps     random-weight models of real shapes through the runner that serves req
 frontier  1k/1k through the engine at several concurrencies
 peer      transformers on the same shape
 startup   from the start of a process to the first token of an 8B checkpoint in the page cache
+flashinfer  its kernels beside Triton's, call by call, where it is installed
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import platform
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,10 @@ sys.path[:0] = [str(ROOT.parent / "src"), str(ROOT)]
 # For the processes that check ops.
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
-from gpu import ceilings, ops, peer, serving, steps  # noqa: E402
+from gpu import ceilings, foreign, ops, peer, serving, steps  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
-PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup")
+PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup", "flashinfer")
 
 
 def main() -> int:
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=["llama-3.1-8b", "qwen3-0.6b"], choices=SHAPES)
     parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, mxfp4, int8, int4")
     parser.add_argument("--kv", nargs="*", default=["auto"], help="auto, fp8")
+    parser.add_argument("--prefer-kernels", choices=("flashinfer",), help="for the steps, as of `skyline serve`")
     parser.add_argument("--cases", type=int, default=1000, help="of an op and dtype, at most about")
     parser.add_argument("--seconds", type=float, default=300.0, help="for the ops")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that check ops")
@@ -101,7 +104,9 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
             for weights, kv in pairs:
                 quantization = None if weights == "none" else weights
                 try:
-                    found, tuned = steps.measure(model, quantization, record["ceilings"], kv, arguments.tune)
+                    found, tuned = steps.measure(
+                        model, quantization, record["ceilings"], kv, arguments.tune, arguments.prefer_kernels
+                    )
                 except Exception as error:
                     text = f"{type(error).__name__}: {str(error)[:600]}"
                     found, tuned = [{"model": model, "weights": weights, "error": text}], None
@@ -144,6 +149,8 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     part("steps", all_steps)
     part("frontier", frontiers)
     part("peer", peers)
+    if find_spec("flashinfer") is not None:
+        part("flashinfer", foreign.compare)
     part("startup", lambda: serving.first_token(arguments.models[0], arguments.checkpoint))
 
 
@@ -175,13 +182,17 @@ _ROWS = {
         f"{row['model']:>14} {row['weights']:>8} kv {row['kv']:>4} {row['cell']:>11} {row['ms']:8.3f} ms "
         f"{row['tokens_per_s']:8.0f} tok/s {row['share_of_copy_bandwidth']:6.1%} of copy "
         f"{row['share_of_matrix_peak']:6.1%} of peak, host {row['host_ms']:.2f} ms, "
-        f"idle {row.get('idle_share', -1):.1%}, "
+        f"idle {row.get('idle_share', -1):.1%}, between {row.get('between_share', -1):.1%}, "
         f"{row.get('launches', 0):.0f} launches, {row.get('waits', 0)} waits"
     ),
     "frontier": lambda row: (
         f"{row['isl']}/{row['osl']} {row['model']} {row['weights']} kv {row['kv']} c={row['concurrency']:>3}: "
         f"{row['output_tokens_per_s']:7.0f} tok/s, {row['interactivity']:6.1f} tok/s a user, "
         f"TTFT {row['ttft_ms']:.0f} ms"
+    ),
+    "flashinfer": lambda row: (
+        f"{row['case']:>32}: Triton {min(row['triton_us']):9.1f} us, FlashInfer {min(row['flashinfer_us']):9.1f} us"
+        f"{' REFUSED: ' + row['refused'] if 'refused' in row else ''}"
     ),
     "peer": lambda row: (
         f"transformers {row['transformers']} {row['cache']} b{row['requests']}: {row['ms']:.2f} ms a step, "

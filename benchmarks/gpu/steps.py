@@ -57,13 +57,18 @@ def loaded(shape: str, quantization: str | None, kv_dtype: str = "auto", **optio
 
 
 def measure(
-    shape: str, quantization: str | None, ceilings: dict[str, float], kv_dtype: str = "auto", budget: float = 0.0
+    shape: str,
+    quantization: str | None,
+    ceilings: dict[str, float],
+    kv_dtype: str = "auto",
+    budget: float = 0.0,
+    prefer_kernels: str | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Rows of cells; and what `skyline tune` finds in `budget` seconds, if there are any, before they are measured."""
     from skyline.runner.tune_gpu import tune_loaded
 
     rows, found = [], None
-    with loaded(shape, quantization, kv_dtype) as (model, config):
+    with loaded(shape, quantization, kv_dtype, prefer_kernels=prefer_kernels) as (model, config):
         _fill_caches(model)
         if budget:
             found = tune_loaded(model, config, budget, (1, 16, 64, 256))
@@ -72,6 +77,7 @@ def measure(
         memory = _memory(model)
         for name, requests, start, length in CELLS:
             row = {"model": shape, "weights": quantization or "bfloat16", "kv": kv_dtype, "cell": name}
+            row |= {"preferred": prefer_kernels} if prefer_kernels else {}
             try:
                 rows.append({**row, **_cell(model, requests, start, length, ceilings, quantization)})
             except Exception as error:
@@ -116,8 +122,22 @@ def _cell(
         "share_of_matrix_peak": math_s / seconds,
         "share_of_larger_floor": max(memory_s, math_s) / seconds,
         "host_ms": steps.host_seconds() * 1e3,
+        **(_replayed(model, requests, start + length, seconds) if length == 1 else {}),
         **_traced(steps, 8 if length == 1 else 3),
     }
+
+
+def _replayed(model: Any, requests: int, context: int, seconds: float) -> dict[str, float]:
+    """What a decode step's recording takes by itself, and the share of `seconds` that is spent between two of them.
+
+    Without a profiler, which slows the launches that `idle_share` looks between.
+    """
+    graphs = model.runner.graphs
+    if graphs is None or requests not in graphs.recorded:
+        return {}
+    with torch.inference_mode():
+        alone = model.runner.between_steps(lambda: graphs.time_replay(requests))
+    return {"replay_ms": alone * 1e3, "between_share": 1 - alone / seconds}
 
 
 class _Steps:
@@ -216,6 +236,13 @@ def _trace(steps: _Steps, count: int) -> dict[str, Any]:
         busy += max(0, last - max(first, end))
         end = max(end, last)
     span = end - device[0][0]
+    gaps: dict[str, int] = {}
+    latest = device[0]
+    for event in device[1:]:
+        if event[0] > latest[1]:
+            pair = f"{latest[2][:40]} -> {event[2][:40]}"
+            gaps[pair] = gaps.get(pair, 0) + event[0] - latest[1]
+        latest = max(latest, event, key=lambda one: one[1])
     by_name: dict[str, int] = {}
     for first, last, name in kernels:
         by_name[name[:60]] = by_name.get(name[:60], 0) + last - first
@@ -225,6 +252,9 @@ def _trace(steps: _Steps, count: int) -> dict[str, Any]:
         "idle_share": 1 - busy / span,
         "waits": sum(event.name() in _WAITS for event in events) - 2,  # that of `run`, and the profiler's
         "kernels_ms": {name: round(total / count / 1e6, 4) for name, total in largest},
+        "gaps_us": {
+            pair: round(total / count / 1e3, 2) for pair, total in sorted(gaps.items(), key=lambda item: -item[1])[:6]
+        },
     }
 
 

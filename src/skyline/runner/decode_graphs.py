@@ -209,15 +209,16 @@ class DecodeGraphs:
         with using(knobs):
             self._run(inputs, True)  # compiles
             graph = record(lambda: self._run(inputs, True), self._pool).graph
-        times: list[float] = []
-        for _ in range(repeats + 2):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        return statistics.median(times[2:])
+        return _replay_seconds(graph, repeats)
+
+    def time_replay(self, size: int, repeats: int = 9) -> float:
+        """Median seconds of the last step of `size` requests, one of `recorded`, done again without the host.
+
+        Recurrent states go on by as many steps; nothing else changes.
+        """
+        recording = self._known[size].recording
+        assert recording is not None
+        return _replay_seconds(recording.graph, repeats, 4)
 
     @torch.inference_mode()
     def _record_size(self, size: int) -> None:
@@ -288,3 +289,17 @@ class DecodeGraphs:
         # Where a request does not take the likeliest token, the sampler writes over it before anyone reads.
         self._token_ids[slots, positions + 1] = tokens.int()
         return Decoded(logits, tokens, tops)
+
+
+def _replay_seconds(graph: Any, repeats: int, together: int = 1) -> float:
+    """Median seconds of a replay, of so many in a row, after two to warm up."""
+    times: list[float] = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(together):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / together)
+    return statistics.median(times[2:])

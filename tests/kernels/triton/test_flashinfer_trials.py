@@ -93,7 +93,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     ours = import_module(PACKAGE)
     before = {name: sys.modules.pop(name, None) for name in MODULES}
     kept = {name.rpartition(".")[2]: vars(ours).pop(name.rpartition(".")[2], None) for name in MODULES}
-    monkeypatch.setattr(trials, "_passed", {})
+    monkeypatch.setattr(trials, "_reasons", {})
     yield found
     for name, module in before.items():
         sys.modules.pop(name, None)

@@ -20,7 +20,12 @@ _TOLERANCE = 0.05
 
 Kind = tuple[object, ...]  # what is computed, and what else its kernel may depend on
 
-_passed: dict[Kind, bool] = {}
+_reasons: dict[Kind, str | None] = {}  # of kinds that were tried: why not, or None
+
+
+def refused() -> dict[Kind, str]:
+    """The kinds that failed their trial, and why."""
+    return {kind: why_not for kind, why_not in _reasons.items() if why_not is not None}
 
 
 def checked(kind: Kind, foreign: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Tensor:
@@ -28,14 +33,13 @@ def checked(kind: Kind, foreign: Callable[[], Tensor], ours: Callable[[], Tensor
 
     The trial waits for the device, so there is none while a CUDA graph is recorded. Zeros tell nothing: they are none.
     """
-    passed = _passed.get(kind)
-    if passed:
+    tried = kind in _reasons
+    if tried and _reasons[kind] is None:
         return foreign()
     result = ours()
     recording = result.is_cuda and torch.cuda.is_current_stream_capturing()
-    if passed is None and not recording and bool(result.any()):
-        why_not = _why_not(foreign, result)
-        _passed[kind] = why_not is None
+    if not tried and not recording and bool(result.any()):
+        why_not = _reasons[kind] = _why_not(foreign, result)
         if why_not is not None:
             what = " ".join(map(str, kind))
             _LOG.warning("FlashInfer is not used for %s, our own kernel computes it: %s", what, why_not)

@@ -23,6 +23,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import Format, PackedWeight
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.gpu import GPUS
+from skyline.kernels.triton.layouts import Fp4Words, unpack_fp4
 from skyline.models import create_model, destinations, ignorable
 from skyline.ops import Fp4Weight
 from skyline.quantization.compress import mxfp4
@@ -281,7 +282,7 @@ def test_experts_of_gpt_oss_from_gguf(load: Callable[..., Any], tmp_path: Path) 
             if name == "gate_up_proj":
                 wanted = torch.cat((wanted[:, 0::2], wanted[:, 1::2]), 1)
             found = program.constant(call.arguments[place])
-            whole = found.dequantize() if isinstance(found, Fp4Weight) else None
+            whole = found.dequantize() if isinstance(found, Fp4Words) else None
             for expert in range(3):
                 assert torch.equal(found.expert(expert).dense() if whole is None else whole[expert], wanted[expert])
 
@@ -377,8 +378,9 @@ def test_a_checkpoint_in_bfloat16_becomes_mxfp4_for_a_gpu(tmp_path: Path) -> Non
     down = next(program.constant(call.arguments[3]) for call in program.calls if "experts" in call.op.name)
     wanted = theirs.model.layers[0].mlp.experts.down_proj.detach().transpose(1, 2).reshape(-1, 48)
     made = mxfp4(torch.nn.functional.pad(wanted, (0, 16)))
-    assert torch.equal(down.values.flatten(0, 1), made["weight_packed"][:, :24])
-    assert torch.equal(down.scales.flatten(0, 1), made["weight_scale"])
+    rows = unpack_fp4(down)
+    assert torch.equal(rows.values.flatten(0, 1), made["weight_packed"][:, :24])
+    assert torch.equal(rows.scales.flatten(0, 1), made["weight_scale"])
 
 
 def test_nvfp4_is_not_made_of_rows() -> None:

@@ -16,7 +16,7 @@ from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
 from skyline.ops.fp8 import Fp8Rows
 from skyline.quantization.compress import mxfp4
 
-_LARGEST = 240  # of E8M0: kernels multiply it by 2^14 in float32 (skyline.kernels.triton.four_bits)
+_LARGEST = 240  # of E8M0: no product of it and an activation above 2^14 is a float32 any more
 
 
 class Fp4Layout:
@@ -69,11 +69,12 @@ class Fp4Layout:
 FP4 = {group: Fp4Layout(group) for group in (MXFP4_GROUP, NVFP4_GROUP)}
 
 
+def fp4_group(weight: Any) -> int:
+    """That was decided for a weight."""
+    decided = integers_of(weight)
+    return MXFP4_GROUP if decided is None or decided.group is None else decided.group
+
+
 def fp4_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
     """Of the weight among a call's arguments, with the group that was decided for it."""
-
-    def choose(arguments: tuple[Any, ...]) -> Layout:
-        decided = integers_of(arguments[index])
-        return FP4[MXFP4_GROUP if decided is None or decided.group is None else decided.group]
-
-    return choose
+    return lambda arguments: FP4[fp4_group(arguments[index])]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skyline.kernels import Kernel
 from skyline.kernels.gpu import GPUS
 from skyline.kernels.triton import latent_tactics, norms
-from skyline.kernels.triton.layouts import pack_int4
+from skyline.kernels.triton.layouts import pack_fp4, pack_int4
 from skyline.ops import (
     AttentionBatch,
     Fp4Weight,
@@ -82,9 +82,16 @@ def _check(op: str, arguments: tuple[Any, ...], launches: _Launches, label: str)
 @pytest.mark.parametrize("op,kernel", KERNELS, ids=[op.name for op, _ in KERNELS])
 def test_calls_launch_what_is_declared(op: Op, kernel: Kernel, launches: _Launches) -> None:
     for case in op.cases(BFLOAT16, torch.Generator().manual_seed(3)):
-        arguments = tuple(pack_int4(a) if isinstance(a, QuantizedWeight) and a.group else a for a in case.args)
+        arguments = tuple(map(_packed, case.args))
         if all(argument.shape[0] for argument in arguments if isinstance(argument, torch.Tensor)):
             _check(op.name, arguments, launches, case.label)
+
+
+def _packed(argument: Any) -> Any:
+    """As layouts hold it."""
+    if isinstance(argument, QuantizedWeight) and argument.group:
+        return pack_int4(argument)
+    return pack_fp4(argument) if isinstance(argument, Fp4Weight) else argument
 
 
 def _rows(rows: int, columns: int) -> Tensor:
@@ -123,6 +130,7 @@ def _experts_fp4(tokens: int) -> tuple[Any, ...]:
     x, _, _, weights, ids = _experts(tokens)[1]
     one = Fp4Weight(*(torch.zeros((8, 48, k), dtype=torch.uint8) for k in (16, 1)), torch.ones((8, 48)), 32)
     other = Fp4Weight(*(torch.zeros((8, 32, k), dtype=torch.uint8) for k in (12, 1)), torch.ones((8, 32)), 32)
+    one, other = _packed(one), _packed(other)
     return "moe_experts_clamped_fp4", (x, one, _rows(8, 48), other, _rows(8, 32), weights, ids, 1.702, 7.0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.triton import quantized
-from skyline.kernels.triton.layouts import INT4, INT8, Int4Weight
+from skyline.kernels.triton.layouts import INT4, INT8, Int4Weight, unpack_words
 from skyline.ops import OPS
 from skyline.ops.fp4 import Fp4Weight, fp4_case_weight
 from skyline.ops.quantized import int4_case_weight, int8_case_weight, quantize_groups, quantize_rows
@@ -84,7 +84,7 @@ def test_a_row_with_nan_spoils_only_itself() -> None:
 
 def _unpacked(weight: Int4Weight) -> Tensor:
     """float32, of its shape."""
-    levels = torch.stack((weight.values & 15, weight.values >> 4), -1).flatten(-2)[..., : weight.k].float()
+    levels = unpack_words(weight.values, weight.k).float()
     zeros = 8.0 if weight.zeros is None else _spread(weight, weight.zeros)
     return (levels - zeros) * _spread(weight, weight.scales)
 
@@ -96,13 +96,13 @@ def _spread(weight: Int4Weight, per_group: Tensor) -> Tensor:
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("shape", [(10, 71), (3, 10, 71)])
 def test_int4_layout_holds_what_is_written(zeros: bool, shape: tuple[int, ...]) -> None:
-    """In pieces that cross from one expert to the next, as floats and as integers; in half a byte each."""
+    """In pieces that cross from one expert to the next, as floats and as integers; 71 columns take 16 words."""
     layout, weight = INT4[32, zeros], torch.randn(shape, generator=_generator())
     target, rows = layout.allocate(shape, torch.bfloat16, DEVICE), weight.view(-1, 71)
     ready = quantize_int4(rows, 32, not zeros)
     layout.write(target, 0, rows[:7])
     layout.write(target, 7, ready.rows(7, len(rows)))
-    assert target.shape == shape and target.nbytes == ready.nbytes
+    assert target.shape == shape and target.values.numel() == 16 * len(rows)
     assert torch.equal(_unpacked(target).cpu(), ready.dequantize().view(shape))
 
 

@@ -14,12 +14,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from skyline.kernels.fp4_layout import fp4_layout
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.gpu import OLDEST
 from skyline.kernels.registry import Kernel, Layout, Request, register
 from skyline.kernels.triton.launches import LAUNCHES
-from skyline.kernels.triton.layouts import INT8, Int4Weight, int4_layout, unpack_int4
+from skyline.kernels.triton.layouts import (
+    INT8,
+    Fp4Words,
+    Int4Weight,
+    fp4_words_layout,
+    int4_layout,
+    unpack_fp4,
+    unpack_int4,
+)
 from skyline.ops import OPS, AttentionBatch
 
 PROVIDER = "triton"
@@ -98,7 +105,14 @@ def _by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
     """Raises DeviceOnlyError where the reference would go by numbers of the host that are not those of the step."""
     if any(isinstance(argument, AttentionBatch) and argument.device_only for argument in arguments):
         raise DeviceOnlyError(f"{op} does not compile for this GPU: {error}") from error
-    return OPS[op].reference(*(unpack_int4(a) if isinstance(a, Int4Weight) else a for a in arguments))
+    return OPS[op].reference(*map(_unpacked, arguments))
+
+
+def _unpacked(argument: Any) -> Any:
+    """As references take it."""
+    if isinstance(argument, Int4Weight):
+        return unpack_int4(argument)
+    return unpack_fp4(argument) if isinstance(argument, Fp4Words) else argument
 
 
 def provide(
@@ -170,9 +184,9 @@ provide("moe_experts_fp8", "moe_bytes", {1: fp8_layout(1), 2: fp8_layout(2)}, su
 provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})
 provide("linear_int4", "quantized", {1: int4_layout(1)})
-provide("linear_fp4", "quantized", {1: fp4_layout(1)})
-provide("moe_experts_fp4", "moe", {1: fp4_layout(1), 2: fp4_layout(2)})
-provide("moe_experts_clamped_fp4", "moe", {1: fp4_layout(1), 3: fp4_layout(3)})
+provide("linear_fp4", "quantized", {1: fp4_words_layout(1)})
+provide("moe_experts_fp4", "moe", {1: fp4_words_layout(1), 2: fp4_words_layout(2)})
+provide("moe_experts_clamped_fp4", "moe", {1: fp4_words_layout(1), 3: fp4_words_layout(3)})
 provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})
 provide("moe_experts_int8_weight_only", "moe_bytes", {1: INT8, 2: INT8})
 provide("moe_experts_int4", "moe_bytes", {1: int4_layout(1), 2: int4_layout(2)})

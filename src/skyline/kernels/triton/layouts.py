@@ -10,19 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skyline.kernels.fp4_layout import FP4, fp4_group
 from skyline.kernels.registry import CPU, Layout
-from skyline.ops import QuantizedWeight
+from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
+from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
+from skyline.ops.fp8 import Fp8Rows
 from skyline.quantization import GROUPS, quantize_int4, quantize_int8
 
 SYMMETRIC_ZERO = 8  # of packed int4 without zero points: -8..7 are stored as 0..15
+
+# Four-bit values lie in words of eight, int32: the even columns in the low nibbles 0 to 3, the odd ones in 4 to 7. So
+# one shift and one mask put two neighbours into the two halves of a word, as bfloat16 wants them.
+WORD = 8
+_SHIFTS = [16 * (column % 2) + 4 * (column // 2) for column in range(WORD)]
+# Rows begin at multiples of so many words, or scales: what Triton looks for, to read several at once.
+_ALIGNED = 16
+
+# A group's factor is its scale times 2^126, which makes numbers of codes that were moved to the lowest exponents of
+# bfloat16 (skyline.kernels.triton.four_bits). What would be beyond bfloat16 of that, the row's scale makes up for.
+_LARGEST_FACTOR = 254  # its exponent, of MXFP4
+NVFP4_LESS = 10  # the factor of NVFP4 is its scale times 2^(126 - 10)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int4Weight:
     """`QuantizedWeight` of int4 [.., N, K] in half a byte each: an element is (nibble - zero) * scale.
 
-    values: uint8 [.., N, ceil(K / 2)], the even column in the low nibble, all 0..15. scales, zeros: float16
+    values: int32 [.., N, ceil(K / 8) or more], words of eight nibbles 0..15. scales, zeros: float16
     [.., ceil(K / group), N], so that neighbouring rows, which a program reads together, lie together; without `zeros`
     they are 8.
     """
@@ -40,6 +55,34 @@ class Int4Weight:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.values, self.scales, self.zeros) if part is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp4Words:
+    """`Fp4Weight` [.., N, K] as kernels read it.
+
+    values: int32 [.., N, ceil(K / 8) or more], words of eight codes. scales: uint8 [.., N, ceil(K / group) or more],
+    what lies behind a row's own is 0; of MXFP4 the exponent of the group's factor (above), biased as in bfloat16, of
+    NVFP4 its E4M3. row_scales: float32 [.., N], times what the factors lack.
+    """
+
+    values: Tensor
+    scales: Tensor
+    row_scales: Tensor
+    group: int
+    k: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.values.shape[:-1], self.k))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + self.row_scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        """float32, of `shape`."""
+        return unpack_fp4(self).dequantize()
 
 
 class Int8Layout:
@@ -69,7 +112,7 @@ class Int4Layout:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Int4Weight:
         *lead, n, k = shape
-        values = torch.empty((*lead, n, -(-k // 2)), dtype=torch.uint8, device=device)
+        values = torch.empty((*lead, n, _row_words(k)), dtype=torch.int32, device=device)
         scales = torch.empty((*lead, -(-k // self.group), n), dtype=torch.float16, device=device)
         return Int4Weight(values, scales, torch.empty_like(scales) if self.zeros else None, self.group, k)
 
@@ -77,8 +120,8 @@ class Int4Layout:
         """Raises ValueError if a value is NaN, infinite, or so large that its scale is beyond float16."""
         ready = rows if isinstance(rows, QuantizedWeight) else quantize_int4(rows, self.group, not self.zeros)
         count, n = ready.shape[0], target.shape[-2]
-        octets = pack_nibbles(ready.values if self.zeros else ready.values + SYMMETRIC_ZERO)
-        target.values.view(-1, octets.shape[1])[first_row : first_row + count] = octets.to(target.values.device)
+        words = pack_words(ready.values if self.zeros else ready.values + SYMMETRIC_ZERO)
+        target.values.view(-1, words.shape[1])[first_row : first_row + count] = words.to(target.values.device)
         for whole, part in ((target.scales, ready.scales), (target.zeros, ready.zeros)):
             if whole is None or part is None:
                 continue
@@ -90,17 +133,57 @@ class Int4Layout:
                 done = stop
 
 
-def pack_nibbles(levels: Tensor) -> Tensor:
-    """int8 [.., K] of 0..15 -> uint8 [.., ceil(K / 2)], the even column in the low nibble."""
-    padded = F.pad(levels, (0, levels.shape[-1] % 2)).to(torch.uint8)
-    return padded[..., 0::2] | (padded[..., 1::2] << 4)
+class Fp4WordsLayout:
+    """`Fp4Words`, of what skyline.kernels.fp4_layout makes of rows."""
+
+    def __init__(self, group: int) -> None:
+        self.name = f"{FP4[group].name} in words"
+        self.group = group
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Fp4Words:
+        *lead, n, k = shape
+        values = torch.empty((*lead, n, _row_words(k)), dtype=torch.int32, device=device)
+        scales = torch.empty((*lead, n, _aligned(-(-k // self.group))), dtype=torch.uint8, device=device)
+        return Fp4Words(values, scales, torch.empty((*lead, n), device=device), self.group, k)
+
+    def write(self, target: Fp4Words, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
+        """Raises what `Fp4Layout.rows_of` does."""
+        packed = pack_fp4(FP4[self.group].rows_of(rows, target.values.device))
+        place = slice(first_row, first_row + rows.shape[0])
+        for whole, part in ((target.values, packed.values), (target.scales, packed.scales)):
+            whole.view(-1, whole.shape[-1])[place] = part.to(whole.device)
+        target.row_scales.view(-1)[place] = packed.row_scales.to(target.row_scales.device)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
+def _row_words(k: int) -> int:
+    return _aligned(-(-k // WORD))
+
+
+def pack_words(nibbles: Tensor) -> Tensor:
+    """int8 or uint8 [.., K] of 0..15 -> int32 [.., words of a row], the last ones filled up with 0."""
+    k = nibbles.shape[-1]
+    padded = F.pad(nibbles, (0, _row_words(k) * WORD - k)).unflatten(-1, (-1, WORD))
+    words = torch.zeros(padded.shape[:-1], dtype=torch.int32, device=nibbles.device)
+    for column, shift in enumerate(_SHIFTS):
+        words |= padded[..., column].int() << shift
+    return words
+
+
+def unpack_words(words: Tensor, k: int) -> Tensor:
+    """What `pack_words` was given, uint8."""
+    nibbles = torch.stack([(words >> shift) & 15 for shift in _SHIFTS], -1).flatten(-2)
+    return nibbles[..., :k].to(torch.uint8)
 
 
 def pack_int4(weight: QuantizedWeight) -> Int4Weight:
     """The same integers [.., N, K], on the same device."""
     assert weight.group is not None
     zeros = weight.zeros is not None
-    values = pack_nibbles(weight.values if zeros else weight.values + SYMMETRIC_ZERO)
+    values = pack_words(weight.values if zeros else weight.values + SYMMETRIC_ZERO)
     turned = [None if part is None else part.mT.contiguous() for part in (weight.scales, weight.zeros)]
     assert turned[0] is not None
     return Int4Weight(values, turned[0], turned[1], weight.group, weight.shape[-1])
@@ -108,15 +191,41 @@ def pack_int4(weight: QuantizedWeight) -> Int4Weight:
 
 def unpack_int4(weight: Int4Weight) -> QuantizedWeight:
     """The same integers as the ops' references take them."""
-    octets = weight.values.unsqueeze(-1)
-    values = torch.cat((octets & 15, octets >> 4), -1).flatten(-2)[..., : weight.k].to(torch.int8)
+    values = unpack_words(weight.values, weight.k).to(torch.int8)
     if weight.zeros is None:
         values -= SYMMETRIC_ZERO
     zeros = None if weight.zeros is None else weight.zeros.mT
     return QuantizedWeight(values, weight.scales.mT, zeros, weight.group)
 
 
+def pack_fp4(weight: Fp4Weight) -> Fp4Words:
+    """The same numbers [.., N, K], on the same device."""
+    octets = weight.values.unsqueeze(-1)
+    values = pack_words(torch.cat((octets & 15, octets >> 4), -1).flatten(-2))
+    codes, rows = weight.scales.view(torch.uint8), weight.row_scales
+    if weight.group == MXFP4_GROUP:
+        exponents = codes.int() + 126
+        over = (exponents.amax(-1, keepdim=True) - _LARGEST_FACTOR).clamp(min=0)
+        codes, rows = (exponents - over).clamp(min=0).to(torch.uint8), torch.ldexp(rows, over.squeeze(-1))
+    else:
+        rows = rows * 2.0**NVFP4_LESS
+    scales = F.pad(codes, (0, _aligned(codes.shape[-1]) - codes.shape[-1]))
+    return Fp4Words(values, scales, rows, weight.group, weight.shape[-1])
+
+
+def unpack_fp4(weight: Fp4Words) -> Fp4Weight:
+    """The same numbers as the ops' references take them; every row's scale of MXFP4 is 1, as checkpoints have it."""
+    nibbles = unpack_words(weight.values, weight.k)
+    values = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    codes, rows = weight.scales[..., : -(-weight.k // weight.group)], weight.row_scales
+    if weight.group == NVFP4_GROUP:
+        return Fp4Weight(values, codes.contiguous().view(torch.float8_e4m3fn), rows / 2.0**NVFP4_LESS, weight.group)
+    codes = (codes.int() - 126 + torch.log2(rows).int().unsqueeze(-1)).clamp(min=0).to(torch.uint8)
+    return Fp4Weight(values, codes, torch.ones_like(rows), weight.group)
+
+
 INT8 = Int8Layout()
+FP4_WORDS = {group: Fp4WordsLayout(group) for group in (MXFP4_GROUP, NVFP4_GROUP)}
 INT4 = {(group, zeros): Int4Layout(group, zeros) for group in GROUPS for zeros in (False, True)}
 
 
@@ -128,3 +237,8 @@ def int4_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
         return INT4[decided.group or DEFAULT_GROUP, decided.zeros]
 
     return choose
+
+
+def fp4_words_layout(index: int) -> Callable[[tuple[Any, ...]], Layout]:
+    """Of the weight among a call's arguments, with the group that was decided for it."""
+    return lambda arguments: FP4_WORDS[fp4_group(arguments[index])]

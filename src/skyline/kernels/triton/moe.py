@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
+from skyline.kernels.triton.layouts import Fp4Words, pack_fp4
 from skyline.kernels.triton.moe_products import grouped_experts
 from skyline.kernels.triton.moe_stream import stream
 from skyline.kernels.triton.moe_tiles import Groups, Kind, Tile, tile_for
@@ -188,9 +189,9 @@ def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
 
 def _experts(
     x: Tensor,
-    gate_up: Tensor | Fp4Weight,
+    gate_up: Tensor | Fp4Words,
     gate_up_bias: Tensor | None,
-    down: Tensor | Fp4Weight,
+    down: Tensor | Fp4Words,
     down_bias: Tensor | None,
     weights: Tensor,
     ids: Tensor,
@@ -204,7 +205,7 @@ def _experts(
         return torch.empty_like(x)
     if tokens <= _STREAM_TOKENS and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
-    kind: Kind = "fp4" if isinstance(gate_up, Fp4Weight) else "plain"
+    kind: Kind = "fp4" if isinstance(gate_up, Fp4Words) else "plain"
     groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
     return combine(rows, None, weights, residual)
@@ -232,22 +233,28 @@ def moe_experts_clamped(
     return _experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
 
 
-def moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> Tensor:
-    return _experts(x, gate_up, None, down, None, weights, ids)
+def _words(weight: Fp4Weight | Fp4Words) -> Fp4Words:
+    return pack_fp4(weight) if isinstance(weight, Fp4Weight) else weight
+
+
+def moe_experts_fp4(
+    x: Tensor, gate_up: Fp4Weight | Fp4Words, down: Fp4Weight | Fp4Words, weights: Tensor, ids: Tensor
+) -> Tensor:
+    return _experts(x, _words(gate_up), None, _words(down), None, weights, ids)
 
 
 def moe_experts_clamped_fp4(
     x: Tensor,
-    gate_up: Fp4Weight,
+    gate_up: Fp4Weight | Fp4Words,
     gate_up_bias: Tensor,
-    down: Fp4Weight,
+    down: Fp4Weight | Fp4Words,
     down_bias: Tensor,
     weights: Tensor,
     ids: Tensor,
     alpha: float,
     limit: float,
 ) -> Tensor:
-    return _experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
+    return _experts(x, _words(gate_up), gate_up_bias, _words(down), down_bias, weights, ids, alpha, limit)
 
 
 def moe_experts_ragged(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import overlaps, shared_memory
-from skyline.kernels.triton.four_bits import SYMMETRIC, biased, e2m1, fp4_scales, scaled
-from skyline.kernels.triton.layouts import Int4Weight
+from skyline.kernels.triton.device import has_assembly, overlaps, shared_memory
+from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
+from skyline.kernels.triton.layouts import WORD, Fp4Words, Int4Weight
 from skyline.kernels.triton.moe_tiles import Groups, rows_of
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
-from skyline.ops import Fp4Weight, Fp8Weight, QuantizedWeight
+from skyline.ops import Fp8Weight, QuantizedWeight
 
 _TOGETHER = 8  # tiles of rows that go by before the next band of the weights is read
 
@@ -26,7 +26,7 @@ _TOGETHER = 8  # tiles of rows that go by before the next band of the weights is
 #   by row         FP8 and int8: x_scales [R], scales [E, N]
 #   by block       FP8: x_scales [R, ceil(K / 128)], scales [E, ceil(N / 128), ceil(K / 128)]; STEP is 128
 #   weight by row  int8, of the weight alone: scales [E, N]
-#   FP4            scales [E, N, ceil(K / GROUP)] uint8, more [E, N], the rows' scales
+#   FP4            scales [E, N, scale_stride] uint8, more [E, N], the rows' scales
 #   int4           x_scales and x_sums [groups, R], scales and more, the zero points, [E, groups, N]; STEP is GROUP
 _PLAIN, _BY_ROW, _BY_BLOCK, _WEIGHT_BY_ROW, _FP4, _INT4 = (tl.constexpr(kind) for kind in range(6))
 
@@ -45,7 +45,7 @@ def activated(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 @triton.jit
 def _grouped_kernel(
     x,  # [rows // DIVISOR, K]
-    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first; two a byte, if they have four bits
+    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first; words of eight, if they have four bits
     bias,  # [E, N or 2 N], contiguous, or unused
     x_scales,  # as KIND says
     x_sums,
@@ -64,6 +64,7 @@ def _grouped_kernel(
     x_stride,
     expert_stride,
     weight_stride,
+    scale_stride,
     alpha,
     limit,
     LAYOUT: tl.constexpr,
@@ -81,6 +82,7 @@ def _grouped_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     TOGETHER: tl.constexpr,
+    NATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -113,18 +115,15 @@ def _grouped_kernel(
     matrix_rows = 2 * n if GATED else n
     weight_row = expert.to(tl.int64) * matrix_rows + safe
     row_at = weight + expert.to(tl.int64) * expert_stride + safe.to(tl.int64) * weight_stride
-    HALF: tl.constexpr = STEP // 2
-    octets = tl.arange(0, HALF)
+    words = tl.arange(0, STEP // 8)
     if KIND == _FP4:
-        PARTS: tl.constexpr = STEP // GROUP
-        parts = tl.arange(0, PARTS)
-        groups = tl.cdiv(k, GROUP)
-        scale_at = scales + weight_row[:, None] * groups + parts[None, :]
+        scale_at = scales + weight_row[:, None] * scale_stride + tl.arange(0, STEP // GROUP)[None, :]
     elif KIND == _INT4:
         groups = tl.cdiv(k, GROUP)
         scale_at = expert.to(tl.int64) * groups * matrix_rows + safe
+        byte = a_byte(weight, BAND, NATIVE)
     if KIND >= _FP4:
-        weight_at = row_at[:, None] + octets[None, :]
+        weight_at = row_at[:, None] + words[None, :]
     else:
         weight_at = row_at[None, :] + steps[:, None]
     IN_INTEGERS: tl.constexpr = KIND == _BY_ROW and weight.dtype.element_ty == tl.int8
@@ -139,20 +138,19 @@ def _grouped_kernel(
         if WIDEN:
             a = a.to(tl.float32)
         if EVEN_K:
-            b = tl.load(weight_at + (first // 2 if KIND >= _FP4 else first))
+            b = tl.load(weight_at + (first // 8 if KIND >= _FP4 else first))
         elif KIND >= _FP4:
-            b = tl.load(weight_at + first // 2, mask=(first // 2 + octets < (k + 1) // 2)[None, :], other=0)
+            b = tl.load(weight_at + first // 8, mask=(first // 8 + words < weight_stride)[None, :], other=0)
         else:
             b = tl.load(weight_at + first, mask=left[:, None], other=0.0)
         if KIND == _FP4:
-            codes = tl.load(scale_at + first // GROUP, mask=(first // GROUP + parts < groups)[None, :], other=0)
-            factors = fp4_scales(codes, GROUP)
-            evens = scaled(e2m1(b & 15), factors, 1, BAND, HALF, GROUP // 2).to(a.dtype)
-            odds = scaled(e2m1(b >> 4), factors, 1, BAND, HALF, GROUP // 2).to(a.dtype)
-            total = tl.dot(a, tl.trans(tl.interleave(evens, odds)), total, input_precision=PRECISION)
+            # Rows of scales are as long as all steps ask for: without a mask, whole words of them are copied ahead.
+            factors = fp4_factors(tl.load(scale_at + first // GROUP), GROUP)
+            numbers = fp4_numbers(b, factors, NATIVE and a.dtype == tl.bfloat16, a.dtype)
+            total = tl.dot(a, tl.trans(numbers), total, input_precision=PRECISION)
         elif KIND == _INT4:
             group = first // GROUP
-            part = tl.dot(a, tl.trans(tl.interleave(biased(b & 15), biased(b >> 4))))
+            part = tl.dot(a, tl.trans(int4_numbers(b, byte, NATIVE)))
             x_group = group.to(tl.int64) * x_rows + x_row
             mine = tl.load(x_scales + x_group, mask=there, other=0.0)
             sums = tl.load(x_sums + x_group, mask=there, other=0.0)
@@ -205,7 +203,7 @@ class Quantized(NamedTuple):
     sums: Tensor | None = None
 
 
-Weight = Tensor | Fp8Weight | QuantizedWeight | Int4Weight | Fp4Weight
+Weight = Tensor | Fp8Weight | QuantizedWeight | Int4Weight | Fp4Words
 
 
 def product(
@@ -228,8 +226,8 @@ def product(
     values = weight if isinstance(weight, Tensor) else weight.values
     theirs = more = None
     kind, group = _PLAIN, 0
-    if isinstance(weight, Fp4Weight):
-        kind, group, theirs, more = _FP4, weight.group, weight.scales.view(torch.uint8), weight.row_scales
+    if isinstance(weight, Fp4Words):
+        kind, group, theirs, more = _FP4, weight.group, weight.scales, weight.row_scales
     elif isinstance(weight, Int4Weight):
         kind, group, theirs, more = _INT4, weight.group, weight.scales, weight.zeros
     elif not isinstance(weight, Tensor):
@@ -241,7 +239,7 @@ def product(
     step = tile.columns
     if kind in (_PLAIN, _WEIGHT_BY_ROW, _FP4):
         step = min(tile.columns, next_power_of_2(k))
-        while step > 64 and k % step:
+        while step > 64 and k % step and kind != _FP4:
             step //= 2
         step = max(group, 16, step)
     stage = (tile.rows + tile.band) * step * rows.element_size()
@@ -268,6 +266,7 @@ def product(
         rows.stride(0),
         values.stride(0),
         values.stride(1),
+        theirs.stride(1) if theirs is not None and kind == _FP4 else 0,
         alpha,
         limit,
         LAYOUT=groups.layout,
@@ -280,11 +279,12 @@ def product(
         GROUP=group,
         ZEROS=bool(kind == _INT4 and more is not None),
         WIDEN=bool(kind == _FP4 and rows.dtype == torch.float16),
-        EVEN_K=k % step == 0,
+        EVEN_K=k % max(step, WORD) == 0,
         ROWS=tile.rows,
         BAND=tile.band,
         STEP=step,
         TOGETHER=_TOGETHER,
+        NATIVE=has_assembly(rows.device),
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         EARLY=early,
         launch_pdl=early,

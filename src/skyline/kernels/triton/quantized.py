@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skyline.kernels.triton.device import multiprocessors
-from skyline.kernels.triton.four_bits import SYMMETRIC, biased, e2m1, fp4_scales, scaled
-from skyline.kernels.triton.layouts import Int4Weight, pack_int4
+from skyline.kernels.triton.device import has_assembly, multiprocessors
+from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, pack_fp4, pack_int4
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import NVFP4_GROUP
@@ -161,7 +161,8 @@ def _add_product(
     first,
     rows,
     outputs,
-    k,
+    weight_stride,
+    scale_stride,
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     BAND: tl.constexpr,
@@ -169,21 +170,21 @@ def _add_product(
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    NATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """total plus values times the weight's columns `first` and on: int32 for int8, otherwise float32."""
-    # What lies in a row: a byte for each column, or for two.
-    LANES: tl.constexpr = 1 if KIND <= _INT8 else 2
-    HALF: tl.constexpr = WIDTH // LANES
-    stride = (k + LANES - 1) // LANES
-    byte = first // LANES + tl.arange(0, HALF)
+    # What lies in a row: a byte for each column, or a word for eight.
+    LANES: tl.constexpr = 1 if KIND <= _INT8 else 8
+    ITEMS: tl.constexpr = WIDTH // LANES
+    item = first // LANES + tl.arange(0, ITEMS)
     if SPLIT > 1:
-        byte = tl.arange(0, SPLIT)[:, None] * HALF + byte[None, :]
-        at = weight + own.to(tl.int64)[None, :, None] * stride + byte[:, None, :]
-        inside = (byte < stride)[:, None, :]
+        item = tl.arange(0, SPLIT)[:, None] * ITEMS + item[None, :]
+        at = weight + own.to(tl.int64)[None, :, None] * weight_stride + item[:, None, :]
+        inside = (item < weight_stride)[:, None, :]
     else:
-        at = weight + own.to(tl.int64)[:, None] * stride + byte[None, :]
-        inside = (byte < stride)[None, :]
+        at = weight + own.to(tl.int64)[:, None] * weight_stride + item[None, :]
+        inside = (item < weight_stride)[None, :]
     stored = tl.load(at) if EVEN_K else tl.load(at, mask=inside, other=0)
     if KIND <= _INT8:
         if KIND == _INT8_WEIGHT_ONLY:
@@ -191,12 +192,11 @@ def _add_product(
         tile = _turned(stored, SPLIT)
         result = tl.dot(values, tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     elif KIND == _INT4:
-        tile = _turned(tl.interleave(biased(stored & 15), biased(stored >> 4)), SPLIT)
-        part = tl.dot(values, tile)
+        part = tl.dot(values, _turned(int4_numbers(stored, a_byte(weight, BAND, NATIVE), NATIVE), SPLIT))
         group = first // GROUP
         if SPLIT > 1:
             group += tl.arange(0, SPLIT)[:, None]
-            known = group * GROUP < k
+            known = group < scale_stride
             x_at = group.to(tl.int64) * rows + row[None, :]
             weight_at = group.to(tl.int64) * outputs + own[None, :]
             x_scale = tl.load(x_scales + x_at, mask=known, other=0.0)[:, :, None]
@@ -217,19 +217,15 @@ def _add_product(
         result = total + part * x_scale * scale
     else:
         PARTS: tl.constexpr = WIDTH // GROUP
-        groups = (k + GROUP - 1) // GROUP
         group = first // GROUP + tl.arange(0, PARTS)
+        # Rows of scales are as long as all steps ask for: without a mask, whole words of them are copied ahead.
         if SPLIT > 1:
             group = tl.arange(0, SPLIT)[:, None] * PARTS + group[None, :]
-            scale_at = scales + own.to(tl.int64)[None, :, None] * groups + group[:, None, :]
-            known = (group < groups)[:, None, :]
+            scale = tl.load(scales + own.to(tl.int64)[None, :, None] * scale_stride + group[:, None, :])
         else:
-            scale_at = scales + own.to(tl.int64)[:, None] * groups + group[None, :]
-            known = (group < groups)[None, :]
-        scale = fp4_scales(tl.load(scale_at, mask=known, other=0), GROUP)
-        evens = scaled(e2m1(stored & 15), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
-        odds = scaled(e2m1(stored >> 4), scale, SPLIT, BAND, HALF, GROUP // 2).to(values.dtype)
-        result = tl.dot(values, _turned(tl.interleave(evens, odds), SPLIT), total, input_precision=PRECISION)
+            scale = tl.load(scales + own.to(tl.int64)[:, None] * scale_stride + group[None, :])
+        numbers = fp4_numbers(stored, fp4_factors(scale, GROUP), NATIVE and values.dtype == tl.bfloat16, values.dtype)
+        result = tl.dot(values, _turned(numbers, SPLIT), total, input_precision=PRECISION)
     return result
 
 
@@ -238,8 +234,8 @@ def _linear_kernel(
     x,  # [T, K], as it is or its integers
     x_scales,  # [groups, T] float32
     x_sums,  # [groups, T] float32
-    weight,  # [N, K] int8, or [N, ceil(K / 2)] uint8
-    scales,  # int8: [N] float32. int4: [groups, N] float16. FP4: [N, groups] uint8
+    weight,  # [N, weight_stride], int8, or int32 of eight a word
+    scales,  # int8: [N] float32. int4: [groups, N] float16. FP4: [N, scale_stride] uint8
     zeros,  # like scales
     row_scales,  # [N] float32, of FP4
     bias,  # [N]
@@ -249,6 +245,8 @@ def _linear_kernel(
     outputs,  # N
     k,
     x_stride,
+    weight_stride,
+    scale_stride,  # of FP4; of int4 groups
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     GATED: tl.constexpr,
@@ -261,6 +259,7 @@ def _linear_kernel(
     EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,  # float16 times FP4 in tf32, which holds both: float16 has not the range of the scales
     STAGES: tl.constexpr,
+    NATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     TOGETHER: tl.constexpr,  # tiles of rows that go by before the next band of the weight is read
 ):
@@ -293,13 +292,13 @@ def _linear_kernel(
         if WIDEN:
             values = values.to(tl.float32)
         result = _add_product(
-            result, values, weight, scales, zeros, x_scales, x_sums, safe_row, own, first, rows, outputs, k,
-            KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, PRECISION,
+            result, values, weight, scales, zeros, x_scales, x_sums, safe_row, own, first, rows, outputs,
+            weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
         )  # fmt: skip
         if GATED:
             second = _add_product(
-                second, values, weight, scales, zeros, x_scales, x_sums, safe_row, own + n, first, rows, outputs, k,
-                KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, PRECISION,
+                second, values, weight, scales, zeros, x_scales, x_sums, safe_row, own + n, first, rows, outputs,
+                weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
             )  # fmt: skip
     if SPLIT > 1:
         result = tl.sum(result, 0)
@@ -331,7 +330,7 @@ def _launch(
     kind: tl.constexpr,
     x: Tensor,
     dtype: torch.dtype,
-    weight: QuantizedWeight | Int4Weight | Fp4Weight,
+    weight: QuantizedWeight | Int4Weight | Fp4Words,
     bias: Tensor | None,
     silu_mul: bool,
     quantized: tuple[Tensor, Tensor] | None = None,
@@ -344,10 +343,11 @@ def _launch(
     if not rows:
         return y
     group, scales, zeros, row_scales = weight.group or 1, weight.scales, None, None
-    if isinstance(weight, Fp4Weight):
-        scales, row_scales = weight.scales.view(torch.uint8), weight.row_scales
+    scale_stride = 0
+    if isinstance(weight, Fp4Words):
+        row_scales, scale_stride = weight.row_scales, weight.scales.stride(0)
     elif isinstance(weight, Int4Weight):
-        zeros = weight.zeros
+        zeros, scale_stride = weight.zeros, weight.scales.shape[0]
     widen = row_scales is not None and x.dtype == torch.float16
     width = group if kind == _INT4 else 64 if group == NVFP4_GROUP else 128
     if chosen is None:
@@ -369,6 +369,8 @@ def _launch(
         outputs,
         k,
         x.stride(0),
+        weight.values.stride(0),
+        scale_stride,
         KIND=kind,
         ZEROS=zeros is not None,
         GATED=silu_mul,
@@ -381,6 +383,7 @@ def _launch(
         EVEN_K=k % (chosen.split * chosen.width) == 0,
         WIDEN=widen,
         STAGES=chosen.stages,
+        NATIVE=has_assembly(x.device),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         TOGETHER=8,
         num_warps=chosen.warps,
@@ -407,5 +410,6 @@ def linear_int4(
     return _launch(_INT4, levels, x.dtype, packed, bias, silu_mul, (scales, sums))
 
 
-def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
-    return _launch(_FP4, x, x.dtype, weight, bias, silu_mul)
+def linear_fp4(x: Tensor, weight: Fp4Weight | Fp4Words, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
+    packed = pack_fp4(weight) if isinstance(weight, Fp4Weight) else weight
+    return _launch(_FP4, x, x.dtype, packed, bias, silu_mul)

@@ -1,0 +1,134 @@
+"""Four-bit weights in words: what is packed comes out, and the PTX that widens it does what Triton's words do.
+
+No GPU runs the PTX here, so a few lines of Python do.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from skyline.kernels.triton import four_bits
+from skyline.kernels.triton.layouts import (
+    FP4_WORDS,
+    pack_fp4,
+    pack_words,
+    unpack_fp4,
+    unpack_words,
+)
+from skyline.ops.fp4 import E2M1, Fp4Weight, fp4_case_weight
+from tests.kernels.triton.test_ops import DEVICE
+
+_ALL = 0xFFFFFFFF
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("k", [1, 8, 71, 128, 130])
+def test_words_give_back_their_nibbles(k: int) -> None:
+    nibbles = torch.randint(0, 16, (3, 5, k), generator=_generator(), dtype=torch.uint8)
+    words = pack_words(nibbles)
+    assert words.dtype == torch.int32 and words.shape[-1] % 16 == 0 and words.shape[-1] * 8 >= k
+    assert torch.equal(unpack_words(words, k), nibbles)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_fp4_words_hold_what_is_written(group: int, lead: tuple[int, ...]) -> None:
+    """In pieces that cross from one expert to the next."""
+    rows = 10 * max(1, *lead, 1)
+    weight = fp4_case_weight(rows, 96, group, _generator())
+    layout = FP4_WORDS[group]
+    target = layout.allocate((*lead, 10, 96), torch.bfloat16, DEVICE)
+    for first, stop in ((0, 7), (7, rows)):
+        layout.write(target, first, weight.rows_at(torch.arange(first, stop)))
+    assert target.shape == (*lead, 10, 96)
+    again = unpack_fp4(target).dequantize().cpu()
+    assert torch.equal(again.view(rows, 96), weight.dequantize())
+
+
+def test_scales_of_mxfp4_from_end_to_end() -> None:
+    """The row's scale takes what a factor cannot hold; a group that is 2^253 times smaller than another is 0."""
+    weight = fp4_case_weight(4, 64, 32, _generator())
+    weight.scales.copy_(torch.tensor([[0, 1], [3, 254], [253, 254], [127, 200]]))
+    packed = pack_fp4(weight)
+    assert packed.row_scales.tolist() == [1.0, 2.0**126, 2.0**126, 2.0**72]
+    again = unpack_fp4(packed)
+    assert torch.equal(again.scales, weight.scales) and torch.equal(again.values, weight.values)
+
+
+def _run(ptx: str, word: int, factor: int | None) -> list[int]:
+    """What the PTX leaves in its eight outputs: 16 bits each. factor: the bits of a bfloat16."""
+    registers = {"$8": word}
+    if factor is not None:
+        registers["$9"] = factor
+    outputs = [0] * 8
+
+    def value(name: str) -> int:
+        return int(name, 0) if name[0].isdigit() else registers[name]
+
+    body = re.sub(r"\.reg [^;]*;", "", ptx.strip()[1:-1])
+    for line in filter(None, map(str.strip, body.split(";"))):
+        op, rest = line.split(None, 1)
+        names = [name.strip(" {}") for name in rest.split(",")]
+        if op == "mov.b32" and "{" in rest:
+            if rest.startswith("{"):
+                low, high, source = names
+                outputs[int(low[1:])], outputs[int(high[1:])] = value(source) & 0xFFFF, value(source) >> 16
+            else:
+                registers[names[0]] = value(names[1]) | value(names[2]) << 16
+        elif op == "mov.b32":
+            registers[names[0]] = value(names[1])
+        elif op == "shl.b32":
+            registers[names[0]] = value(names[1]) << value(names[2]) & _ALL
+        elif op == "shr.u32":
+            registers[names[0]] = value(names[1]) >> value(names[2])
+        elif op == "and.b32":
+            registers[names[0]] = value(names[1]) & value(names[2])
+        elif op == "lop3.b32":
+            assert names[4] == "0xEA"  # a & b | c
+            registers[names[0]] = value(names[1]) & value(names[2]) | value(names[3])
+        else:
+            assert op == "fma.rn.bf16x2" and value(names[3]) == 0x80008000  # of -0.0: the product alone
+            halves = [_float(value(names[1]) >> at & 0xFFFF) * _float(value(names[2]) >> at & 0xFFFF) for at in (0, 16)]
+            registers[names[0]] = _bits(halves[0]) | _bits(halves[1]) << 16
+    return outputs
+
+
+def _float(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double())
+
+
+def _bits(value: float) -> int:
+    return int(torch.tensor(value, dtype=torch.float64).to(torch.bfloat16).view(torch.int16)) & 0xFFFF
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-9, 1.375 * 2.0**-3])
+def test_ptx_of_fp4(scale: float) -> None:
+    codes = torch.randperm(16, generator=_generator()).to(torch.uint8)
+    for half in codes.view(2, 8):
+        word = int(pack_words(half)[0]) & _ALL
+        found = _run(four_bits._FP4.value, word, _bits(scale * 2.0**126))
+        numbers = [(-1.0 if code & 8 else 1.0) * E2M1[code & 7] * scale for code in half.tolist()]
+        assert [_float(bits) for bits in found] == numbers
+
+
+def test_ptx_of_int4() -> None:
+    for half in torch.randperm(16, generator=_generator()).to(torch.uint8).view(2, 8):
+        found = _run(four_bits._INT4.value, int(pack_words(half)[0]) & _ALL, None)
+        assert [_float(bits) for bits in found] == [128.0 + value for value in half.tolist()]
+
+
+def test_weights_are_words_where_kernels_are_chosen() -> None:
+    from skyline.kernels.registry import candidates
+
+    kernel = next(kernel for kernel in candidates("linear_fp4") if kernel.provider == "triton")
+    layout = kernel.layouts[1]
+    weight = Fp4Weight(
+        torch.zeros((4, 16), dtype=torch.uint8), torch.zeros((4, 1), dtype=torch.uint8), torch.ones(4), 32
+    )
+    assert callable(layout) and layout((None, weight)) is FP4_WORDS[32]

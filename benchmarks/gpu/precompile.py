@@ -65,7 +65,8 @@ def run(job: tuple[Any, ...]) -> int:
                 cache.allocate(4, 16, torch.device("cpu"))
                 tables = [[0] * 545] * rows  # as many as 8,704 tokens take
                 batch = AttentionBatch.build(tables, [1000] * rows, [1] * rows, 16, torch.device("cpu"))
-                attention.paged_attention(torch.empty((rows, 4096), dtype=bf16), cache, batch, 128**-0.5)
+                turn = (None, None, 0.0, torch.zeros(rows, dtype=torch.int64), torch.empty((8704, 128)))
+                attention.rope_attention(torch.empty((rows, 6144), dtype=bf16), *turn, cache, batch, 128**-0.5)
                 return 0
             if kind == "experts":  # Qwen3-30B-A3B's
                 shapes = ((128, 1536, 2048), (128, 2048, 768))

@@ -97,10 +97,10 @@ def test_kernels_that_calls_launch_on_a_gpu(tiny_checkpoint: Path) -> None:
     told = [(step["step"], step["requests"], step["tokens"]) for step in facts["kernel_launches"]]
     assert told == [("decode", 1, 1), ("decode", 4, 4), ("decode", 64, 64), ("prefill", 1, 17)]
     one, *more, prompt = facts["kernel_launches"]
-    assert facts["launches"]["layer"] == one["layer"] == 6 and facts["launches"]["step"] == one["all"]
+    assert facts["launches"]["layer"] == one["layer"] == 5 and facts["launches"]["step"] == one["all"]
     for step in more:
-        assert step["layer_by_op"] == {"fused_linear": 4 + 3, "rope_kv_write": 1, "paged_attention": 1}
-        assert step["layer"] == 9 and step["all"] == 9 * LAYERS + 4, "embedding, select_rows, norm, output head"
+        assert step["layer_by_op"] == {"fused_linear": 4 + 3, "rope_attention": 1}
+        assert step["layer"] == 8 and step["all"] == 8 * LAYERS + 4, "embedding, select_rows, norm, output head"
     assert prompt["all"] == 9 * LAYERS + 3, "one row of logits"
     assert explain(config)["kernel_launches"] is None
 

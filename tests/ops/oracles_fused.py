@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.ops import Fp8Weight
+from skyline.ops import Fp8Weight, KVCache
 
 from .oracles import ORACLES, oracle
 
@@ -44,10 +44,22 @@ def gated_mlp_fp8(
 
 
 @oracle
+def rope_attention(qkv: Tensor, *rest: Any) -> list[Tensor]:
+    *turn, cache, batch = rest[:7]
+    q, *written = ORACLES["rope_kv_write"](qkv, *turn, cache, batch)
+    k, v = (part.to(qkv.dtype) for part in written)
+    fresh = KVCache(cache.num_kv_heads, cache.head_dim, qkv.dtype, k, v)
+    return [*ORACLES["paged_attention"](q.to(qkv.dtype), fresh, batch, *rest[7:]), *written]
+
+
+@oracle
 def attention_linear_fp8(q: Tensor, weight: Fp8Weight, *rest: Any) -> list[Tensor]:
-    *attends, bias, residual = rest
-    (attended,) = ORACLES["paged_attention"](q, *attends)
-    return _fused("linear_fp8", attended.to(q.dtype), weight, bias, False, None, 0.0, residual)
+    *attends, bias, residual = rest[:8]
+    if rest[8:]:
+        attended, *written = rope_attention(q, *rest[8:], *attends)
+    else:
+        (attended,), written = ORACLES["paged_attention"](q, *attends), []
+    return [*_fused("linear_fp8", attended.to(q.dtype), weight, bias, False, None, 0.0, residual), *written]
 
 
 def _fused(

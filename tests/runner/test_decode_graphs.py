@@ -170,7 +170,7 @@ def test_a_kernel_that_does_not_compile_ends_recorded_steps_but_not_the_step(
     def around(call: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
         error = OutOfResources(300_000, 232_448, "shared memory")
         by_reference = lambda *arguments: provider._by_reference(call.op.name, arguments, error)  # noqa: E731
-        return by_reference if call.op.name == "paged_attention" else launch
+        return by_reference if call.op.name == "rope_attention" else launch
 
     runner._program.observe(around)
     with caplog.at_level(logging.WARNING):
@@ -179,7 +179,7 @@ def test_a_kernel_that_does_not_compile_ends_recorded_steps_but_not_the_step(
     other, plain = engine(folder, None, "cpu")
     assert got == run(other, requests)
     plain.close()
-    assert len(caplog.records) == 1 and "paged_attention does not compile" in caplog.text
+    assert len(caplog.records) == 1 and "rope_attention does not compile" in caplog.text
     assert not runner.recorded_sizes and core.stats().decode_eager and not core.stats().decode_replayed
 
 

@@ -151,22 +151,44 @@ def fuse_gated_mlp_fp8(graph: fx.Graph) -> int:
     return matches
 
 
+def fuse_rope_attention(graph: fx.Graph) -> int:
+    """paged_attention(rope_kv_write(qkv)) of one cache, the rotated queries read by nothing else -> rope_attention."""
+    matches = 0
+    for attention in graph.find_nodes(op="call_function", target=ops.paged_attention):
+        q, cache, batch, *rest = arguments_of(attention)
+        if not calls(q, ops.rope_kv_write) or len(q.users) != 1:
+            continue
+        *turn, written, of = arguments_of(q)
+        if constant(written) is not constant(cache) or of is not batch or _used_between(graph, cache, q, attention):
+            continue
+        _replace(graph, ops.rope_attention, (*turn, cache, batch, *rest), attention, q)
+        matches += 1
+    return matches
+
+
+def _used_between(graph: fx.Graph, cache: Any, first: fx.Node, last: fx.Node) -> bool:
+    """Whether anything between two calls reads or writes the cache."""
+    known = [node for node in graph.find_nodes(op="get_attr") if constant(node) is constant(cache)]
+    return any(first < user < last for node in known for user in node.users)
+
+
 def fuse_attention_linear_fp8(graph: fx.Graph) -> int:
-    """fused_linear_fp8(paged_attention(q)), read by nothing else -> attention_linear_fp8(q)."""
+    """fused_linear_fp8(paged_attention(q)) or (rope_attention(qkv)), read by nothing else -> attention_linear_fp8."""
     matches = 0
     for linear in [node for node in graph.nodes if node.target in _FP8_LINEARS]:
         product = _bound(linear)
         attention = product["x"]
-        if not calls(attention, ops.paged_attention) or len(attention.users) != 1:
+        turns = calls(attention, ops.rope_attention)
+        if not (turns or calls(attention, ops.paged_attention)) or len(attention.users) != 1:
             continue
         if product["norm"] is not None or product["silu_mul"]:
             continue
-        q, cache, *rest = arguments_of(attention)
+        q, *rest = arguments_of(attention)
+        turn, rest = (rest[:5], rest[5:]) if turns else ([], rest)
         # It moves to where the linear is: nothing in between may write to its cache.
-        known = [node for node in graph.find_nodes(op="get_attr") if constant(node) is constant(cache)]
-        if any(attention < user < linear for node in known for user in node.users):
+        if _used_between(graph, rest[0], attention, linear):
             continue
-        arguments = (q, product["weight"], cache, *rest, product["bias"], product["residual"])
+        arguments = (q, product["weight"], *rest, product["bias"], product["residual"], *turn)
         _replace(graph, ops.attention_linear_fp8, arguments, linear, attention)
         matches += 1
     return matches

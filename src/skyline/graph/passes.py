@@ -143,6 +143,7 @@ GPU_PASSES: dict[str, Pass] = {
     "norm_linear": gpu_passes.fuse_norm_linear,
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,
+    "rope_attention": gpu_passes.fuse_rope_attention,
     # What these make of linears, no other pass changes.
     "gated_mlp_fp8": gpu_passes.fuse_gated_mlp_fp8,
     "attention_linear_fp8": gpu_passes.fuse_attention_linear_fp8,

@@ -8,7 +8,7 @@ from skyline.ops import OPS
 # Row by row, these give the same bits whatever other rows are in the batch: they never reduce across a shape that the
 # batch decides. `linear` and `moe_experts` go to BLAS, which blocks the reduction by the number of rows;
 # `paged_attention` reduces over the context of the chunk at hand.
-_BATCH_DEPENDENT = {"fused_experts", "fused_linear", "linear", "moe_experts", "paged_attention"}
+_BATCH_DEPENDENT = {"fused_experts", "fused_linear", "linear", "moe_experts", "paged_attention", "rope_attention"}
 
 
 def _supports(request: Request) -> str | None:

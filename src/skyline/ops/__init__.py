@@ -10,7 +10,7 @@ from skyline.ops.fp4 import Fp4Weight, linear_fp4
 from skyline.ops.fp4_moe import moe_experts_clamped_fp4, moe_experts_fp4
 from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fp8_moe import moe_experts_fp8
-from skyline.ops.fused import add_rms_norm, rope_kv_write
+from skyline.ops.fused import add_rms_norm, rope_attention, rope_kv_write
 from skyline.ops.fused_fp8 import attention_linear_fp8, gated_mlp_fp8
 from skyline.ops.fused_linear import fused_linear, fused_linear_fp8
 from skyline.ops.gates import (
@@ -85,6 +85,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_attention",
     "rope_kv_write",
     "router",
     "scale",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,69 @@ rope_kv_write = register(
         cases=_rope_kv_write_cases,
         # The sum of two products can be near zero where each has been rounded at its own, larger magnitude.
         tolerance={**DEFAULT_TOLERANCE, torch.bfloat16: (1.6e-2, 3e-2)},
+        meta=_rope_kv_write_meta,
+    )
+)
+
+
+def _rope_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`paged_attention` of what `rope_kv_write` makes of qkv [T, (Hq + 2 Hk) * D] -> [T, Hq * D]."""
+    q = _rope_kv_write(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
+    result: Tensor = attention.paged_attention.reference(q, cache, batch, scale, window, sinks, softcap)
+    return result
+
+
+def _rope_attention_cost(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    *rest: Any,
+) -> Cost:
+    q = _rope_kv_write_meta(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
+    first = rope_kv_write.cost(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
+    return first + attention.paged_attention.cost(q, cache, batch, *rest) + Cost(-2 * nbytes(q), 0)
+
+
+def _rope_attention_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+    """Those of `rope_kv_write`, in turns with a window, sinks and a limit of scores."""
+    options: tuple[tuple[int | None, bool, float | None], ...] = ((None, False, None), (4, True, 1.5), (1, False, None))
+    for index, case in enumerate(_rope_kv_write_cases(dtype, generator)):
+        window, sink, softcap = options[index % len(options)]
+        cache = case.args[6]
+        assert isinstance(cache, KVCache)
+        sinks = randn((case.args[0].shape[1] // cache.head_dim - 4,), dtype, generator) if sink else None
+        yield Case(
+            f"{case.label} W={window} sinks={sink} softcap={softcap}",
+            (*case.args, 0.3, window, sinks, softcap),
+            mutated=case.mutated,
+        )
+
+
+rope_attention = register(
+    Op(
+        "rope_attention",
+        _rope_attention,
+        cost=_rope_attention_cost,
+        cases=_rope_attention_cases,
+        tolerance=rope_kv_write.tolerance,
         meta=_rope_kv_write_meta,
     )
 )

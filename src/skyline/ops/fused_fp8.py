@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.ops import attention, fused_linear
+from skyline.ops import attention, fused, fused_linear
 from skyline.ops.attention import BATCHES, make_batch, make_cache
 from skyline.ops.batch import AttentionBatch
 from skyline.ops.caches import KVCache
@@ -82,19 +82,42 @@ def _attention_linear_fp8(
     softcap: float | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """`paged_attention` of q [T, Hq * D], through `fused_linear_fp8` of weight [N, Hq * D] -> [T, N]."""
+    """`paged_attention` of q [T, Hq * D], through `fused_linear_fp8` of weight [N, Hq * D] -> [T, N].
+
+    With positions and table q is [T, (Hq + 2 Hk) * D], and attention is `rope_attention`.
+    """
+    if positions is not None and table is not None:
+        q = fused.rope_kv_write.reference(q, q_norm, k_norm, eps, positions, table, cache, batch)
     attended = attention.paged_attention.reference(q, cache, batch, scale, window, sinks, softcap)
     result: Tensor = _linear.reference(attended, weight, bias, False, None, 0.0, residual)
     return result
 
 
 def _attention_linear_fp8_cost(
-    q: Tensor, weight: Any, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None = None,
-    sinks: Tensor | None = None, softcap: float | None = None, bias: Tensor | None = None,
-    residual: Tensor | None = None
-) -> Cost:  # fmt: skip
-    first = attention.paged_attention.cost(q, cache, batch, scale, window, sinks, softcap)
+    q: Tensor,
+    weight: Any,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *turn: Any,
+) -> Cost:
+    attends = (cache, batch, scale, window, sinks, softcap)
+    if turn and turn[-1] is not None:
+        first = fused.rope_attention.cost(q, *turn, *attends)
+        q = q.new_empty((q.shape[0], weight.shape[1]))
+    else:
+        first = attention.paged_attention.cost(q, *attends)
     return first + _linear.cost(q, weight, bias, False, None, 0.0, residual)
 
 
@@ -110,6 +133,14 @@ def _attention_linear_fp8_cases(dtype: torch.dtype, generator: torch.Generator) 
             yield Case(name, (*fixed, None, None, None, None, residual))
             sinks = randn((2,), dtype, generator)
             yield Case(f"{name} all", (*fixed, 4, sinks, 1.5, bias, residual))
+            qkv = torch.cat((q, randn((rows, 2 * head_dim), dtype, generator)), 1)
+            angles = torch.rand((40, head_dim // 2), generator=generator) * 6
+            positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+            norms = [randn((head_dim,), dtype, generator) for _ in range(2)]
+            turn = (*norms, 1e-6, positions, torch.cat((angles.cos(), angles.sin()), -1))
+            mutable = make_cache(dtype, generator, 1, head_dim)
+            fixed = (qkv, weight, mutable, batch, head_dim**-0.5)
+            yield Case(f"{name} turned", (*fixed, None, None, None, None, residual, *turn), mutated=mutable.tensors)
 
 
 attention_linear_fp8 = register(

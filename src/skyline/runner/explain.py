@@ -29,7 +29,13 @@ from skyline.runner.loader import build_program, choose_dtype, compiled_kinds, w
 from skyline.runner.memory import KV_DTYPES, set_kv_dtype
 
 ISAS = (*REQUIRES, "none")
-_MIXERS = ("paged_attention", "attention_linear_fp8", "latent_attention", "gated_delta_rule")  # one in each layer
+_MIXERS = (
+    "paged_attention",
+    "rope_attention",
+    "attention_linear_fp8",
+    "latent_attention",
+    "gated_delta_rule",
+)  # one in each layer
 _DECODES = (1, 64)  # requests of the steps in which a GPU's launches are counted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from skyline.kernels.triton import attention
 from skyline.ops import OPS, AttentionBatch, KVCache
 from tests.kernels.triton.test_ops import moved
 
-REFERENCE = OPS["paged_attention"].reference
+REFERENCE, TURNED = OPS["paged_attention"].reference, OPS["rope_attention"].reference
 CONTEXTS = [1, 15, 17, 63, 64, 65, 130, 300]
 BLOCK = 4
 
@@ -57,6 +58,30 @@ class Requests:
         tolerance = 2e-5 if self.dtype == torch.float32 else 1.6e-2
         torch.testing.assert_close(got.float().cpu(), expected, rtol=tolerance, atol=tolerance)
 
+    def check_turned(self, rows: list[int], norm: bool, **options: object) -> None:
+        """The newest token's key and value come with its queries, and its place in the cache holds none yet."""
+        batch, heads, size = self.batch(rows, [1] * len(rows)), self.heads, self.size
+        generator = torch.Generator().manual_seed(1)
+        qkv = torch.randn((len(rows), heads * (self.group + 2) * size), generator=generator).to(self.dtype)
+        norms = [1 + torch.randn(size, generator=generator).to(self.dtype) / 8 if norm else None for _ in "qk"]
+        angles = torch.rand((max(CONTEXTS), size // 4), generator=generator) * 6  # half of a head turns
+        positions = torch.tensor([CONTEXTS[row] - 1 for row in rows])
+        turn = (norms[0], norms[1], 1e-6, positions, torch.cat((angles.cos(), angles.sin()), -1))
+        for part in self.cache.tensors:
+            part.view(-1, heads, size)[batch.tables[0].slot_mapping] = float("nan") if part.dtype != torch.int8 else 55
+        caches = [copy.deepcopy(self.cache) for _ in range(2)]
+        expected = TURNED(qkv, *turn, caches[0], batch, 0.3, **options)
+        given = {key: moved(value) for key, value in options.items()}
+        there = moved(caches[1])
+        got = attention.rope_attention(moved(qkv), *(moved(part) for part in turn), there, moved(batch), 0.3, **given)  # type: ignore[arg-type]
+        tolerance = 2e-5 if self.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got.float().cpu(), expected.float(), rtol=tolerance, atol=2 * tolerance)
+        quantized = self.cache.scales is not None
+        for part, other in zip(there.tensors, caches[0].tensors, strict=True):
+            step = 0.13 * other.float().abs() if quantized else tolerance
+            close = (part.cpu().float() - other.float()).abs() <= step + (1 if other.dtype == torch.int8 else tolerance)
+            assert bool((close | other.isnan()).all()) and torch.equal(part.cpu().isnan(), other.isnan())
+
 
 SHAPES = [
     (2, 4, 16, torch.bfloat16, None),
@@ -64,6 +89,15 @@ SHAPES = [
     (2, 1, 64, torch.bfloat16, torch.float8_e4m3fn),
     (2, 2, 16, torch.bfloat16, torch.int8),
 ]
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decoding_with_the_rotation(monkeypatch: pytest.MonkeyPatch, shape: tuple, splits: int) -> None:
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    rows, sinks = list(range(len(CONTEXTS))), torch.linspace(-1, 2, shape[0] * shape[1])
+    for norm, options in ((False, {}), (True, {"window": 40}), (True, {"sinks": sinks, "softcap": 2.0, "window": 1})):
+        Requests(*shape).check_turned(rows, norm, **options)
 
 
 @pytest.mark.parametrize("splits", [1, 8])

@@ -91,6 +91,7 @@ def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, 
 _provide("rms_norm", "dense")
 _provide("silu_mul", "dense")
 _provide("paged_attention", "attention", _supports_attention)
+_provide("rope_attention", "attention", _supports_attention)
 _provide("linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
 _provide("fused_linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
 _provide("gated_mlp_fp8", "linear", _supports_fp8, {1: fp8_layout(1), 2: fp8_layout(2)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import flashinfer.decode
 import torch
@@ -13,6 +13,7 @@ from skyline.kernels.flashinfer.linear import fused_linear_fp8
 from skyline.kernels.flashinfer.trials import checked
 from skyline.kernels.triton import attention as triton
 from skyline.kernels.triton.device import capability
+from skyline.kernels.triton.rope import rope_kv_write
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import Fp8Weight
 
@@ -74,6 +75,21 @@ def paged_attention(
     )
 
 
+def rope_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    *attends: Any,
+) -> Tensor:
+    q = rope_kv_write(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
+    return paged_attention(q, cache, batch, *attends)
+
+
 def attention_linear_fp8(
     q: Tensor,
     weight: Fp8Weight,
@@ -85,6 +101,13 @@ def attention_linear_fp8(
     softcap: float | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
+    if positions is not None and table is not None:
+        q = rope_kv_write(q, q_norm, k_norm, eps, positions, table, cache, batch)
     attended = paged_attention(q, cache, batch, scale, window, sinks, softcap)
     return fused_linear_fp8(attended, weight, bias, residual=residual)

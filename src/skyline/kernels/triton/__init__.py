@@ -44,6 +44,7 @@ _CACHED = frozenset(
         "latent_attention",
         "latent_rope_write",
         "paged_attention",
+        "rope_attention",
         "rope_kv_write",
     }
 )
@@ -166,7 +167,7 @@ _MODULES = {
         "moe_experts_ragged",
         "moe_experts_padded",
     ),
-    "attention": ("paged_attention",),
+    "attention": ("paged_attention", "rope_attention"),
     "latent": ("latent_rope_write", "latent_attention"),
     "indexer": ("index_topk",),
 }

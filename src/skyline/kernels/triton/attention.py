@@ -17,12 +17,27 @@ from skyline.kernels.triton.attention_decode import decode_kernel
 from skyline.kernels.triton.attention_prefill import prefill_kernel
 from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memory
 from skyline.kernels.triton.knobs import current
+from skyline.kernels.triton.rope import rope_kv_write
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import BLOCK, FP8
 
 _LEAST_KEYS = 512  # of a context's upper bound that a split is worth
 _MOST_SPLITS = 64
+
+
+class Turn(NamedTuple):
+    """What is done to queries, keys and values [T, (Hq + 2 Hk) * D] on the way, as in the op `rope_kv_write`."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    positions: Tensor
+    table: Tensor
+
+    def apply(self, qkv: Tensor, cache: KVCache, batch: AttentionBatch) -> Tensor:
+        """By a launch of its own: the queries, [T, Hq * D]."""
+        return rope_kv_write(qkv, *self, cache, batch)
 
 
 class Tactic(NamedTuple):
@@ -71,6 +86,11 @@ def _counters(device: torch.device, count: int) -> Tensor:
     return known[-1]
 
 
+def decodes(batch: AttentionBatch) -> bool:
+    """Whether every request has a single query."""
+    return all(queries == 1 for queries in batch.host_query_lens)
+
+
 def paged_attention(
     q: Tensor,
     cache: KVCache,
@@ -85,6 +105,28 @@ def paged_attention(
     return out
 
 
+def rope_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    turn = Turn(q_norm, k_norm, eps, positions, table)
+    if not decodes(batch):
+        return paged_attention(turn.apply(qkv, cache, batch), cache, batch, scale, window, sinks, softcap)
+    out = qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * cache.num_kv_heads * cache.head_dim))
+    _attend(out, out, qkv, cache, batch, scale, window, sinks, softcap, turn)
+    return out
+
+
 def quantized_attention(
     q: Tensor,
     cache: KVCache,
@@ -93,11 +135,16 @@ def quantized_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`paged_attention` in FP8 [T, Hq * D], and float32 scales of each 128 numbers, [T, Hq * D / 128]."""
-    values = torch.empty(q.shape, dtype=FP8, device=q.device)
-    scales = torch.empty((q.shape[0], q.shape[1] // BLOCK), device=q.device)
-    _attend(values, scales, q, cache, batch, scale, window, sinks, softcap)
+    """`paged_attention` in FP8 [T, Hq * D], and float32 scales of each 128 numbers, [T, Hq * D / 128].
+
+    With `turn`, q is queries, keys and values, of steps that decode.
+    """
+    columns = q.shape[1] - (0 if turn is None else 2 * cache.num_kv_heads * cache.head_dim)
+    values = torch.empty((q.shape[0], columns), dtype=FP8, device=q.device)
+    scales = torch.empty((q.shape[0], columns // BLOCK), device=q.device)
+    _attend(values, scales, q, cache, batch, scale, window, sinks, softcap, turn)
     return values, scales
 
 
@@ -111,10 +158,11 @@ def _attend(
     window: int | None,
     sinks: Tensor | None,
     softcap: float | None,
+    turn: Turn | None = None,
 ) -> None:
     k, v = cache.tensors
     heads, size, block = cache.num_kv_heads, cache.head_dim, k.shape[1]
-    group = q.shape[1] // (heads * size)
+    group = out.shape[1] // (heads * size)
     tables = batch.of(cache).block_tables
     requests = len(batch.host_query_lens)
     kind = {torch.float8_e4m3fn: 1, torch.int8: 2}.get(cache.dtype, 0)
@@ -148,7 +196,6 @@ def _attend(
         "QUANT": out.dtype == FP8,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }
-    longest = max(batch.host_query_lens, default=0)
     if min(batch.host_query_lens, default=0) == 1:
         chosen = decode_tactic(group, size, item, shared)
         splits = num_splits(requests, heads, tables.shape[1] * block, multiprocessors(q.device))
@@ -158,23 +205,33 @@ def _attend(
         sums = out if splits == 1 else torch.empty((pairs, splits, 2, real), device=q.device)
         counters = _counters(q.device, pairs)
         early = overlaps(q.device)
+        turned: tuple[Tensor | None, ...] = (None,) * 5
+        if turn is not None:
+            turned = (turn.q_norm, turn.k_norm, turn.positions, turn.table, batch.of(cache).slot_mapping)
         decode_kernel[(pairs, splits)](
             *common,
             parts,
             sums,
             counters,
+            *(out if part is None else part for part in turned),
             *numbers,
+            0.0 if turn is None else turn.eps,
             ROWS=chosen.rows,
             REAL=real,
             KEYS=chosen.keys,
             STAGES=chosen.stages,
             SPLITS=splits,
             TOGETHER=min(splits, max(1, 8192 // (real * wide))),
+            TURN=turn is not None,
+            NORM=turned[0] is not None and turned[1] is not None,
+            HALF=1 if turn is None else turn.table.shape[1] // 2,
             EARLY=early,
             num_warps=chosen.warps,
             launch_pdl=early,
+            enable_fp_fusion=turn is None or kind != 2,  # as in skyline.kernels.triton.rope
             **options,
         )
+    longest = max(batch.host_query_lens, default=0)
     if longest > 1:
         chosen = prefill_tactic(group, size, item, shared)
         prefill_kernel[(requests * heads, cdiv(longest * group, chosen.rows))](

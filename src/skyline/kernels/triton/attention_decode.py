@@ -1,10 +1,17 @@
-"""Triton kernel of attention for single queries: split over the context, merged by the last program to arrive."""
+"""Triton kernel of attention for single queries: split over the context, merged by the last program to arrive.
+
+With TURN it also does what comes before: heads are normed and rotated where they are used, and the newest token's key
+and value, which no cache holds yet, are taken into account, and written, by the program whose part of the context ends
+with it. Nothing else that it reads of the cache comes from the launch ahead of it, so it begins before that has ended.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from skyline.kernels.triton.rope import by_own_scale, own_scale, to_fp8
 
 
 @triton.jit
@@ -68,8 +75,102 @@ def _finish(
 
 
 @triton.jit
+def _turned(
+    at, inside, norm, eps, table,
+    NORM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Heads at `at` [ROWS], normed and rotated: [ROWS, WIDE] in float32, rounded as skyline.kernels.triton.rope does.
+
+    table: cosines of the token's position, and behind these HALF its sines.
+    """
+    column = tl.arange(0, WIDE)
+    # Of the one that it turns with, if there is one.
+    other = tl.where(column < HALF, column + HALF, tl.where(column < 2 * HALF, column - HALF, column))
+    mask = inside[:, None] & (column < SIZE)[None, :]
+    mine = tl.load(at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    theirs = tl.load(at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(mine * mine, 1) / SIZE + eps)[:, None]
+        weight = tl.load(norm + column, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
+        mine = ((mine * factor).to(TYPE).to(tl.float32) * weight).to(TYPE).to(tl.float32)
+        weight = tl.load(norm + other, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
+        theirs = ((theirs * factor).to(TYPE).to(tl.float32) * weight).to(TYPE).to(tl.float32)
+    turns = column < 2 * HALF
+    cosine = tl.load(table + column % HALF, mask=turns, other=1.0).to(TYPE).to(tl.float32)
+    sine = tl.load(table + HALF + column % HALF, mask=turns, other=0.0).to(TYPE).to(tl.float32)
+    sine = tl.where(column < HALF, -sine, sine)
+    return (mine * cosine[None, :] + theirs * sine[None, :]).to(TYPE).to(tl.float32)
+
+
+@triton.jit
+def _stored(values, target, scales, place, head, HEADS: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr):
+    """Write values [1, WIDE] of a head to a token's place -> as they will be read, and what their scale is."""
+    column = tl.arange(0, values.shape[1])
+    at, known = place * HEADS + head, (column < SIZE)[None, :]
+    TYPE: tl.constexpr = target.dtype.element_ty
+    scale = 1.0
+    if KIND == 1:
+        one = tl.load(scales + head + tl.arange(0, 1))
+        values = to_fp8(values, one).to(TYPE)
+    elif KIND == 2:
+        largest = tl.max(tl.abs(values), 1)
+        each = own_scale(largest, TYPE)
+        tl.store(scales + at + tl.arange(0, 1), each)
+        values = by_own_scale(values, largest, TYPE).to(TYPE)
+        scale = tl.sum(each, 0)
+    else:
+        values = values.to(TYPE)
+    tl.store(target + at * SIZE + column[None, :], values, mask=known)
+    return values.to(tl.float32), scale
+
+
+@triton.jit
+def _taken(
+    query, keys, values, k_scales, v_scales, there, top, total, mixed, multiplier, softcap,
+    KIND: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and values into the sums of an online softmax: the largest score, and what is summed up."""
+    scores = tl.dot(query, keys.T, input_precision=PRECISION)
+    if KIND == 2:
+        scores *= k_scales[None, :]
+    scores = tl.where(there[None, :], in_base_2(scores, multiplier, softcap, SOFTCAP), float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(higher > float("-inf"), higher, 0.0)  # a tile may have no key at all
+    shrink = tl.exp2(top - base)
+    weights = tl.exp2(scores - base[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    if KIND == 2:
+        weights *= v_scales[None, :]
+    mixed = tl.dot(weights.to(query.dtype), values, mixed * shrink[:, None], input_precision=PRECISION)
+    return higher, total, mixed
+
+
+@triton.jit
+def _tile(
+    begin, last, lowest, k, v, k_scale, v_scale, table, head,
+    WINDOW: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    KEYS: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values from `begin` on, their scales, if they are int8, and which of them are there."""
+    key, column = begin + tl.arange(0, KEYS), tl.arange(0, WIDE)
+    there = key < last
+    if WINDOW:  # what is below it may have been let go: its place in the table says nothing
+        there = there & (key >= lowest)
+    block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
+    place = (block * BLOCK + key % BLOCK) * HEADS + head
+    address = place[:, None] * SIZE + column[None, :]
+    inside = there[:, None] & (column < SIZE)[None, :]
+    keys, values = cached(k + address, inside, KIND, TYPE), cached(v + address, inside, KIND, TYPE)
+    k_scales, v_scales = place, place
+    if KIND == 2:
+        k_scales = tl.load(k_scale + place, mask=there, other=0.0)
+        v_scales = tl.load(v_scale + place, mask=there, other=0.0)
+    return keys, values, k_scales, v_scales, there
+
+
+@triton.jit
 def decode_kernel(
-    q,  # [T, Hq * D]
+    q,  # [T, Hq * D]; with TURN [T, (Hq + 2 Hk) * D], of queries, keys and values
     k,  # [blocks, BLOCK, Hk, D]
     v,
     k_scale,  # [Hk], or [blocks, BLOCK, Hk]
@@ -83,11 +184,17 @@ def decode_kernel(
     parts,  # [R * Hk, SPLITS, REAL, WIDE] float32
     sums,  # [R * Hk, SPLITS, 2, REAL] float32: the largest score, and the sum over it
     counters,  # [R * Hk] int32, zeros
+    q_norm,  # [D], with NORM; and all that follows with TURN
+    k_norm,
+    positions,  # [T]
+    rope_table,  # [P, 2 * HALF] float32
+    slots,  # [T] int64
     q_stride,
     table_stride,
     scale,
     softcap,
     window,
+    eps,
     HEADS: tl.constexpr,  # Hk
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,  # D
@@ -105,9 +212,12 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
     QUANT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TURN: tl.constexpr,  # every request has a single query
+    NORM: tl.constexpr,
+    HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
+    if EARLY and not TURN:
         gdc_wait()
         gdc_launch_dependents()
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -124,38 +234,57 @@ def decode_kernel(
 
     row, column = tl.arange(0, ROWS), tl.arange(0, WIDE)
     real, known = row < GROUP, column < SIZE
-    at = start.to(tl.int64) * q_stride + (head * GROUP + row)[:, None] * SIZE + column[None, :]
-    query = tl.load(q + at, mask=real[:, None] & known[None, :], other=0.0)
+    TYPE: tl.constexpr = q.dtype.element_ty
     multiplier = factor_of(k_scale, head, scale, KIND, SOFTCAP)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDE), tl.float32)
     table = tables + request.to(tl.int64) * table_stride
+    head_at = start.to(tl.int64) * q_stride + (head * GROUP + row) * SIZE
+    if TURN:
+        newest = context - 1
+        ends_here = (first <= newest) & (newest < last)
+        last = tl.minimum(last, newest)
+        keys, values, k_scales, v_scales, there = _tile(
+            first, last, lowest, k, v, k_scale, v_scale, table, head,
+            WINDOW, HEADS, SIZE, BLOCK, WIDE, KEYS, KIND, TYPE,
+        )  # fmt: skip
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
+        turn_at = rope_table + tl.load(positions + request).to(tl.int64) * (2 * HALF)
+        query = _turned(q + head_at, real, q_norm, eps, turn_at, NORM, SIZE, HALF, WIDE, TYPE).to(TYPE)
+        top, total, mixed = _taken(
+            query, keys, values, k_scales, v_scales, there, top, total, mixed, multiplier, softcap,
+            KIND, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        if ends_here:
+            one = tl.arange(0, 1)
+            at = q + start.to(tl.int64) * q_stride + (HEADS * GROUP + head + one) * SIZE
+            place = tl.load(slots + request)
+            key = _turned(at, one == 0, k_norm, eps, turn_at, NORM, SIZE, HALF, WIDE, TYPE)
+            key, key_scale = _stored(key, k, k_scale, place, head, HEADS, SIZE, KIND)
+            at = (at + HEADS * SIZE)[:, None] + column[None, :]
+            value = tl.load(at, mask=known[None, :], other=0.0).to(tl.float32)
+            value, value_scale = _stored(value, v, v_scale, place, head, HEADS, SIZE, KIND)
+            score = in_base_2(tl.sum(query.to(tl.float32) * key, 1) * key_scale, multiplier, softcap, SOFTCAP)
+            higher = tl.maximum(top, score)
+            shrink, weight = tl.exp2(top - higher), tl.exp2(score - higher)
+            total = total * shrink + weight
+            mixed = mixed * shrink[:, None] + (weight * value_scale)[:, None] * value
+            top = higher
+        first += KEYS
+    else:
+        query = tl.load(q + head_at[:, None] + column[None, :], mask=real[:, None] & known[None, :], other=0.0)
     for begin in tl.range(first, last, KEYS, num_stages=STAGES):
-        key = begin + tl.arange(0, KEYS)
-        there = key < last
-        if WINDOW:  # what is below it may have been let go: its place in the table says nothing
-            there = there & (key >= lowest)
-        block = tl.load(table + key // BLOCK, mask=there, other=0).to(tl.int64)
-        place = (block * BLOCK + key % BLOCK) * HEADS + head
-        address = place[:, None] * SIZE + column[None, :]
-        inside = there[:, None] & known[None, :]
-        keys = cached(k + address, inside, KIND, q.dtype.element_ty)
-        values = cached(v + address, inside, KIND, q.dtype.element_ty)
-        scores = tl.dot(query, keys.T, input_precision=PRECISION)
-        if KIND == 2:
-            scores *= tl.load(k_scale + place, mask=there, other=0.0)[None, :]
-        scores = in_base_2(scores, multiplier, softcap, SOFTCAP)
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        if KIND == 2:
-            weights *= tl.load(v_scale + place, mask=there, other=0.0)[None, :]
-        mixed = mixed * shrink[:, None]
-        mixed = tl.dot(weights.to(q.dtype.element_ty), values, mixed, input_precision=PRECISION)
-        top = higher
+        keys, values, k_scales, v_scales, there = _tile(
+            begin, last, lowest, k, v, k_scale, v_scale, table, head,
+            WINDOW, HEADS, SIZE, BLOCK, WIDE, KEYS, KIND, TYPE,
+        )  # fmt: skip
+        top, total, mixed = _taken(
+            query, keys, values, k_scales, v_scales, there, top, total, mixed, multiplier, softcap,
+            KIND, SOFTCAP, PRECISION,
+        )  # fmt: skip
 
     if SPLITS == 1:
         _finish(

@@ -38,9 +38,23 @@ def attention_linear_fp8(
     softcap: float | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
-    attends = (q, cache, batch, scale, window, sinks, softcap)
-    if quantizes_attention(q, weight, cache.head_dim):
-        values, scales = attention.quantized_attention(*attends)
+    turn = None
+    if positions is not None and table is not None:
+        turn = attention.Turn(q_norm, k_norm, eps, positions, table)
+        if not attention.decodes(batch):
+            q, turn = turn.apply(q, cache, batch), None
+    attends = (cache, batch, scale, window, sinks, softcap)
+    if quantizes_attention(q.shape[0], weight, cache.head_dim):
+        values, scales = attention.quantized_attention(q, *attends, turn)
         return product_fp8(values, scales, weight, q.dtype, bias, False, residual)
-    return fused_linear_fp8(attention.paged_attention(*attends), weight, bias, residual=residual)
+    if turn is None:
+        attended = attention.paged_attention(q, *attends)
+    else:
+        attended = attention.rope_attention(q, *turn, cache, batch, scale, window, sinks, softcap)
+    return fused_linear_fp8(attended, weight, bias, residual=residual)

@@ -89,9 +89,16 @@ def _attention_linear_fp8(
     softcap: float | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    positions: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> int:
-    product = _fused_linear_fp8(gpu, q, weight, bias, residual=residual)
-    return _paged_attention(gpu, q, cache, batch) + product - quantizes_attention(q, weight, cache.head_dim)
+    attended = q.new_empty((q.shape[0], weight.shape[1]), device="meta")
+    product = _fused_linear_fp8(gpu, attended, weight, bias, residual=residual)
+    attends = _paged_attention(gpu, q, cache, batch) + (table is not None and not _decodes(batch))
+    return attends + product - quantizes_attention(q.shape[0], weight, cache.head_dim)
 
 
 def _two(gpu: Gpu, *arguments: Any) -> int:
@@ -154,6 +161,26 @@ def _moe_experts_quantized(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights
 def _paged_attention(gpu: Gpu, q: Tensor, cache: Any, batch: AttentionBatch, *_: Any) -> int:
     """Requests of one query and those of more go to different kernels."""
     return len({length > 1 for length in batch.host_query_lens})
+
+
+def _decodes(batch: AttentionBatch) -> bool:
+    return max(batch.host_query_lens) == 1
+
+
+def _rope_attention(
+    gpu: Gpu,
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    cache: KVCache,
+    batch: AttentionBatch,
+    *_: Any,
+) -> int:
+    """One where every request has a single query; else the rotation is a launch of its own."""
+    return _paged_attention(gpu, qkv, cache, batch) + (not _decodes(batch))
 
 
 def _latent_attention(
@@ -255,6 +282,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "moe_experts_int8_weight_only": _moe_experts_grouped,
     "moe_experts_int4": _moe_experts_quantized,
     "paged_attention": _paged_attention,
+    "rope_attention": _rope_attention,
     "latent_attention": _latent_attention,
     "index_topk": _index_topk,
     "gated_delta_rule": _gated_delta_rule,

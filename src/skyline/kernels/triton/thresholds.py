@@ -28,13 +28,12 @@ def in_words(weight: Fp8Weight | Tensor, silu_mul: bool) -> bool:
     return k % 4 == 0 and not (has_blocks(weight) and silu_mul and n // 2 % BLOCK)
 
 
-def quantizes_attention(q: Tensor, weight: Fp8Weight | Tensor, head_dim: int) -> bool:
-    """Whether attention of q [T, heads * head_dim] writes FP8 for the weight that multiplies its result.
+def quantizes_attention(rows: int, weight: Fp8Weight | Tensor, head_dim: int) -> bool:
+    """Whether attention of so many queries writes FP8 for the weight that multiplies its result.
 
     It has scales of 128 numbers, which must be of one head. Weights with blocks take those as they are. Of others, few
     rows can, at the price of narrower steps, and many go to cuBLAS, which cannot. One row is not quantized at all.
     """
-    rows = q.shape[0]
     if rows <= 1 or head_dim not in (BLOCK, 2 * BLOCK):
         return False
     return has_blocks(weight) or (rows <= BAND_ROWS and current().early_scales)

@@ -14,6 +14,7 @@ steps     random-weight models of real shapes through the runner that serves req
 frontier  1k/1k through the engine at several concurrencies
 peer      transformers on the same shape
 startup   from the start of a process to the first token of an 8B checkpoint in the page cache
+experts   tiles of experts' rows in four bits, one by one
 flashinfer  its kernels beside Triton's, call by call, where it is installed
 """
 
@@ -36,10 +37,10 @@ sys.path[:0] = [str(ROOT.parent / "src"), str(ROOT)]
 # For the processes that check ops.
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
-from gpu import ceilings, foreign, ops, peer, serving, steps  # noqa: E402
+from gpu import ceilings, experts, foreign, ops, peer, serving, steps  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
-PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup", "flashinfer")
+PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup", "flashinfer", "experts")
 
 
 def main() -> int:
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--weights", nargs="*", default=["none", "fp8"], help="none (bfloat16), fp8, mxfp4, int8, int4")
     parser.add_argument("--kv", nargs="*", default=["auto"], help="auto, fp8")
     parser.add_argument("--prefer-kernels", choices=("flashinfer",), help="for the steps, as of `skyline serve`")
+    parser.add_argument("--ops", nargs="*", help="of the ops, all by default")
     parser.add_argument("--cases", type=int, default=1000, help="of an op and dtype, at most about")
     parser.add_argument("--seconds", type=float, default=300.0, help="for the ops")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="that check ops")
@@ -144,11 +146,12 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
         return rows
 
     part("ceilings", ceilings.measure)
-    part("ops", lambda: ops.check(arguments.processes, seed, arguments.cases, arguments.seconds))
+    part("ops", lambda: ops.check(arguments.processes, seed, arguments.cases, arguments.seconds, arguments.ops))
     part("answers", serving.answer_problems)
     part("steps", all_steps)
     part("frontier", frontiers)
     part("peer", peers)
+    part("experts", experts.measure)
     if find_spec("flashinfer") is not None:
         part("flashinfer", foreign.compare)
     part("startup", lambda: serving.first_token(arguments.models[0], arguments.checkpoint))
@@ -189,6 +192,10 @@ _ROWS = {
         f"{row['isl']}/{row['osl']} {row['model']} {row['weights']} kv {row['kv']} c={row['concurrency']:>3}: "
         f"{row['output_tokens_per_s']:7.0f} tok/s, {row['interactivity']:6.1f} tok/s a user, "
         f"TTFT {row['ttft_ms']:.0f} ms"
+    ),
+    "experts": lambda row: (
+        f"experts {row['kind']} {row['tokens']:>5} tokens: "
+        + ", ".join(f"{name} {us} us" for name, us in row["us"].items())
     ),
     "flashinfer": lambda row: (
         f"{row['case']:>32}: Triton {min(row['triton_us']):9.1f} us, FlashInfer {min(row['flashinfer_us']):9.1f} us"

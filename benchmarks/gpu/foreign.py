@@ -1,4 +1,4 @@
-"""FlashInfer's kernels beside Triton's, call by call at real shapes: do they pass their trial, and how fast are they."""
+"""FlashInfer's kernels beside Triton's, call by call at real shapes: do they pass their trial, and which is faster."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-def check(processes: int, seed: int, most: int, seconds: float) -> list[dict[str, Any]]:
+def check(processes: int, seed: int, most: int, seconds: float, names: list[str] | None = None) -> list[dict[str, Any]]:
     """A row for each op and dtype: the worst relative error ‖out − ref‖ / ‖ref‖ of its cases, on fresh inputs.
 
     most: of cases, about; an op's are then thinned out evenly. Most of the time goes into compiling, which the
@@ -18,7 +18,7 @@ def check(processes: int, seed: int, most: int, seconds: float) -> list[dict[str
     """
     from skyline.ops import OPS
 
-    jobs = {(name, dtype): (name, dtype, seed, most) for name in OPS for dtype in ("bfloat16", "float32")}
+    jobs = {(name, dtype): (name, dtype, seed, most) for name in names or OPS for dtype in ("bfloat16", "float32")}
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + seconds
     # References run on the CPU: a thread each, or they would wait for each other.

@@ -62,7 +62,11 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="of the first model, already written, for the start-up")
     parser.add_argument("--compiled-peer", action="store_true", help="also transformers' static cache, which compiles")
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"command": " ".join(sys.argv), "torch": torch.__version__, "host": platform.machine()}
+    words = sys.argv[1:]
+    if "--json" in words:  # a path of this machine
+        at = words.index("--json")
+        del words[at : at + 2]
+    record: dict[str, Any] = {"command": " ".join(["python benchmarks/gpu_check.py", *words]), "torch": torch.__version__, "host": platform.machine()}
     if not torch.cuda.is_available():
         record["skipped"] = "torch finds no CUDA device"
         print("gpu_check: skipped, torch finds no CUDA device")

@@ -139,6 +139,13 @@ def _attention(starts: list[int], lengths: list[int]) -> tuple[Any, ...]:
     return "paged_attention", (_rows(sum(lengths), 64), cache, _batch(starts, lengths, cache), 0.25)
 
 
+def _turned(starts: list[int], lengths: list[int]) -> tuple[Any, ...]:
+    """Two KV heads and four of queries."""
+    cache, tokens = KVCache(2, 16, BFLOAT16), sum(lengths)
+    turn = (None, None, 0.0, torch.zeros(tokens, dtype=torch.int64), torch.zeros((100_000, 16)))
+    return "rope_attention", (_rows(tokens, 128), *turn, cache, _batch(starts, lengths, cache), 0.25)
+
+
 def _latent(starts: list[int], lengths: list[int], listed: int | None = None) -> tuple[Any, ...]:
     """In DeepSeek's sizes, but 16 heads."""
     cache, tokens = LatentCache(512, 64, BFLOAT16), sum(lengths)
@@ -214,6 +221,10 @@ def _attention_linear(weight: Fp8Weight, starts: list[int], longest: int = 1) ->
         (_attention([99_999] * 64, [1] * 64), 1),
         (_attention([0], [300]), 1),
         (_attention([0, 99], [300, 1]), 2),
+        (_turned([99_999] * 66, [1] * 66), 1),  # a program for each of 132 processors
+        (_turned([99_999] * 67, [1] * 67), 2),
+        (_turned([0], [300]), 2),
+        (_turned([0, 99], [300, 1]), 3),
         (_latent([4095], [1]), 4),
         (_latent([4095] * 132, [1] * 132), 3),
         (_latent([0], [64]), 3),

@@ -118,8 +118,8 @@ def test_attention_that_quantizes(kind: str, starts: list[int], lengths: list[in
     arguments = (q, weight(80, 768, kind), cache, batch, 0.1, None, None, None, None, residual)
     knobs = Knobs(early_scales=True, splits=8)
     with using(knobs):
-        assert quantizes_attention(q, arguments[1], 128) is (kind == "blocks" or rows <= BAND_ROWS)
-        assert not quantizes_attention(q[:1], arguments[1], 128) and not quantizes_attention(q, arguments[1], 64)
+        assert quantizes_attention(rows, arguments[1], 128) is (kind == "blocks" or rows <= BAND_ROWS)
+        assert not quantizes_attention(1, arguments[1], 128) and not quantizes_attention(rows, arguments[1], 64)
         got = fused_fp8.attention_linear_fp8(*(moved(value) for value in arguments))
     want = OPS["attention_linear_fp8"].reference(*arguments)
     error = (got.float().cpu() - want.float()).norm() / want.float().norm()

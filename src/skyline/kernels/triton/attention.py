@@ -19,6 +19,7 @@ from skyline.kernels.triton.device import multiprocessors, overlaps, shared_memo
 from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.rope import rope_kv_write
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import turns_heads
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import BLOCK, FP8
 
@@ -86,11 +87,6 @@ def _counters(device: torch.device, count: int) -> Tensor:
     return known[-1]
 
 
-def decodes(batch: AttentionBatch) -> bool:
-    """Whether every request has a single query."""
-    return all(queries == 1 for queries in batch.host_query_lens)
-
-
 def paged_attention(
     q: Tensor,
     cache: KVCache,
@@ -120,7 +116,7 @@ def rope_attention(
     softcap: float | None = None,
 ) -> Tensor:
     turn = Turn(q_norm, k_norm, eps, positions, table)
-    if not decodes(batch):
+    if not turns_heads(batch, cache.num_kv_heads, multiprocessors(qkv.device)):
         return paged_attention(turn.apply(qkv, cache, batch), cache, batch, scale, window, sinks, softcap)
     out = qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * cache.num_kv_heads * cache.head_dim))
     _attend(out, out, qkv, cache, batch, scale, window, sinks, softcap, turn)
@@ -139,7 +135,7 @@ def quantized_attention(
 ) -> tuple[Tensor, Tensor]:
     """`paged_attention` in FP8 [T, Hq * D], and float32 scales of each 128 numbers, [T, Hq * D / 128].
 
-    With `turn`, q is queries, keys and values, of steps that decode.
+    With `turn`, q is queries, keys and values, of steps that `turns_heads`.
     """
     columns = q.shape[1] - (0 if turn is None else 2 * cache.num_kv_heads * cache.head_dim)
     values = torch.empty((q.shape[0], columns), dtype=FP8, device=q.device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from skyline.kernels.triton import attention
+from skyline.kernels.triton.device import multiprocessors
 from skyline.kernels.triton.linear import fused_linear_fp8, product_fp8, quantize_rows
-from skyline.kernels.triton.thresholds import BAND_ROWS, quantizes_attention
+from skyline.kernels.triton.thresholds import BAND_ROWS, quantizes_attention, turns_heads
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import Fp8Weight
 
@@ -47,7 +48,7 @@ def attention_linear_fp8(
     turn = None
     if positions is not None and table is not None:
         turn = attention.Turn(q_norm, k_norm, eps, positions, table)
-        if not attention.decodes(batch):
+        if not turns_heads(batch, cache.num_kv_heads, multiprocessors(q.device)):
             q, turn = turn.apply(q, cache, batch), None
     attends = (cache, batch, scale, window, sinks, softcap)
     if quantizes_attention(q.shape[0], weight, cache.head_dim):

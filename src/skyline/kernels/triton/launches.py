@@ -24,6 +24,7 @@ from skyline.kernels.triton.thresholds import (
     experts_in_words,
     in_words,
     quantizes_attention,
+    turns_heads,
 )
 from skyline.ops import AttentionBatch, KVCache, LatentCache, StateCache
 from skyline.ops.fp8 import Fp8Weight
@@ -97,7 +98,8 @@ def _attention_linear_fp8(
 ) -> int:
     attended = q.new_empty((q.shape[0], weight.shape[1]), device="meta")
     product = _fused_linear_fp8(gpu, attended, weight, bias, residual=residual)
-    attends = _paged_attention(gpu, q, cache, batch) + (table is not None and not _decodes(batch))
+    turns = table is None or turns_heads(batch, cache.num_kv_heads, gpu.multiprocessors)
+    attends = _paged_attention(gpu, q, cache, batch) + (not turns)
     return attends + product - quantizes_attention(q.shape[0], weight, cache.head_dim)
 
 
@@ -163,10 +165,6 @@ def _paged_attention(gpu: Gpu, q: Tensor, cache: Any, batch: AttentionBatch, *_:
     return len({length > 1 for length in batch.host_query_lens})
 
 
-def _decodes(batch: AttentionBatch) -> bool:
-    return max(batch.host_query_lens) == 1
-
-
 def _rope_attention(
     gpu: Gpu,
     qkv: Tensor,
@@ -179,8 +177,8 @@ def _rope_attention(
     batch: AttentionBatch,
     *_: Any,
 ) -> int:
-    """One where every request has a single query; else the rotation is a launch of its own."""
-    return _paged_attention(gpu, qkv, cache, batch) + (not _decodes(batch))
+    """Where attention does not turn heads itself, that is a launch of its own."""
+    return _paged_attention(gpu, qkv, cache, batch) + (not turns_heads(batch, cache.num_kv_heads, gpu.multiprocessors))
 
 
 def _latent_attention(

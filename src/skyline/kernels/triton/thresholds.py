@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from skyline.kernels.triton.knobs import current
+from skyline.ops import AttentionBatch
 from skyline.ops.formats import integers_of
 from skyline.ops.fp8 import BLOCK, Fp8Weight
 
@@ -26,6 +27,17 @@ def in_words(weight: Fp8Weight | Tensor, silu_mul: bool) -> bool:
     """Whether an FP8 weight [N, K] can be read four numbers at a time, with a scale for all rows of a band."""
     n, k = weight.shape
     return k % 4 == 0 and not (has_blocks(weight) and silu_mul and n // 2 % BLOCK)
+
+
+def turns_heads(batch: AttentionBatch, kv_heads: int, processors: int) -> bool:
+    """Whether attention itself rotates heads and writes keys and values: of single queries, each a program or more.
+
+    There it saves a launch. Where a processor has several programs, they hide each other's latency, and what one of
+    them takes for the rotation costs more than it saves: on an H200, 2 % less time for 1 request, 10 to 19 % more for
+    64 (benchmarks/results/2026-11-27-gpu-h200-steps-turned.json).
+    """
+    lengths = batch.host_query_lens
+    return bool(lengths) and max(lengths) == min(lengths) == 1 and len(lengths) * kv_heads <= processors
 
 
 def quantizes_attention(rows: int, weight: Fp8Weight | Tensor, head_dim: int) -> bool:

@@ -66,7 +66,11 @@ def main() -> int:
     if "--json" in words:  # a path of this machine
         at = words.index("--json")
         del words[at : at + 2]
-    record: dict[str, Any] = {"command": " ".join(["python benchmarks/gpu_check.py", *words]), "torch": torch.__version__, "host": platform.machine()}
+    record: dict[str, Any] = {
+        "command": " ".join(["python benchmarks/gpu_check.py", *words]),
+        "torch": torch.__version__,
+        "host": platform.machine(),
+    }
     if not torch.cuda.is_available():
         record["skipped"] = "torch finds no CUDA device"
         print("gpu_check: skipped, torch finds no CUDA device")

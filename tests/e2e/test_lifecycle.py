@@ -131,7 +131,8 @@ def test_engine_killed(tiny_checkpoint: Path) -> None:
         ]
         for thread in waiting:
             thread.start()
-        time.sleep(0.5)
+        while server.metric("skyline_requests_unfinished") < 3 * 64:  # in half a second all may have been answered
+            time.sleep(0.01)
         os.kill(server.processes()[1], signal.SIGKILL)
         for thread in waiting:
             thread.join(20)

@@ -96,8 +96,10 @@ class NoKernelError(RuntimeError):
 _KERNELS: dict[str, list[Kernel]] = {}
 
 
-def register(kernel: Kernel) -> None:
-    _KERNELS.setdefault(kernel.op, []).append(kernel)
+def register(kernel: Kernel, first: bool = False) -> None:
+    """Behind those that are known, or before them."""
+    known = _KERNELS.setdefault(kernel.op, [])
+    known.insert(0 if first else len(known), kernel)
 
 
 def candidates(op: str, prefer: str | None = None) -> list[Kernel]:

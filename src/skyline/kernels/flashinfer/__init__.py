@@ -1,15 +1,18 @@
 """Kernels of FlashInfer (arXiv:2501.01005), where it is installed: `pip install skyline-llm[cuda]`.
 
-NOT YET RUN ON ANY GPU. What is checked is that every call fits the signatures of FlashInfer 0.7.2
-(tests/kernels/test_flashinfer.py); results and speed are not, and the library builds or fetches some of its kernels
-when they are first used. A kernel here is preferred to Triton's only where the library can be imported; what a call
-asks that it does not serve goes on to Triton's kernel.
+On an H200 all of them that Hopper has gave our results, and were timed beside Triton's
+(benchmarks/results/2026-11-27-gpu-h200-flashinfer.json). Attention of long prompts took two thirds of Triton's time and
+goes first there. Products with FP8 weights in blocks took half of it, but the library compiles one for each shape when
+it comes, so they wait to be asked for, by `--prefer-kernels flashinfer`; norms, activations and decode steps took as
+long or longer. On other GPUs none has run: what is asked for there is tried out (trials.py), as everywhere. Every
+call's signature is checked in CI (tests/kernels/test_flashinfer.py), against version 0.7.2.
+
+Most kernels are compiled, for minutes, when they are first called. So what goes first by itself is only used if it is
+there already: `skyline tune` sees to that, and so does a wheel of the library with compiled kernels.
 
 Attention splits a step into a plan, made once, and a run a layer. A plan needs the contexts' lengths on the host, which
 a recorded decode step does not know. So steps that compute prompts are planned (BatchPrefillWithPagedKVCacheWrapper),
-while decode steps take the kernels that read lengths and block tables on the device and need no plan.
-
-Each call is tried out before it is used: trials.py says how.
+while decode steps, on Blackwell, take the kernels that read lengths and block tables on the device and need no plan.
 
 Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
 copies where Triton takes one launch. Sampling draws its numbers by the place in the batch, so that a request's seed
@@ -48,8 +51,17 @@ def supports(request: Request) -> str | None:
     return None
 
 
+def _asked_for(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None or request.prefer == PROVIDER:
+        return why_not
+    return "by itself only its attention of prompts goes first, on Hopper, where it was the faster"
+
+
 def _supports_attention(request: Request) -> str | None:
     if (why_not := supports(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    if request.gpu.capability[0] != 9 and (why_not := _asked_for(request)) is not None:
         return why_not
     if request.kv_dtype not in (None, request.dtype):
         return "cached keys and values have a scale for each head, it takes one for all"
@@ -57,7 +69,7 @@ def _supports_attention(request: Request) -> str | None:
 
 
 def _supports_latent(request: Request) -> str | None:
-    if (why_not := _supports_attention(request)) is not None:
+    if (why_not := _supports_attention(request) or _asked_for(request)) is not None:
         return why_not
     assert request.gpu is not None
     if request.gpu.capability[0] != 10:
@@ -66,7 +78,7 @@ def _supports_latent(request: Request) -> str | None:
 
 
 def _supports_fp8(request: Request) -> str | None:
-    if (why_not := supports(request) or supports_fp8(request)) is not None:
+    if (why_not := _asked_for(request) or supports_fp8(request)) is not None:
         return why_not
     assert request.gpu is not None
     if request.gpu.capability[0] not in (9, 10, 12):
@@ -78,14 +90,13 @@ def _supports_attention_linear(request: Request) -> str | None:
     return _supports_attention(request) or supports_fp8(request)  # the product may be Triton's
 
 
-def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, LayoutOf] | None = None) -> None:
+def _provide(op: str, module: str, check: Any = _asked_for, layouts: Mapping[int, LayoutOf] | None = None) -> None:
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
 
-    launches = (
-        LAUNCHES.get(op) if module == "linear" else None
-    )  # where few rows, or what surrounds a product, is Triton's
-    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches))
+    # Few rows, decode steps, and what surrounds a product or attention, are Triton's.
+    launches = LAUNCHES.get(op) if module != "latent" else None
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches), first=module == "attention")
 
 
 _provide("rms_norm", "dense")

@@ -1,17 +1,20 @@
-"""Attention over paged keys and values: planned for prompts, from device memory alone for decode steps."""
+"""Attention over paged keys and values: planned for prompts, from device memory alone for Blackwell's decode steps."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import flashinfer.decode
+import flashinfer.jit
 import torch
 from torch import Tensor
 
-from skyline.kernels.flashinfer import calls, step
+from skyline.kernels.flashinfer import calls, step, trials
 from skyline.kernels.flashinfer.linear import fused_linear_fp8
 from skyline.kernels.flashinfer.trials import checked
 from skyline.kernels.triton import attention as triton
+from skyline.kernels.triton import fused_fp8
+from skyline.kernels.triton import linear as ours
 from skyline.kernels.triton.device import capability
 from skyline.kernels.triton.rope import rope_kv_write
 from skyline.ops import AttentionBatch, KVCache
@@ -20,17 +23,21 @@ from skyline.ops.fp8 import Fp8Weight
 _HEAD_DIMS = (64, 128, 256)
 _BLOCK_SIZES = (16, 32, 64)
 _MOST_GROUPED = 16  # query heads of a KV head
+_LEAST_TOKENS = 2048  # of a step with prompts: for 1,024 the kernels of an H200 took as long, and a plan takes time
 
 
-def serves(shape: calls.Shape, decodes: bool, capability: tuple[int, int]) -> bool:
-    """Whether the kernels are made for such a step; softcap only for prompts before Blackwell's own kernels."""
+def serves(shape: calls.Shape, decodes: bool, tokens: int, capability: tuple[int, int]) -> bool:
+    """Whether the kernels are made for such a step, and are worth it; softcap only for prompts before Blackwell's own.
+
+    Hopper's for decode steps (XQA) took 0.9 to 1.3 times as long as Triton's.
+    """
     if shape.head_dim not in _HEAD_DIMS or shape.block_size not in _BLOCK_SIZES:
         return False
     if shape.heads // shape.kv_heads > _MOST_GROUPED:
         return False
     if decodes:
-        return shape.softcap is None and capability[0] in (9, 10, 12)
-    return shape.softcap is None or capability[0] != 10
+        return shape.softcap is None and capability[0] in (10, 12)
+    return tokens >= _LEAST_TOKENS and (shape.softcap is None or capability[0] != 10)
 
 
 def paged_attention(
@@ -47,7 +54,7 @@ def paged_attention(
     heads = q.shape[1] // size
     shape = calls.Shape(heads, cache.num_kv_heads, size, k.shape[1], q.dtype, scale, window, softcap, cache.group)
     mine = step.of(batch)
-    if sinks is not None or k.dtype != q.dtype or not q.shape[0] or not serves(shape, mine.decodes, major):
+    if sinks is not None or k.dtype != q.dtype or not q.shape[0] or not serves(shape, mine.decodes, q.shape[0], major):
         return triton.paged_attention(q, cache, batch, scale, window, sinks, softcap)
     tables = batch.of(cache).block_tables
 
@@ -72,6 +79,11 @@ def paged_attention(
         ("decoding with" if mine.decodes else "prompts with", shape),
         decode if mine.decodes else prefill,
         lambda: triton.paged_attention(q, cache, batch, scale, window, sinks, softcap),
+        lambda: (
+            not mine.decodes
+            and major[0] == 9
+            and flashinfer.jit.gen_batch_prefill_module(**calls.prompts_module(shape)).is_compiled
+        ),
     )
 
 
@@ -84,10 +96,16 @@ def rope_attention(
     table: Tensor,
     cache: KVCache,
     batch: AttentionBatch,
-    *attends: Any,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
+    if step.of(batch).decodes and capability(qkv.device)[0] == 9:
+        turn = triton.Turn(q_norm, k_norm, eps, positions, table)
+        return triton.rope_attention(qkv, *turn, cache, batch, scale, window, sinks, softcap)
     q = rope_kv_write(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
-    return paged_attention(q, cache, batch, *attends)
+    return paged_attention(q, cache, batch, scale, window, sinks, softcap)
 
 
 def attention_linear_fp8(
@@ -107,7 +125,13 @@ def attention_linear_fp8(
     positions: Tensor | None = None,
     table: Tensor | None = None,
 ) -> Tensor:
+    if step.of(batch).decodes and capability(q.device)[0] == 9:
+        turn = (q_norm, k_norm, eps, positions, table)
+        return fused_fp8.attention_linear_fp8(
+            q, weight, cache, batch, scale, window, sinks, softcap, bias, residual, *turn
+        )
     if positions is not None and table is not None:
         q = rope_kv_write(q, q_norm, k_norm, eps, positions, table, cache, batch)
     attended = paged_attention(q, cache, batch, scale, window, sinks, softcap)
-    return fused_linear_fp8(attended, weight, bias, residual=residual)
+    multiply = fused_linear_fp8 if trials.BUILDS else ours.fused_linear_fp8
+    return multiply(attended, weight, bias, residual=residual)

@@ -75,15 +75,14 @@ def paged_attention(
         wrapper.run(**calls.prefill_run(queries, k, v, out))
         return out.view(q.shape)
 
+    def compiled() -> bool:
+        return bool(flashinfer.jit.gen_batch_prefill_module(**calls.prompts_module(shape)).is_compiled)
+
     return checked(
         ("decoding with" if mine.decodes else "prompts with", shape),
         decode if mine.decodes else prefill,
         lambda: triton.paged_attention(q, cache, batch, scale, window, sinks, softcap),
-        lambda: (
-            not mine.decodes
-            and major[0] == 9
-            and flashinfer.jit.gen_batch_prefill_module(**calls.prompts_module(shape)).is_compiled
-        ),
+        compiled if major[0] == 9 else None,
     )
 
 

@@ -219,7 +219,7 @@ def test_prompts_do_not_wait_for_a_compiler(
     """Unless that is asked for, as `skyline tune` does; what is there is used at once."""
     attention = import_module(f"{PACKAGE}.attention")
     monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "_LEAST_TOKENS", 20)
+    monkeypatch.setattr(attention, "LEAST_TOKENS", 20)
     cache = KVCache(2, 64, torch.bfloat16)
     cache.allocate(9, 16, torch.device("cpu"))
     for part in cache.tensors:

@@ -34,6 +34,8 @@ from skyline.kernels.triton import LayoutOf, supports_fp8
 from skyline.kernels.triton.launches import LAUNCHES
 
 PROVIDER = "flashinfer"
+# Of a step with prompts: for 1,024 tokens the kernels of an H200 took as long as Triton's, and a plan takes time.
+LEAST_TOKENS = 2048
 
 
 def supports(request: Request) -> str | None:
@@ -94,9 +96,15 @@ def _provide(op: str, module: str, check: Any = _asked_for, layouts: Mapping[int
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
 
+    scope = (
+        f"of prompts from {LEAST_TOKENS:,} tokens on, once compiled: triton computes the rest"
+        if module == "attention"
+        else ""
+    )
     # Few rows, decode steps, and what surrounds a product or attention, are Triton's.
     launches = LAUNCHES.get(op) if module != "latent" else None
-    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches), first=module == "attention")
+    kernel = Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches, scope=scope)
+    register(kernel, first=module == "attention")
 
 
 _provide("rms_norm", "dense")

@@ -9,7 +9,7 @@ import flashinfer.jit
 import torch
 from torch import Tensor
 
-from skyline.kernels.flashinfer import calls, step, trials
+from skyline.kernels.flashinfer import LEAST_TOKENS, calls, step, trials
 from skyline.kernels.flashinfer.linear import fused_linear_fp8
 from skyline.kernels.flashinfer.trials import checked
 from skyline.kernels.triton import attention as triton
@@ -23,7 +23,6 @@ from skyline.ops.fp8 import Fp8Weight
 _HEAD_DIMS = (64, 128, 256)
 _BLOCK_SIZES = (16, 32, 64)
 _MOST_GROUPED = 16  # query heads of a KV head
-_LEAST_TOKENS = 2048  # of a step with prompts: for 1,024 the kernels of an H200 took as long, and a plan takes time
 
 
 def serves(shape: calls.Shape, decodes: bool, tokens: int, capability: tuple[int, int]) -> bool:
@@ -37,7 +36,7 @@ def serves(shape: calls.Shape, decodes: bool, tokens: int, capability: tuple[int
         return False
     if decodes:
         return shape.softcap is None and capability[0] in (10, 12)
-    return tokens >= _LEAST_TOKENS and (shape.softcap is None or capability[0] != 10)
+    return tokens >= LEAST_TOKENS and (shape.softcap is None or capability[0] != 10)
 
 
 def paged_attention(

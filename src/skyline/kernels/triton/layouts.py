@@ -1,4 +1,4 @@
-"""Layouts of quantized weights in a GPU's memory. They are quantized and packed on the CPU, and then copied."""
+"""Layouts of quantized weights in a GPU's memory: quantized on the CPU, copied, and put in words on the GPU."""
 
 from __future__ import annotations
 
@@ -120,8 +120,9 @@ class Int4Layout:
         """Raises ValueError if a value is NaN, infinite, or so large that its scale is beyond float16."""
         ready = rows if isinstance(rows, QuantizedWeight) else quantize_int4(rows, self.group, not self.zeros)
         count, n = ready.shape[0], target.shape[-2]
-        words = pack_words(ready.values if self.zeros else ready.values + SYMMETRIC_ZERO)
-        target.values.view(-1, words.shape[1])[first_row : first_row + count] = words.to(target.values.device)
+        values = ready.values.to(target.values.device)
+        words = pack_words(values if self.zeros else values + SYMMETRIC_ZERO)
+        target.values.view(-1, words.shape[1])[first_row : first_row + count] = words
         for whole, part in ((target.scales, ready.scales), (target.zeros, ready.zeros)):
             if whole is None or part is None:
                 continue
@@ -148,11 +149,14 @@ class Fp4WordsLayout:
 
     def write(self, target: Fp4Words, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
         """Raises what `Fp4Layout.rows_of` does."""
-        packed = pack_fp4(FP4[self.group].rows_of(rows, target.values.device))
+        device = target.values.device
+        ready = FP4[self.group].rows_of(rows, device)
+        values, scales, row_scales = (part.to(device) for part in (ready.values, ready.scales, ready.row_scales))
+        packed = pack_fp4(Fp4Weight(values, scales, row_scales, self.group))
         place = slice(first_row, first_row + rows.shape[0])
         for whole, part in ((target.values, packed.values), (target.scales, packed.scales)):
-            whole.view(-1, whole.shape[-1])[place] = part.to(whole.device)
-        target.row_scales.view(-1)[place] = packed.row_scales.to(target.row_scales.device)
+            whole.view(-1, whole.shape[-1])[place] = part
+        target.row_scales.view(-1)[place] = packed.row_scales
 
 
 def _aligned(count: int) -> int:
@@ -200,8 +204,11 @@ def unpack_int4(weight: Int4Weight) -> QuantizedWeight:
 
 def pack_fp4(weight: Fp4Weight) -> Fp4Words:
     """The same numbers [.., N, K], on the same device."""
-    octets = weight.values.unsqueeze(-1)
-    values = pack_words(torch.cat((octets & 15, octets >> 4), -1).flatten(-2))
+    # Of a word's four bytes, the even columns of the first two, those of the last two, and then the odd ones.
+    padded = F.pad(weight.values, (0, 4 * _row_words(weight.shape[-1]) - weight.values.shape[-1]))
+    first, second = padded.unflatten(-1, (-1, 2, 2)).unbind(-1)
+    octets = torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), -2)
+    values = octets.flatten(-3).view(torch.int32)
     codes, rows = weight.scales.view(torch.uint8), weight.row_scales
     if weight.group == MXFP4_GROUP:
         exponents = codes.int() + 126

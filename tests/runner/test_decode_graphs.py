@@ -169,7 +169,7 @@ def test_a_kernel_that_does_not_compile_ends_recorded_steps_but_not_the_step(
 
     def around(call: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
         error = OutOfResources(300_000, 232_448, "shared memory")
-        by_reference = lambda *arguments: provider._by_reference(call.op.name, arguments, error)  # noqa: E731
+        by_reference = lambda *arguments: provider.by_reference(call.op.name, arguments, error)  # noqa: E731
         return by_reference if call.op.name == "rope_attention" else launch
 
     runner._program.observe(around)

@@ -67,8 +67,7 @@ class Kernel:
     kernel whose first arguments are rows and a weight, are what `into` takes as its keyword `tactic` for a number of
     rows, the default first: ways to the same bits, of which measuring tells the fastest (skyline.kernels.tuning).
     `launches(gpu, *arguments)` is the least number of kernels that a call launches on a GPU, told from shapes, the
-    host's numbers and descriptions of weights; without it, one. `scope` says of a kernel that hands some calls on to
-    another provider's which are its own.
+    host's numbers and descriptions of weights; without it, one.
     """
 
     op: str
@@ -80,7 +79,6 @@ class Kernel:
     any_layout: frozenset[int] = frozenset()
     tactics: Callable[[int], tuple[Any, ...]] | None = None
     launches: Callable[..., int] | None = None
-    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +96,8 @@ class NoKernelError(RuntimeError):
 _KERNELS: dict[str, list[Kernel]] = {}
 
 
-def register(kernel: Kernel, first: bool = False) -> None:
-    """Behind those that are known, or before them."""
-    known = _KERNELS.setdefault(kernel.op, [])
-    known.insert(0 if first else len(known), kernel)
+def register(kernel: Kernel) -> None:
+    _KERNELS.setdefault(kernel.op, []).append(kernel)
 
 
 def candidates(op: str, prefer: str | None = None) -> list[Kernel]:
@@ -114,11 +110,11 @@ def choose(request: Request) -> Choice:
     rejected: list[tuple[str, str]] = []
     for kernel in candidates(request.op.name, request.prefer):
         why_not = kernel.supports(request)
+        if why_not is None and kernel.provider == request.prefer:
+            return Choice(kernel, "asked for", tuple(rejected))
         if why_not is None:
             reason = "first in order of preference that supports the case" if rejected else "preferred provider"
-            if kernel.provider == request.prefer:
-                reason = "asked for"
-            return Choice(kernel, f"{reason}; {kernel.scope}" if kernel.scope else reason, tuple(rejected))
+            return Choice(kernel, reason, tuple(rejected))
         rejected.append((kernel.provider, why_not))
     tried = "; ".join(f"{provider}: {why}" for provider, why in rejected) or "none is registered"
     raise NoKernelError(f"no kernel for op {request.op.name} on {request.device} ({tried})")

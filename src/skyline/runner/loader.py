@@ -16,7 +16,6 @@ from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
 from skyline.kernels import Request, choose, tuning
 from skyline.kernels.cpu import native
-from skyline.kernels.flashinfer import trials
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, KVCache, LayerCache
@@ -87,7 +86,6 @@ def build_program(
     device = torch.device(config.device)
     if gpu is None and device.type == "cuda":
         gpu = detect(device.index or 0)
-    trials.BUILDS = config.prefer_kernels == "flashinfer"
     graph = capture(model)
     if config.quantization != "none":
         quantize_linears(graph, config.quantization, config.quantization_group, stored)

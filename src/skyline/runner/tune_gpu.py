@@ -13,18 +13,13 @@ import torch
 
 from skyline.checkpoint.config import load_config
 from skyline.engine.config import EngineConfig
-from skyline.engine.core import EngineCore
-from skyline.engine.messages import EngineRequest
-from skyline.engine.sampling_params import SamplingParams
 from skyline.kernels import tuning
-from skyline.kernels.flashinfer import trials
 from skyline.kernels.triton.knobs import CANDIDATES, Knobs
 from skyline.runner import decode_knobs
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.loader import LoadedModel, load_model
 
 SIZES = (1, 4, 16, 64, 256)
-_PROMPT = 4096  # tokens, if a step takes as many
 CONTEXT = 1024  # tokens of each request in the steps that are timed, at most
 _STREAMED = frozenset({"moe_experts", "fused_experts", "moe_experts_clamped"})  # of one token, without tiles
 _MARGIN = 0.005  # what is not faster by so much is not worth another setting
@@ -65,22 +60,9 @@ def tune(config: EngineConfig, budget: float, most: int) -> dict[str, Any]:
     """
     loaded = load_model(config)
     try:
-        if any(call.kernel.provider == "flashinfer" for call in loaded.program.calls):
-            with trials.building():
-                _compute_prompt(loaded)
         return tune_loaded(loaded, config, budget, tuple(size for size in SIZES if size <= most))
     finally:
         loaded.runner.close()
-
-
-def _compute_prompt(loaded: LoadedModel) -> None:
-    """A long one, so that a library compiles what it takes for prompts, if it has to. Waits for that."""
-    tokens = min(_PROMPT, loaded.limits.max_model_len - 1, loaded.limits.max_num_batched_tokens)
-    core = EngineCore(loaded.limits, loaded.runner)
-    error = core.add(EngineRequest("prompt", [1 + n % 97 for n in range(tokens)], SamplingParams(max_tokens=1)))
-    assert error is None, error
-    while core.has_work:
-        core.step()
 
 
 def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes: tuple[int, ...]) -> dict[str, Any]:

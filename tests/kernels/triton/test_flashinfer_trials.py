@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.flashinfer import trials
-from skyline.ops import OPS, AttentionBatch, KVCache
+from skyline.ops import OPS, KVCache
 from skyline.ops.attention import make_batch
 from skyline.ops.fp8 import BLOCK, Fp8Weight, fp8_case_weight
 
@@ -28,10 +28,7 @@ class Library:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.wrong = self.broken = self.compiled = False
-
-    def gen_batch_prefill_module(self, **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(is_compiled=self.compiled)
+        self.wrong = self.broken = False
 
     def rmsnorm(self, *, input: Tensor, weight: Tensor, eps: float) -> Tensor:
         self.calls.append("rmsnorm")
@@ -81,18 +78,16 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
-    names = ("flashinfer", "flashinfer.gemm", "flashinfer.decode", "flashinfer.jit")
-    modules = {name: ModuleType(name) for name in names}
+    modules = {name: ModuleType(name) for name in ("flashinfer", "flashinfer.gemm", "flashinfer.decode")}
     for place, names in (
         ("flashinfer", ("rmsnorm", "silu_and_mul")),
         ("flashinfer.gemm", ("fp8_blockscale_gemm_sm90", "gemm_fp8_nt_groupwise")),
         ("flashinfer.decode", ("trtllm_batch_decode_with_kv_cache",)),
-        ("flashinfer.jit", ("gen_batch_prefill_module",)),
     ):
         for name in names:
             setattr(modules[place], name, getattr(found, name))
         monkeypatch.setitem(sys.modules, place, modules[place])
-    for part in ("gemm", "decode", "jit"):
+    for part in ("gemm", "decode"):
         setattr(modules["flashinfer"], part, modules[f"flashinfer.{part}"])
     # Those that are imported already hold the real library, and shall again afterwards.
     ours = import_module(PACKAGE)
@@ -185,7 +180,7 @@ def test_norm_and_activation(broken: bool, library: Library) -> None:
 def test_attention(broken: bool, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in gives zeros, or raises: either way the answer is right, and it is asked once."""
     attention = import_module(f"{PACKAGE}.attention")
-    monkeypatch.setattr(attention, "capability", lambda device: (10, 0))
+    monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
     monkeypatch.setattr(attention.step, "_WORKSPACE", 16)
     library.broken = broken
     generator = torch.Generator().manual_seed(0)
@@ -199,49 +194,6 @@ def test_attention(broken: bool, library: Library, monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         assert _close(attention.paged_attention(q, cache, batch, 0.125), expected)
     assert library.calls == ["decode"]
-
-
-class _Wrapper:
-    """Of a plan: FlashInfer's attention of prompts."""
-
-    def __init__(self, cache: KVCache, batch: AttentionBatch) -> None:
-        self.runs = 0
-        self._attends = (cache, batch, 0.125)
-
-    def run(self, *, q: Tensor, paged_kv_cache: Any, out: Tensor) -> None:
-        self.runs += 1
-        out.copy_(OPS["paged_attention"].reference(q.flatten(1), *self._attends).view(out.shape))
-
-
-def test_prompts_do_not_wait_for_a_compiler(
-    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Unless that is asked for, as `skyline tune` does; what is there is used at once."""
-    attention = import_module(f"{PACKAGE}.attention")
-    monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "LEAST_TOKENS", 20)
-    cache = KVCache(2, 64, torch.bfloat16)
-    cache.allocate(9, 16, torch.device("cpu"))
-    for part in cache.tensors:
-        part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(0)))
-    batch, q = make_batch([5], [20], 16), torch.randn((20, 4 * 64)).bfloat16()
-    wrapper, expected = _Wrapper(cache, batch), OPS["paged_attention"].reference(q, cache, batch, 0.125)
-    monkeypatch.setattr(attention.step.Step, "wrapper", lambda *_: wrapper)
-
-    def attend() -> int:
-        for _ in range(2):
-            assert _close(attention.paged_attention(q, cache, batch, 0.125), expected)
-        return wrapper.runs
-
-    with caplog.at_level(logging.WARNING):
-        assert attend() == 0
-    assert len(caplog.records) == 1 and "skyline tune" in caplog.text
-    with trials.building():
-        assert attend() == 2, "the trial and the next"
-    assert attend() == 4 and not trials.BUILDS
-    trials._reasons.clear()
-    library.compiled = True
-    assert attend() == 6
 
 
 def test_zeros_are_no_trial() -> None:

@@ -1,18 +1,18 @@
 """Kernels of FlashInfer (arXiv:2501.01005), where it is installed: `pip install skyline-llm[cuda]`.
 
-On an H200 all of them that Hopper has gave our results, and were timed beside Triton's
-(benchmarks/results/2026-11-27-gpu-h200-flashinfer.json). Attention of long prompts took two thirds of Triton's time and
-goes first there. Products with FP8 weights in blocks took half of it, but the library compiles one for each shape when
-it comes, so they wait to be asked for, by `--prefer-kernels flashinfer`; norms, activations and decode steps took as
-long or longer. On other GPUs none has run: what is asked for there is tried out (trials.py), as everywhere. Every
-call's signature is checked in CI (tests/kernels/test_flashinfer.py), against version 0.7.2.
-
-Most kernels are compiled, for minutes, when they are first called. So what goes first by itself is only used if it is
-there already: `skyline tune` sees to that, and so does a wheel of the library with compiled kernels.
+On an H200 those that Hopper has gave our results, and were timed beside Triton's
+(benchmarks/results/2026-11-27-gpu-h200-flashinfer.json): attention of long prompts took two thirds of Triton's time,
+products with FP8 weights in blocks half of it, norms, activations and decode steps of many requests longer. No model
+has run with them yet, and the library compiles most of its kernels, for seconds to minutes, when they are first used.
+So they go behind Triton's and wait to be asked for, by `--prefer-kernels flashinfer`. What a call asks that they do not
+serve goes on to Triton's kernel. Every call's signature is checked in CI (tests/kernels/test_flashinfer.py), against
+version 0.7.2.
 
 Attention splits a step into a plan, made once, and a run a layer. A plan needs the contexts' lengths on the host, which
 a recorded decode step does not know. So steps that compute prompts are planned (BatchPrefillWithPagedKVCacheWrapper),
-while decode steps, on Blackwell, take the kernels that read lengths and block tables on the device and need no plan.
+while decode steps take the kernels that read lengths and block tables on the device and need no plan.
+
+Each call is tried out before it is used: trials.py says how.
 
 Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
 copies where Triton takes one launch. Sampling draws its numbers by the place in the batch, so that a request's seed
@@ -30,12 +30,10 @@ import torch
 
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Request, register
-from skyline.kernels.triton import LayoutOf, supports_fp8
+from skyline.kernels.triton import LayoutOf, by_reference, does_not_compile, supports_fp8
 from skyline.kernels.triton.launches import LAUNCHES
 
 PROVIDER = "flashinfer"
-# Of a step with prompts: for 1,024 tokens the kernels of an H200 took as long as Triton's, and a plan takes time.
-LEAST_TOKENS = 2048
 
 
 def supports(request: Request) -> str | None:
@@ -53,17 +51,8 @@ def supports(request: Request) -> str | None:
     return None
 
 
-def _asked_for(request: Request) -> str | None:
-    if (why_not := supports(request)) is not None or request.prefer == PROVIDER:
-        return why_not
-    return "by itself only its attention of prompts goes first, on Hopper, where it was the faster"
-
-
 def _supports_attention(request: Request) -> str | None:
     if (why_not := supports(request)) is not None:
-        return why_not
-    assert request.gpu is not None
-    if request.gpu.capability[0] != 9 and (why_not := _asked_for(request)) is not None:
         return why_not
     if request.kv_dtype not in (None, request.dtype):
         return "cached keys and values have a scale for each head, it takes one for all"
@@ -71,7 +60,7 @@ def _supports_attention(request: Request) -> str | None:
 
 
 def _supports_latent(request: Request) -> str | None:
-    if (why_not := _supports_attention(request) or _asked_for(request)) is not None:
+    if (why_not := _supports_attention(request)) is not None:
         return why_not
     assert request.gpu is not None
     if request.gpu.capability[0] != 10:
@@ -80,7 +69,7 @@ def _supports_latent(request: Request) -> str | None:
 
 
 def _supports_fp8(request: Request) -> str | None:
-    if (why_not := _asked_for(request) or supports_fp8(request)) is not None:
+    if (why_not := supports(request) or supports_fp8(request)) is not None:
         return why_not
     assert request.gpu is not None
     if request.gpu.capability[0] not in (9, 10, 12):
@@ -92,19 +81,18 @@ def _supports_attention_linear(request: Request) -> str | None:
     return _supports_attention(request) or supports_fp8(request)  # the product may be Triton's
 
 
-def _provide(op: str, module: str, check: Any = _asked_for, layouts: Mapping[int, LayoutOf] | None = None) -> None:
+def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, LayoutOf] | None = None) -> None:
     def run(*arguments: Any) -> Any:
-        return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
+        try:
+            return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
+        except Exception as error:  # of one of Triton's kernels
+            if not does_not_compile(op, error):
+                raise
+            return by_reference(op, arguments, error)
 
-    scope = (
-        f"of prompts from {LEAST_TOKENS:,} tokens on, once compiled: triton computes the rest"
-        if module == "attention"
-        else ""
-    )
-    # Few rows, decode steps, and what surrounds a product or attention, are Triton's.
-    launches = LAUNCHES.get(op) if module != "latent" else None
-    kernel = Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches, scope=scope)
-    register(kernel, first=module == "attention")
+    # Few rows, what is not served, and what surrounds a product or attention, are Triton's.
+    launches = LAUNCHES.get(op) if module in ("attention", "linear") else None
+    register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches))
 
 
 _provide("rms_norm", "dense")

@@ -1,22 +1,19 @@
-"""Attention over paged keys and values: planned for prompts, from device memory alone for Blackwell's decode steps."""
+"""Attention over paged keys and values: planned for prompts, from device memory alone for decode steps."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import flashinfer.decode
-import flashinfer.jit
 import torch
 from torch import Tensor
 
-from skyline.kernels.flashinfer import LEAST_TOKENS, calls, step, trials
+from skyline.kernels.flashinfer import calls, step
 from skyline.kernels.flashinfer.linear import fused_linear_fp8
 from skyline.kernels.flashinfer.trials import checked
 from skyline.kernels.triton import attention as triton
 from skyline.kernels.triton import fused_fp8
-from skyline.kernels.triton import linear as ours
 from skyline.kernels.triton.device import capability
-from skyline.kernels.triton.rope import rope_kv_write
 from skyline.ops import AttentionBatch, KVCache
 from skyline.ops.fp8 import Fp8Weight
 
@@ -25,18 +22,32 @@ _BLOCK_SIZES = (16, 32, 64)
 _MOST_GROUPED = 16  # query heads of a KV head
 
 
-def serves(shape: calls.Shape, decodes: bool, tokens: int, capability: tuple[int, int]) -> bool:
-    """Whether the kernels are made for such a step, and are worth it; softcap only for prompts before Blackwell's own.
+def serves(shape: calls.Shape, decodes: bool, capability: tuple[int, int]) -> bool:
+    """Whether the kernels are made for such a step; softcap only for prompts before Blackwell's own kernels.
 
-    Hopper's for decode steps (XQA) took 0.9 to 1.3 times as long as Triton's.
+    No windows: tiles that lie across a window's edge are read whole and weighted with 0, and below it the block may
+    have been let go. What its memory holds then may be no number, which no weight makes 0.
     """
-    if shape.head_dim not in _HEAD_DIMS or shape.block_size not in _BLOCK_SIZES:
+    if shape.head_dim not in _HEAD_DIMS or shape.block_size not in _BLOCK_SIZES or shape.window is not None:
         return False
     if shape.heads // shape.kv_heads > _MOST_GROUPED:
         return False
     if decodes:
-        return shape.softcap is None and capability[0] in (10, 12)
-    return tokens >= LEAST_TOKENS and (shape.softcap is None or capability[0] != 10)
+        return shape.softcap is None and capability[0] in (9, 10, 12)
+    return shape.softcap is None or capability[0] != 10
+
+
+def _served(
+    q: Tensor, heads: int, cache: KVCache, batch: AttentionBatch, scale: float, window: int | None,
+    sinks: Tensor | None, softcap: float | None,
+) -> calls.Shape | None:  # fmt: skip
+    """The shape of a call with so many query heads, if the library's kernels are made for it."""
+    k = cache.tensors[0]
+    shape = calls.Shape(
+        heads, cache.num_kv_heads, cache.head_dim, k.shape[1], q.dtype, scale, window, softcap, cache.group
+    )
+    able = sinks is None and k.dtype == q.dtype and q.shape[0] > 0
+    return shape if able and serves(shape, step.of(batch).decodes, capability(q.device)) else None
 
 
 def paged_attention(
@@ -48,12 +59,10 @@ def paged_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    k, v = cache.tensors
-    size, major = cache.head_dim, capability(q.device)
-    heads = q.shape[1] // size
-    shape = calls.Shape(heads, cache.num_kv_heads, size, k.shape[1], q.dtype, scale, window, softcap, cache.group)
-    mine = step.of(batch)
-    if sinks is not None or k.dtype != q.dtype or not q.shape[0] or not serves(shape, mine.decodes, q.shape[0], major):
+    (k, v), size, major = cache.tensors, cache.head_dim, capability(q.device)
+    heads, mine = q.shape[1] // size, step.of(batch)
+    shape = _served(q, heads, cache, batch, scale, window, sinks, softcap)
+    if shape is None:
         return triton.paged_attention(q, cache, batch, scale, window, sinks, softcap)
     tables = batch.of(cache).block_tables
 
@@ -74,15 +83,16 @@ def paged_attention(
         wrapper.run(**calls.prefill_run(queries, k, v, out))
         return out.view(q.shape)
 
-    def compiled() -> bool:
-        return bool(flashinfer.jit.gen_batch_prefill_module(**calls.prompts_module(shape)).is_compiled)
-
     return checked(
         ("decoding with" if mine.decodes else "prompts with", shape),
         decode if mine.decodes else prefill,
         lambda: triton.paged_attention(q, cache, batch, scale, window, sinks, softcap),
-        compiled if major[0] == 9 else None,
     )
+
+
+def _query_heads(qkv: Tensor, cache: KVCache) -> int:
+    """Of queries, keys and values side by side."""
+    return qkv.shape[1] // cache.head_dim - 2 * cache.num_kv_heads
 
 
 def rope_attention(
@@ -99,11 +109,10 @@ def rope_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    if step.of(batch).decodes and capability(qkv.device)[0] == 9:
-        turn = triton.Turn(q_norm, k_norm, eps, positions, table)
+    turn = triton.Turn(q_norm, k_norm, eps, positions, table)
+    if _served(qkv, _query_heads(qkv, cache), cache, batch, scale, window, sinks, softcap) is None:
         return triton.rope_attention(qkv, *turn, cache, batch, scale, window, sinks, softcap)
-    q = rope_kv_write(qkv, q_norm, k_norm, eps, positions, table, cache, batch)
-    return paged_attention(q, cache, batch, scale, window, sinks, softcap)
+    return paged_attention(turn.apply(qkv, cache, batch), cache, batch, scale, window, sinks, softcap)
 
 
 def attention_linear_fp8(
@@ -123,13 +132,14 @@ def attention_linear_fp8(
     positions: Tensor | None = None,
     table: Tensor | None = None,
 ) -> Tensor:
-    if step.of(batch).decodes and capability(q.device)[0] == 9:
+    turns = positions is not None and table is not None
+    heads = _query_heads(q, cache) if turns else q.shape[1] // cache.head_dim
+    if _served(q, heads, cache, batch, scale, window, sinks, softcap) is None:
         turn = (q_norm, k_norm, eps, positions, table)
         return fused_fp8.attention_linear_fp8(
             q, weight, cache, batch, scale, window, sinks, softcap, bias, residual, *turn
         )
     if positions is not None and table is not None:
-        q = rope_kv_write(q, q_norm, k_norm, eps, positions, table, cache, batch)
+        q = triton.Turn(q_norm, k_norm, eps, positions, table).apply(q, cache, batch)
     attended = paged_attention(q, cache, batch, scale, window, sinks, softcap)
-    multiply = fused_linear_fp8 if trials.BUILDS else ours.fused_linear_fp8
-    return multiply(attended, weight, bias, residual=residual)
+    return fused_linear_fp8(attended, weight, bias, residual=residual)

@@ -87,23 +87,6 @@ def prefill_plan(shape: Shape, pages: Pages) -> Arguments:
     }
 
 
-def prompts_module(shape: Shape) -> Arguments:
-    """Of the kernels that a plan of this shape takes on Hopper (FlashAttention 3, arXiv:2407.08608)."""
-    return {
-        "backend": "fa3",
-        "dtype_q": shape.dtype,
-        "dtype_kv": shape.dtype,
-        "dtype_o": shape.dtype,
-        "dtype_idx": torch.int32,
-        "head_dim_qk": shape.head_dim,
-        "head_dim_vo": shape.head_dim,
-        "pos_encoding_mode": 0,
-        "use_sliding_window": shape.window is not None,
-        "use_logits_soft_cap": shape.softcap is not None,
-        "use_fp16_qk_reduction": False,
-    }
-
-
 def prefill_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Arguments:
     return {"q": q, "paged_kv_cache": (k, v), "out": out}
 

@@ -21,6 +21,8 @@ _WORKSPACE = 128 << 20  # bytes, FlashInfer's advice
 # nothing else may use it.
 _workspaces: dict[tuple[str, torch.device], Tensor] = {}
 _wrappers: dict[tuple[Shape, torch.device], Any] = {}
+# A plan is written to a buffer of its wrapper's on the host, from where the device copies it when it gets there.
+_copied: dict[tuple[Shape, torch.device], Any] = {}
 
 
 def workspace(purpose: str, device: torch.device) -> Tensor:
@@ -54,8 +56,13 @@ class Step:
             _wrappers[key] = flashinfer.BatchPrefillWithPagedKVCacheWrapper(**arguments)
         wrapper = _wrappers[key]
         if shape not in self._planned:
+            if key in _copied:
+                _copied[key].synchronize()  # the device may be a step behind, and still to read the last plan
             wrapper.plan(**calls.prefill_plan(shape, pages(self.batch, tables, shape.block_size)))
             self._planned.add(shape)
+            if tables.is_cuda:
+                _copied[key] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                _copied[key].record()
         return wrapper
 
 

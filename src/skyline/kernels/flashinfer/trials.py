@@ -1,44 +1,26 @@
 """Whether a foreign kernel may be used: its result is compared once with ours, on the GPU and the numbers at hand.
 
-FlashInfer compiles or fetches kernels when they are first called, and what it takes depends on the GPU, the toolkit and
+FlashInfer builds or fetches kernels when they are first called, and what it takes depends on the GPU, the toolkit and
 the shape. So the first call of each kind computes a result twice, and whatever goes wrong is said in one line. All of
-its calls go through here. None waits for a compiler unless that was asked for.
+its calls go through here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 
-BUILDS = False  # whether kernels that are not there are compiled: where the library is preferred, and by `skyline tune`
-
 # Of the root mean square. Two ways to add the same products differ by a tenth of that, a misread layout by 20 times it.
 _TOLERANCE = 0.05
-
-_NOT_BUILT = "it is not compiled yet, which `skyline tune` does"
 
 Kind = tuple[object, ...]  # what is computed, and what else its kernel may depend on
 
 _reasons: dict[Kind, str | None] = {}  # of kinds that were tried: why not, or None
-
-
-@contextlib.contextmanager
-def building() -> Iterator[None]:
-    """What is called in here may wait for a compiler; what was not compiled before is tried again."""
-    global BUILDS
-    before, BUILDS = BUILDS, True
-    for kind in [kind for kind, why_not in _reasons.items() if why_not == _NOT_BUILT]:
-        del _reasons[kind]
-    try:
-        yield
-    finally:
-        BUILDS = before
 
 
 def refused() -> dict[Kind, str]:
@@ -46,12 +28,8 @@ def refused() -> dict[Kind, str]:
     return {kind: why_not for kind, why_not in _reasons.items() if why_not is not None}
 
 
-def checked(
-    kind: Kind, foreign: Callable[[], Tensor], ours: Callable[[], Tensor], built: Callable[[], bool] | None = None
-) -> Tensor:
+def checked(kind: Kind, foreign: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Tensor:
     """What `foreign` gives if a call of this kind has passed its trial, else what `ours` does.
-
-    built: whether its kernel is there; None is a kind that only comes where BUILDS holds.
 
     The trial waits for the device, so there is none while a CUDA graph is recorded. Zeros tell nothing: they are none.
     """
@@ -61,17 +39,15 @@ def checked(
     result = ours()
     recording = result.is_cuda and torch.cuda.is_current_stream_capturing()
     if not tried and not recording and bool(result.any()):
-        why_not = _reasons[kind] = _why_not(foreign, result, built)
+        why_not = _reasons[kind] = _why_not(foreign, result)
         if why_not is not None:
             what = " ".join(map(str, kind))
             _LOG.warning("FlashInfer is not used for %s, our own kernel computes it: %s", what, why_not)
     return result
 
 
-def _why_not(foreign: Callable[[], Tensor], expected: Tensor, built: Callable[[], bool] | None) -> str | None:
+def _why_not(foreign: Callable[[], Tensor], expected: Tensor) -> str | None:
     try:
-        if built is not None and not BUILDS and not built():
-            return _NOT_BUILT
         found = foreign()
     except Exception as error:  # of a compiler, a download, a check of arguments: all of them are its to raise
         return f"{type(error).__name__}: {str(error).strip()[:300]}"

@@ -102,7 +102,7 @@ def or_in_torch(what: str, kernel: Callable[[], T], in_torch: Callable[[], T]) -
     return in_torch()
 
 
-def _by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
+def by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
     """Raises DeviceOnlyError where the reference would go by numbers of the host that are not those of the step."""
     if any(isinstance(argument, AttentionBatch) and argument.device_only for argument in arguments):
         raise DeviceOnlyError(f"{op} does not compile for this GPU: {error}") from error
@@ -137,7 +137,7 @@ def provide(
         except Exception as error:
             if not does_not_compile(op, error):
                 raise
-            return _by_reference(op, arguments, error)
+            return by_reference(op, arguments, error)
 
     register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=LAUNCHES.get(op)))
 

@@ -62,8 +62,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="of the first model, already written, for the start-up")
     parser.add_argument("--compiled-peer", action="store_true", help="also transformers' static cache, which compiles")
     arguments = parser.parse_args()
-    words = sys.argv[1:]
-    if "--json" in words:  # a path of this machine
+    words = [word for word in sys.argv[1:] if not word.startswith("--json=")]
+    if "--json" in words:  # with a path of this machine
         at = words.index("--json")
         del words[at : at + 2]
     record: dict[str, Any] = {

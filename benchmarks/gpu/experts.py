@@ -20,7 +20,7 @@ _LAYERS = 4
 
 
 def tiles(kind: str, tokens: int) -> list[Any]:
-    """The one that is chosen first."""
+    """Beside the one that is chosen."""
     from skyline.kernels.triton.moe_tiles import Tile
 
     experts, _, _, top_k = SHAPES[kind]

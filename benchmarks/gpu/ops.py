@@ -68,9 +68,8 @@ def _results(run: Any, arguments: tuple[Any, ...]) -> list[torch.Tensor]:
     from skyline.ops import LayerCache
 
     result = run(*arguments)
-    if result is None:
-        return [part for value in arguments if isinstance(value, LayerCache) for part in value.tensors]
-    return list(result) if isinstance(result, tuple) else [result]
+    cached = [part for value in arguments if isinstance(value, LayerCache) for part in value.tensors]
+    return [*(result if isinstance(result, tuple) else () if result is None else (result,)), *cached]
 
 
 def _fields(value: Any) -> dict[str, Any] | None:

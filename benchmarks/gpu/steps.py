@@ -122,12 +122,12 @@ def _cell(
         "share_of_matrix_peak": math_s / seconds,
         "share_of_larger_floor": max(memory_s, math_s) / seconds,
         "host_ms": steps.host_seconds() * 1e3,
-        **(_replayed(model, requests, start + length, seconds) if length == 1 else {}),
+        **(_replayed(model, requests, seconds) if length == 1 else {}),
         **_traced(steps, 8 if length == 1 else 3),
     }
 
 
-def _replayed(model: Any, requests: int, context: int, seconds: float) -> dict[str, float]:
+def _replayed(model: Any, requests: int, seconds: float) -> dict[str, float]:
     """What a decode step's recording takes by itself, and the share of `seconds` that is spent between two of them.
 
     Without a profiler, which slows the launches that `idle_share` looks between.

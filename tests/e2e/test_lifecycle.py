@@ -131,7 +131,9 @@ def test_engine_killed(tiny_checkpoint: Path) -> None:
         ]
         for thread in waiting:
             thread.start()
+        deadline = time.monotonic() + 30
         while server.metric("skyline_requests_unfinished") < 3 * 64:  # in half a second all may have been answered
+            assert time.monotonic() < deadline, "some were answered before the others came in"
             time.sleep(0.01)
         os.kill(server.processes()[1], signal.SIGKILL)
         for thread in waiting:

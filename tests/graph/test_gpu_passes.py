@@ -323,3 +323,41 @@ def test_attention_whose_cache_is_written_before_the_linear(between: bool) -> No
     out = torch.randn((HIDDEN, 32), generator=torch.Generator().manual_seed(4))
     found = {"linear_add": 1} if between else {"linear_add": 1, "attention_linear_fp8": 1}
     assert ("paged_attention" in _count(_check_fp8(body, found, out=out))) is between
+
+
+def _turned(change: str) -> Body:
+    """Rotation, KV write and attention, and what may stand in the way of one call for all three."""
+
+    def body(self, x, positions, batch):
+        turn = (None, None, 0.0, positions, self.table)
+        q = ops.rope_kv_write(x, *turn, self.cache, batch)
+        if change == "written in between":
+            _, k, v = ops.split(x, (32, 16, 16))
+            ops.kv_write(k, v, self.cache, batch)
+        attended = ops.paged_attention(q, self.other if change == "another cache" else self.cache, batch, 0.3)
+        return (attended, q) if change == "read twice" else attended
+
+    return body
+
+
+@pytest.mark.parametrize("change", ["", "written in between", "another cache", "read twice"])
+def test_attention_takes_in_the_rotation(change: str) -> None:
+    other = copy.deepcopy(_Hand(_turned("")).cache)
+    graph = _check(_turned(change), {} if change else {"rope_attention": 1}, "cuda", other=other)
+    assert ("rope_attention" in _count(graph)) is not bool(change)
+
+
+def test_rotation_and_attention_move_to_the_linear_unless_the_cache_is_written_before_it() -> None:
+    out = torch.randn((HIDDEN, 32), generator=torch.Generator().manual_seed(4))
+    for between in (False, True):
+
+        def body(self, x, positions, batch, between=between):
+            attended = _turned("")(self, x, positions, batch)
+            if between:
+                _, k, v = ops.split(x, (32, 16, 16))
+                ops.kv_write(k, v, self.cache, batch)
+            return ops.linear_fp8(attended, self.out)
+
+        found = {"rope_attention": 1} if between else {"rope_attention": 1, "attention_linear_fp8": 1}
+        graph = _check_fp8(body, found, out=out)
+        assert ("rope_attention" in _count(graph)) is between

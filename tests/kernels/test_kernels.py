@@ -28,11 +28,10 @@ def _wide(value: Any) -> Any:
 
 
 def _results(run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.Tensor]:
-    """What it returns, or else what it wrote."""
+    """What it returns, and what is cached afterwards."""
     result = run(*arguments)
-    if result is None:
-        return [part for value in arguments if isinstance(value, LayerCache) for part in value.tensors]
-    return list(result) if isinstance(result, tuple) else [result]
+    cached = [part for value in arguments if isinstance(value, LayerCache) for part in value.tensors]
+    return [*(result if isinstance(result, tuple) else () if result is None else (result,)), *cached]
 
 
 @pytest.mark.parametrize("op,kernel", KERNELS, ids=[f"{op.name}-{kernel.provider}" for op, kernel in KERNELS])

@@ -77,6 +77,8 @@ class Requests:
         tolerance = 2e-5 if self.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got.float().cpu(), expected.float(), rtol=tolerance, atol=2 * tolerance)
         quantized = self.cache.scales is not None
+        for scale, wanted in zip(there.scales or (), caches[0].scales or (), strict=True):
+            torch.testing.assert_close(scale.cpu(), wanted, rtol=1e-2, atol=0.0)
         for part, other in zip(there.tensors, caches[0].tensors, strict=True):
             step = 0.13 * other.float().abs() if quantized else tolerance
             close = (part.cpu().float() - other.float()).abs() <= step + (1 if other.dtype == torch.int8 else tolerance)

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +194,33 @@ def test_attention(broken: bool, library: Library, monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         assert _close(attention.paged_attention(q, cache, batch, 0.125), expected)
     assert library.calls == ["decode"]
+
+
+def test_a_plan_waits_for_the_copy_of_the_last(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written where the device, which may be a step behind, reads the last one."""
+    step = import_module(f"{PACKAGE}.step")
+    order: list[str] = []
+
+    class Recorder:
+        def __init__(self, **arguments: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda **arguments: order.append(name)
+
+    monkeypatch.setattr(step.flashinfer, "BatchPrefillWithPagedKVCacheWrapper", Recorder, raising=False)
+    monkeypatch.setattr(step.torch.cuda, "Event", Recorder)
+    monkeypatch.setattr(step, "_wrappers", {})
+    monkeypatch.setattr(step, "_copied", {})
+    monkeypatch.setattr(step, "workspace", lambda *_: None)
+    monkeypatch.setattr(step, "pages", lambda *_: None)
+    monkeypatch.setattr(step.calls, "prefill_plan", lambda *_: {})
+    shape = step.Shape(4, 2, 64, 16, torch.bfloat16, 0.125, None, None, 0)
+    tables = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    for starts in ([0], [5]):
+        mine = step.of(make_batch(starts, [5]))
+        for _ in range(2):  # layers
+            mine.wrapper(shape, tables, "auto")
+    assert order == ["plan", "record", "synchronize", "plan", "record"]
 
 
 def test_zeros_are_no_trial() -> None:

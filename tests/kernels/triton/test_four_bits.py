@@ -52,7 +52,7 @@ def test_fp4_words_hold_what_is_written(group: int, lead: tuple[int, ...]) -> No
 
 
 def test_scales_of_mxfp4_from_end_to_end() -> None:
-    """The row's scale takes what a factor cannot hold; a group that is 2^253 times smaller than another is 0."""
+    """The row's scale takes what a factor cannot hold."""
     weight = fp4_case_weight(4, 64, 32, _generator())
     weight.scales.copy_(torch.tensor([[0, 1], [3, 254], [253, 254], [127, 200]]))
     packed = pack_fp4(weight)

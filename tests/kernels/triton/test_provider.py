@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +164,12 @@ def test_too_old_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     ]
     choice = choose(Request(OPS["rms_norm"], "cuda", torch.bfloat16, gpu=found))
     assert choice.kernel.provider == "torch" and any("7.5" in why for _, why in choice.rejected)
+
+
+def test_kernels_wait_before_they_let_the_next_one_begin() -> None:
+    """So whatever runs ahead of its `gdc_wait` finds complete what the launches before the last one wrote."""
+    sources = Path(provider.__file__).parent.glob("*.py")
+    calls = [re.findall(r"gdc_(?:wait|launch_dependents)\(\)", source.read_text()) for source in sources]
+    for found in filter(None, calls):
+        assert found == ["gdc_wait()", "gdc_launch_dependents()"] * (len(found) // 2)
+    assert sum(map(len, calls)) > 40

@@ -23,7 +23,9 @@ def shared_memory(device: torch.device) -> int:
 def overlaps(device: torch.device) -> bool:
     """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch, from Hopper on).
 
-    A kernel that is launched so touches nothing that others write, or read and it writes, before its `gdc_wait`.
+    A kernel that is launched so touches nothing before its `gdc_wait` that the launch ahead of it may still write, or
+    read and it writes. What launches before that one wrote is there: all wait before they let the next one begin, so
+    that one began after they had ended (tests/kernels/triton/test_provider.py looks at the order).
     """
     return device.type == "cuda" and capability(device) >= (9, 0)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from skyline.kernels.triton.layouts import NVFP4_LESS, SYMMETRIC_ZERO
 
-SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)  # the zero point of `biased` integers without one of their own
+SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)  # the zero point of `int4_numbers` without one of their own
 
 # bfloat16 is a sign, 8 bits of exponent and 7 of mantissa; a code is a sign, 2 bits and 1. Moved to the lowest bits of
 # the exponent and the highest of the mantissa it is the code's number times 2^-126, also where that is subnormal.

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps, shared_memory
 from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
-from skyline.kernels.triton.layouts import WORD, Fp4Words, Int4Weight
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight
 from skyline.kernels.triton.moe_tiles import Groups, rows_of
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp8Weight, QuantizedWeight
@@ -279,7 +279,7 @@ def product(
         GROUP=group,
         ZEROS=bool(kind == _INT4 and more is not None),
         WIDEN=bool(kind == _FP4 and rows.dtype == torch.float16),
-        EVEN_K=k % max(step, WORD) == 0,
+        EVEN_K=k % step == 0,
         ROWS=tile.rows,
         BAND=tile.band,
         STEP=step,

@@ -137,6 +137,27 @@ def test_padding_reads_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(got, again)  # what counts arrivals is back at zero
 
 
+@pytest.mark.parametrize("splits", [1, 4])
+def test_padding_has_no_place_in_the_cache(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    """Where attention rotates heads and writes keys and values itself."""
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    requests = Requests(*SHAPES[0])
+    batch, heads, size = requests.batch([6, 7], [1, 1]), requests.heads, requests.size
+    batch.context_lens[1], batch.tables[0].slot_mapping[1] = 0, -1
+    qkv = torch.randn((2, heads * (requests.group + 2) * size), generator=torch.Generator().manual_seed(2)).bfloat16()
+    turn = (None, None, 0.0, torch.tensor([CONTEXTS[6] - 1, 0]), torch.ones((max(CONTEXTS), size)))
+    before, cache = copy.deepcopy(requests.cache), moved(requests.cache)
+    got = attention.rope_attention(moved(qkv), *moved(turn), cache, moved(batch), 0.3)
+    expected = TURNED(qkv[:1], *turn[:3], turn[3][:1], turn[4], requests.cache, requests.batch([6], [1]), 0.3)
+    torch.testing.assert_close(got[:1].cpu(), expected, rtol=1.6e-2, atol=1.6e-2)
+    assert not got[1].any()
+    mine = int(batch.tables[0].slot_mapping[0])
+    for part, other in zip(cache.tensors, before.tensors, strict=True):
+        now, was = (each.view(-1, heads, size) for each in (part.cpu(), other))
+        changed = (now != was) & ~(now.isnan() & was.isnan())
+        assert set(changed.any(-1).any(-1).nonzero().flatten().tolist()) == {mine}
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_a_window_has_left_behind_is_not_read(monkeypatch: pytest.MonkeyPatch, shape: tuple) -> None:
     """Such blocks are let go: others write to them, and a table that starts from a cached prefix names none there."""

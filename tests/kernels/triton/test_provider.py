@@ -15,8 +15,9 @@ from triton.runtime.errors import OutOfResources
 from skyline.kernels import Request, candidates, choose, gpu
 from skyline.kernels import triton as provider
 from skyline.kernels.triton import norms, probe, quantized
-from skyline.kernels.triton.layouts import pack_int4, unpack_int4
+from skyline.kernels.triton.layouts import pack_fp4, pack_int4, unpack_int4
 from skyline.ops import OPS, AttentionBatch
+from skyline.ops.fp4 import fp4_case_weight
 from skyline.ops.quantized import int4_case_weight
 from skyline.ops.quantized_moe import stacked
 from tests.kernels.triton.test_ops import DEVICE
@@ -107,6 +108,15 @@ def test_packed_int4_goes_to_the_reference(failing: None, monkeypatch: pytest.Mo
     x = torch.randn(3, 70, generator=generator)
     got = _registered(monkeypatch, "linear_int4", "quantized").run(x, pack_int4(weights[0]))  # type: ignore[attr-defined]
     assert torch.equal(got, OPS["linear_int4"].reference(x, weights[0]))
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_fp4_in_words_goes_to_the_reference(failing: None, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = fp4_case_weight(6, 96, group, generator), torch.randn(3, 96, generator=generator)
+    monkeypatch.setattr(quantized, "linear_fp4", _cannot)
+    got = _registered(monkeypatch, "linear_fp4", "quantized").run(x, pack_fp4(weight))  # type: ignore[attr-defined]
+    assert torch.equal(got, OPS["linear_fp4"].reference(x, weight))
 
 
 def test_no_reference_goes_by_numbers_of_the_host_that_are_made_up(

@@ -88,8 +88,9 @@ def fp4_bytes(n: int, k: int, group: int) -> int:
 
 
 def fp4_weight_bytes(weight: Tensor | Fp4Weight) -> int:
-    """Of [.., N, K]. A plain tensor stands for a weight yet to be read, and counts as MXFP4 if nothing is decided."""
-    if isinstance(weight, Fp4Weight):
+    """Of [.., N, K], in whatever layout. A plain tensor stands for a weight yet to be read, and counts as MXFP4 if
+    nothing is decided."""
+    if not isinstance(weight, Tensor):
         return weight.nbytes
     decided = integers_of(weight)
     group = MXFP4_GROUP if decided is None or decided.group is None else decided.group

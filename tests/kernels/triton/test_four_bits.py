@@ -18,6 +18,7 @@ from skyline.kernels.triton.layouts import (
     unpack_fp4,
     unpack_words,
 )
+from skyline.ops import OPS
 from skyline.ops.fp4 import E2M1, Fp4Weight, fp4_case_weight
 from tests.kernels.triton.test_ops import DEVICE
 
@@ -49,6 +50,13 @@ def test_fp4_words_hold_what_is_written(group: int, lead: tuple[int, ...]) -> No
     assert target.shape == (*lead, 10, 96)
     again = unpack_fp4(target).dequantize().cpu()
     assert torch.equal(again.view(rows, 96), weight.dequantize())
+
+
+def test_what_words_take_is_what_a_product_reads() -> None:
+    words = pack_fp4(fp4_case_weight(10, 96, 32, _generator()))
+    assert words.nbytes == 10 * (4 * 16 + 16 + 4), "12 words and 3 scales a row, filled up to 16"
+    x = torch.zeros((3, 96), dtype=torch.bfloat16)
+    assert OPS["linear_fp4"].cost(x, words, None, False).bytes == words.nbytes + 2 * 3 * (96 + 10)
 
 
 def test_scales_of_mxfp4_from_end_to_end() -> None:

@@ -162,6 +162,8 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     part("experts", experts.measure)
     if find_spec("flashinfer") is not None:
         part("flashinfer", foreign.compare)
+    elif "flashinfer" in arguments.parts:
+        print("-- flashinfer: not installed")
     part("startup", lambda: serving.first_token(arguments.models[0], arguments.checkpoint))
 
 

@@ -18,6 +18,8 @@ def check(processes: int, seed: int, most: int, seconds: float, names: list[str]
     """
     from skyline.ops import OPS
 
+    if unknown := set(names or ()) - set(OPS):
+        raise ValueError(f"no such ops: {', '.join(sorted(unknown))}")
     jobs = {(name, dtype): (name, dtype, seed, most) for name in names or OPS for dtype in ("bfloat16", "float32")}
     rows: list[dict[str, Any]] = []
     until = time.monotonic() + seconds

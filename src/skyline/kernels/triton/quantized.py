@@ -154,6 +154,7 @@ def _add_product(
     weight,
     scales,
     zeros,
+    byte,
     x_scales,
     x_sums,
     row,  # [ROWS], inside x
@@ -192,7 +193,7 @@ def _add_product(
         tile = _turned(stored, SPLIT)
         result = tl.dot(values, tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     elif KIND == _INT4:
-        part = tl.dot(values, _turned(int4_numbers(stored, a_byte(weight, BAND, NATIVE), NATIVE), SPLIT))
+        part = tl.dot(values, _turned(int4_numbers(stored, byte, NATIVE), SPLIT))
         group = first // GROUP
         if SPLIT > 1:
             group += tl.arange(0, SPLIT)[:, None]
@@ -280,6 +281,7 @@ def _linear_kernel(
         x_at = x + safe_row.to(tl.int64)[:, None] * x_stride + steps[None, :]
         result = tl.zeros((ROWS, BAND), KIND_OF_SUM)
     second = result
+    byte = a_byte(weight, BAND, NATIVE and KIND == _INT4)
     for first in tl.range(0, k, SPLIT * WIDTH, num_stages=STAGES):
         left = first + steps < k
         if SPLIT > 1:
@@ -292,12 +294,12 @@ def _linear_kernel(
         if WIDEN:
             values = values.to(tl.float32)
         result = _add_product(
-            result, values, weight, scales, zeros, x_scales, x_sums, safe_row, own, first, rows, outputs,
+            result, values, weight, scales, zeros, byte, x_scales, x_sums, safe_row, own, first, rows, outputs,
             weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
         )  # fmt: skip
         if GATED:
             second = _add_product(
-                second, values, weight, scales, zeros, x_scales, x_sums, safe_row, own + n, first, rows, outputs,
+                second, values, weight, scales, zeros, byte, x_scales, x_sums, safe_row, own + n, first, rows, outputs,
                 weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
             )  # fmt: skip
     if SPLIT > 1:

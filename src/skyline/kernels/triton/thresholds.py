@@ -30,7 +30,7 @@ def in_words(weight: Fp8Weight | Tensor, silu_mul: bool) -> bool:
 
 
 def turns_heads(batch: AttentionBatch, kv_heads: int, processors: int) -> bool:
-    """Whether attention itself rotates heads and writes keys and values: of single queries, each a program or more.
+    """Whether attention itself rotates heads and writes keys and values: of few requests, each with a single query.
 
     There it saves a launch. Where a processor has several programs, they hide each other's latency, and what one of
     them takes for the rotation costs more than it saves: on an H200, 2 % less time for 1 request, 10 to 19 % more for

@@ -1,104 +1,164 @@
-"""Fill Triton's cache with what tuning will ask for, in as many processes as there are cores.
+"""Fill Triton's cache with the kernels that steps and their tuning ask for, in as many processes as there are cores.
 
-    python -m gpu.precompile          (in benchmarks/; of a Hopper GPU)
+    python -m gpu.precompile --models llama-3.1-8b --weights none fp8 --tune          (in benchmarks/)
 
-Compiling is most of a first tuning, and one process compiles one kernel at a time.
+Compiling is most of a first run, and one process compiles one kernel at a time. Nothing here touches the GPU: steps of
+a model's first layers run on the CPU, with its real sizes and weights that hold nothing, and a driver that only
+compiles takes the place of CUDA's (tests/kernels/triton/offline.py).
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import multiprocessing
 import os
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-ONES = [(True, False, False), (False, True, False), (True, False, True)]  # normed, with residual, gated
+BLOCK, REQUESTS, LONGEST, TOKENS = 16, 256, 8704, 8192  # as in gpu.steps
+_CAPABILITY = 90
+SIZES = (1, 16, 64, 256)
+PROMPTS = (1024, 8192)
 
 
-def jobs() -> list[tuple[Any, ...]]:
-    from skyline.kernels.triton.knobs import CANDIDATES
+@functools.lru_cache(1)
+def _prepare() -> None:
+    from tests.kernels.triton.offline import install
 
+    install(_CAPABILITY)
+    nothing = lambda *shape, like: torch.empty(shape, dtype=like.dtype)  # noqa: E731
+    torch.nn.functional.linear = lambda x, w, b=None: nothing(*x.shape[:-1], w.shape[0], like=x)  # type: ignore[assignment]
+    torch.addmm = lambda c, a, b, **_: nothing(a.shape[0], b.shape[1], like=c)  # type: ignore[assignment]
+
+
+@functools.lru_cache(2)
+def _loaded(shape: str, weights: str, kv: str) -> tuple[Any, list[Any], set[str]]:
+    """The program of a model's first layers, its caches, and its ops."""
+    _prepare()
+    import shapes
+
+    from skyline.checkpoint.config import load_config
+    from skyline.engine.config import EngineConfig
+    from skyline.kernels.gpu import GPUS
+    from skyline.models import create_model, kv_caches
+    from skyline.runner.loader import build_program
+    from skyline.runner.memory import group_caches, set_kv_dtype
+    from skyline.runner.weight_store import WeightStore
+
+    fields = shapes.SHAPES[shape]
+    layers = min(fields["num_hidden_layers"], 2)
+    cut = {"num_hidden_layers": layers}
+    if "layer_types" in fields:
+        cut["layer_types"] = fields["layer_types"][:layers]
+    shapes.SHAPES["cut"] = {**fields, **cut}
+    with tempfile.TemporaryDirectory() as folder:
+        path = shapes.write_shape("cut", Path(folder))
+        config = EngineConfig(
+            model=str(path),
+            device="cuda",
+            quantization=None if weights == "none" else weights,  # type: ignore[arg-type]
+            kv_cache_dtype=kv,  # type: ignore[arg-type]
+        )
+        cpu = torch.device("cpu")
+        model = create_model(load_config(path), torch.bfloat16, cpu, LONGEST, allocate=False)
+        program = build_program(config, model, torch.bfloat16, gpu=GPUS["h200"].without("flashinfer"))
+        WeightStore(model, program, cpu)
+        caches = kv_caches(model)
+        set_kv_dtype(config, caches)
+        group_caches(caches)
+    return program, caches, {call.op.name for call in program.calls}
+
+
+def run(job: tuple[str, str, str, str, int, dict[str, Any]]) -> int:
+    """1 if something does not compile."""
+    shape, weights, kv, kind, size, changes = job
+    try:
+        with torch.inference_mode():
+            _step(*_loaded(shape, weights, kv)[:2], kind, size, changes)
+    except Exception as error:
+        print(f"{job}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _step(program: Any, caches: list[Any], kind: str, size: int, changes: dict[str, Any]) -> None:
+    import msgspec
+    import numpy as np
+
+    from skyline.engine.scheduler import MAX_LOGIT_ROWS
+    from skyline.kernels.triton.knobs import Knobs, using
+    from skyline.ops import AttentionBatch
+    from skyline.runner import dry_run
+    from skyline.runner.decode_graphs import DecodeGraphs
+
+    cpu = torch.device("cpu")
+    if kind == "dry":
+        sizes = {"tokens": TOKENS, "requests": REQUESTS, "rows": REQUESTS + MAX_LOGIT_ROWS}
+        dry_run.measure(
+            program, caches, cpu, **sizes, max_model_len=LONGEST, block_size=BLOCK, peak=lambda step: int(bool(step()))
+        )
+        return
+    for cache in caches:
+        cache.allocate(1 if kind == "prompt" else 2, BLOCK, cpu)
+    width = -(-(LONGEST + 1) // BLOCK)
+    if kind == "prompt":
+        table = np.zeros((1, -(-(size + 1) // BLOCK)), np.int32)
+        groups = len({cache.group for cache in caches})
+        batch = AttentionBatch.build([table] * groups, [0], [size], BLOCK, cpu)
+        ids = torch.zeros(size, dtype=torch.int64)
+        program(ids, torch.arange(size), batch, torch.tensor([size - 1]))
+        return
+    groups = len({cache.group for cache in caches})
+    tokens = torch.zeros((REQUESTS + 1, LONGEST + 1), dtype=torch.int32)
+    graphs = DecodeGraphs(program, tokens, table_shape=(groups, REQUESTS, width), block_size=BLOCK, record=False)
+    with using(msgspec.structs.replace(Knobs(), **changes)):
+        graphs._run(torch.zeros((5 + groups, size), dtype=torch.int64), False)
+
+
+def jobs(models: list[str], weights: list[str], kv: list[str], tune: bool) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
-    for name in ("vector", "gated"):
-        found += [("linear", False, 1, {name: value}) for value in CANDIDATES[name]]
-    for name in ("experts_rows", "experts_band", "experts_warps", "experts_stages"):
-        for fp8 in (False, True):
-            found += [("experts", fp8, rows, {name: value}) for rows in (16, 64, 256) for value in CANDIDATES[name]]
-    found += [("experts", False, 1, {"experts_stream": value}) for value in CANDIDATES["experts_stream"]]
-    found += [("experts", True, 1, {"experts_fp8": value}) for value in CANDIDATES["experts_fp8"]]
-    for name in ("fp8_vector", "fp8_normed", "fp8_gated"):
-        found += [("linear", True, 1, {name: value}) for value in CANDIDATES[name]]
-    found += [("linear", True, rows, {"bands": value}) for rows in (16, 64) for value in CANDIDATES["bands"]]
-    for splits in CANDIDATES["splits"]:
-        for requests in (1, 16, 64, 256):
-            for changes in (
-                {},
-                {"stages": 5},
-                {"keys": 32},
-                {"keys": 128},
-                {"stages": 5, "keys": 32},
-                {"stages": 5, "keys": 128},
-            ):
-                found.append(("attention", False, requests, {"splits": splits, **changes}))
+    for shape in models:
+        for kind in weights:
+            for dtype in kv:
+                one = (shape, kind, dtype)
+                found += [(*one, "dry", 0, {})]
+                found += [(*one, "prompt", size, {}) for size in PROMPTS]
+                found += [(*one, "decode", size, {}) for size in SIZES]
+                if tune:
+                    from skyline.kernels.triton.knobs import CANDIDATES, Knobs
+                    from skyline.runner.tune_gpu import _names
+
+                    ops = _loaded(*one)[2]
+                    found += [
+                        (*one, "decode", size, {name: value})
+                        for size in SIZES
+                        for name in _names(size, ops)
+                        for value in CANDIDATES[name]
+                        if value != getattr(Knobs(), name)
+                    ]
     return found
 
 
-def run(job: tuple[Any, ...]) -> int:
-    import msgspec
-
-    from tests.kernels.triton.offline import install
-
-    install(90)
-    from skyline.kernels.triton import attention, linear, moe, moe_bytes
-    from skyline.kernels.triton.knobs import Knobs, using
-    from skyline.ops import AttentionBatch, KVCache
-    from skyline.ops.fp8 import FP8, Fp8Weight
-
-    kind, fp8, rows, changes = job
-    bf16 = torch.bfloat16
-    try:
-        with using(msgspec.structs.replace(Knobs(), **changes)):
-            if kind == "attention":
-                cache = KVCache(8, 128, bf16)
-                cache.allocate(4, 16, torch.device("cpu"))
-                tables = [[0] * 545] * rows  # as many as 8,704 tokens take
-                batch = AttentionBatch.build(tables, [1000] * rows, [1] * rows, 16, torch.device("cpu"))
-                turn = (None, None, 0.0, torch.zeros(rows, dtype=torch.int64), torch.empty((8704, 128)))
-                attention.rope_attention(torch.empty((rows, 6144), dtype=bf16), *turn, cache, batch, 128**-0.5)
-                return 0
-            if kind == "experts":  # Qwen3-30B-A3B's
-                shapes = ((128, 1536, 2048), (128, 2048, 768))
-                x, ids = torch.empty((rows, 2048), dtype=bf16), torch.empty((rows, 8), dtype=torch.int64)
-                weights = torch.empty((rows, 8))
-                if fp8:
-                    each = [Fp8Weight(torch.empty(s, dtype=torch.uint8).view(FP8), torch.empty(s[:2])) for s in shapes]
-                    moe_bytes.moe_experts_fp8(x, *each, weights, ids)
-                else:
-                    moe.moe_experts(x, *(torch.empty(shape, dtype=bf16) for shape in shapes), weights, ids)
-                return 0
-            for normed, residual, gated in ONES:
-                x, norm = torch.empty((rows, 4096), dtype=bf16), torch.empty(4096, dtype=bf16)
-                n = 8192 if gated else 4096
-                weight: Any = torch.empty((n, 4096), dtype=bf16)
-                multiply = linear.fused_linear
-                if fp8:
-                    weight = Fp8Weight(torch.empty((n, 4096), dtype=torch.uint8).view(FP8), torch.empty(n))
-                    multiply = linear.fused_linear_fp8  # type: ignore[assignment]
-                rest = torch.empty((rows, n), dtype=bf16) if residual else None
-                multiply(x, weight, None, gated, norm if normed else None, 1e-5, rest)
-        return 0
-    except Exception:
-        return 1
-
-
 def main() -> None:
-    with multiprocessing.get_context("spawn").Pool(
-        max(1, (os.cpu_count() or 2) - 1), torch.set_num_threads, (1,)
-    ) as pool:
-        failed = pool.map(run, jobs(), chunksize=2)
-    print(f"precompiled {len(failed)} settings, {sum(failed)} of them do not compile", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"])
+    parser.add_argument("--weights", nargs="+", default=["none", "fp8"])
+    parser.add_argument("--kv", nargs="+", default=["auto"])
+    parser.add_argument("--tune", action="store_true", help="also what `--tune` of gpu_check.py tries")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    asked = jobs(arguments.models, arguments.weights, arguments.kv, arguments.tune)
+    processes = max(1, min(len(asked), (os.cpu_count() or 2) - 1))
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        failed = pool.map(run, asked, chunksize=1)
+    seconds = time.perf_counter() - began
+    print(f"precompiled {len(failed)} steps in {seconds:.0f} s, {sum(failed)} of them failed", file=sys.stderr)
 
 
 if __name__ == "__main__":

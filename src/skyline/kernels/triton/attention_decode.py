@@ -75,14 +75,24 @@ def _finish(
 
 
 @triton.jit
-def _turned(
-    at, inside, norm, eps, table,
-    NORM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
-    """Heads at `at` [ROWS], normed and rotated: [ROWS, WIDE] in float32, rounded as skyline.kernels.triton.rope does.
+def _angles(table, HALF: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr):
+    """Of a head's numbers [WIDE]: cosines, and sines as the other number of a pair is multiplied.
 
     table: cosines of the token's position, and behind these HALF its sines.
     """
+    column = tl.arange(0, WIDE)
+    turns = column < 2 * HALF
+    cosine = tl.load(table + column % HALF, mask=turns, other=1.0).to(TYPE).to(tl.float32)
+    sine = tl.load(table + HALF + column % HALF, mask=turns, other=0.0).to(TYPE).to(tl.float32)
+    return cosine, tl.where(column < HALF, -sine, sine)
+
+
+@triton.jit
+def _turned(
+    at, inside, norm, eps, cosine, sine,
+    NORM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Heads at `at` [ROWS], normed and rotated: [ROWS, WIDE] float32, rounded as skyline.kernels.triton.rope does."""
     column = tl.arange(0, WIDE)
     # Of the one that it turns with, if there is one.
     other = tl.where(column < HALF, column + HALF, tl.where(column < 2 * HALF, column - HALF, column))
@@ -95,10 +105,6 @@ def _turned(
         mine = ((mine * factor).to(TYPE).to(tl.float32) * weight).to(TYPE).to(tl.float32)
         weight = tl.load(norm + other, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
         theirs = ((theirs * factor).to(TYPE).to(tl.float32) * weight).to(TYPE).to(tl.float32)
-    turns = column < 2 * HALF
-    cosine = tl.load(table + column % HALF, mask=turns, other=1.0).to(TYPE).to(tl.float32)
-    sine = tl.load(table + HALF + column % HALF, mask=turns, other=0.0).to(TYPE).to(tl.float32)
-    sine = tl.where(column < HALF, -sine, sine)
     return (mine * cosine[None, :] + theirs * sine[None, :]).to(TYPE).to(tl.float32)
 
 
@@ -249,11 +255,13 @@ def decode_kernel(
             first, last, lowest, k, v, k_scale, v_scale, table, head,
             WINDOW, HEADS, SIZE, BLOCK, WIDE, KEYS, KIND, TYPE,
         )  # fmt: skip
+        turn_at = rope_table + tl.load(positions + request).to(tl.int64) * (2 * HALF)
+        cosine, sine = _angles(turn_at, HALF, WIDE, TYPE)
+        place = tl.load(slots + request)
         if EARLY:
             gdc_wait()
             gdc_launch_dependents()
-        turn_at = rope_table + tl.load(positions + request).to(tl.int64) * (2 * HALF)
-        query = _turned(q + head_at, real, q_norm, eps, turn_at, NORM, SIZE, HALF, WIDE, TYPE).to(TYPE)
+        query = _turned(q + head_at, real, q_norm, eps, cosine, sine, NORM, SIZE, HALF, WIDE, TYPE).to(TYPE)
         top, total, mixed = _taken(
             query, keys, values, k_scales, v_scales, there, top, total, mixed, multiplier, softcap,
             KIND, SOFTCAP, PRECISION,
@@ -261,8 +269,7 @@ def decode_kernel(
         if ends_here:
             one = tl.arange(0, 1)
             at = q + start.to(tl.int64) * q_stride + (HEADS * GROUP + head + one) * SIZE
-            place = tl.load(slots + request)
-            key = _turned(at, one == 0, k_norm, eps, turn_at, NORM, SIZE, HALF, WIDE, TYPE)
+            key = _turned(at, one == 0, k_norm, eps, cosine, sine, NORM, SIZE, HALF, WIDE, TYPE)
             key, key_scale = _stored(key, k, k_scale, place, head, HEADS, SIZE, KIND)
             at = (at + HEADS * SIZE)[:, None] + column[None, :]
             value = tl.load(at, mask=known[None, :], other=0.0).to(tl.float32)

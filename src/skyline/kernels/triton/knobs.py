@@ -27,7 +27,7 @@ class Knobs(msgspec.Struct, frozen=True):
     experts_fp8              the same of FP8: such rows, columns, warps
     """
 
-    vector: tuple[int, int, int] = (4, 512, 4)
+    vector: tuple[int, int, int] = (2, 1024, 4)
     gated: tuple[int, int, int] = (4, 1024, 4)
     fp8_vector: tuple[int, int, int] = (8, 2048, 4)
     fp8_normed: tuple[int, int, int] = (8, 1024, 2)
@@ -50,11 +50,11 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "splits": (2, 4, 8),
     "stages": (3, 5),
     "keys": (64, 32, 128),
-    "vector": ((4, 512, 4), (2, 1024, 4), (2, 2048, 4), (8, 512, 8), (2, 4096, 4)),
+    "vector": ((2, 1024, 4), (4, 512, 4), (8, 512, 8), (2, 2048, 4)),
     "gated": ((4, 1024, 4), (4, 512, 4), (2, 1024, 4), (2, 2048, 4)),
-    "fp8_vector": ((8, 2048, 4), (4, 2048, 1), (4, 1024, 1)),
-    "fp8_normed": ((8, 1024, 2), (4, 1024, 1), (4, 2048, 4)),
-    "fp8_gated": ((2, 1024, 2), (2, 1024, 1), (4, 2048, 4)),
+    "fp8_vector": ((8, 2048, 4), (4, 2048, 4), (4, 2048, 1)),
+    "fp8_normed": ((8, 1024, 2), (4, 1024, 2), (4, 1024, 1)),
+    "fp8_gated": ((2, 1024, 2), (4, 1024, 2), (4, 2048, 4)),
     "early_scales": (False, True),
     "experts_rows": (0, 16, 32, 64, 128),
     "experts_band": (0, 32, 64, 128, 256),

@@ -208,7 +208,7 @@ def _fp8_vector(
         BLOCKS=weight.blocks,
         BAND=chosen.rows,
         STEP=max(1, chosen.columns // 4),
-        NATIVE=has_assembly(x.device),
+        NATIVE=has_assembly(x.device) and x.data_ptr() % 8 == 0,
         EARLY=early,
         num_warps=chosen.warps,
         # Four programs of 128 threads a multiprocessor: all 512 bands of 4,096 rows run at once on a Hopper.

@@ -113,13 +113,30 @@ def times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def fours(at, first, words, STEP: tl.constexpr):
-    """4 * STEP numbers from `first` words of four on, float32: each word's first, second, third and fourth [STEP]."""
-    numbers = 4 * first + tl.arange(0, 4 * STEP)
-    values = tl.load(at + numbers, mask=numbers < 4 * words, other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, (STEP, 2, 2)))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
+def fours(at, first, words, STEP: tl.constexpr, NATIVE: tl.constexpr):
+    """4 * STEP numbers from `first` words of four on, float32: each word's first, second, third and fourth [STEP].
+
+    Behind the last of `words` they are zeros, or those of the last word again.
+    """
+    if NATIVE and at.dtype.element_ty == tl.bfloat16:
+        # Each thread loads what it multiplies: a tile that Triton loads, and splits, goes through shared memory.
+        word = first + tl.arange(0, STEP)
+        low, high = tl.inline_asm_elementwise(
+            "ld.global.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [at.to(tl.int64) + 8 * tl.minimum(word, words - 1).to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,  # it may not move ahead of a wait
+            pack=1,
+        )
+        x0, x1 = (low << 16).to(tl.float32, bitcast=True), (low & -65536).to(tl.float32, bitcast=True)
+        x2, x3 = (high << 16).to(tl.float32, bitcast=True), (high & -65536).to(tl.float32, bitcast=True)
+    else:
+        numbers = 4 * first + tl.arange(0, 4 * STEP)
+        values = tl.load(at + numbers, mask=numbers < 4 * words, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(values, (STEP, 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
 
 
@@ -143,7 +160,7 @@ def fp8_vector_kernel(
     BLOCKS: tl.constexpr,
     BAND: tl.constexpr,  # divides 128; with blocks and GATED also n
     STEP: tl.constexpr,  # words
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr,  # x is bfloat16, from a multiple of 8 bytes on, and there is PTX
     EARLY: tl.constexpr,
 ):
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -163,10 +180,10 @@ def fp8_vector_kernel(
         gdc_wait()
         gdc_launch_dependents()
     for first in range(0, words, STEP):
-        x0, x1, x2, x3 = fours(x, first, words, STEP)
+        x0, x1, x2, x3 = fours(x, first, words, STEP, NATIVE)
         if NORM:
-            squares += x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3
-            w0, w1, w2, w3 = fours(norm, first, words, STEP)
+            squares += tl.where(first + steps < words, x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 0.0)
+            w0, w1, w2, w3 = fours(norm, first, words, STEP, NATIVE)
             x0, x1, x2, x3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         left = (first + STEP + steps < words)[None, :]

@@ -69,7 +69,7 @@ def _gate_up_kernel(
     part = tl.load(gate_at, mask=(steps < words)[None, :], other=0)
     other = tl.load(up_at, mask=(steps < words)[None, :], other=0)
     for first in range(0, words, STEP):
-        x0, x1, x2, x3 = fours(x_at, first, words, STEP)
+        x0, x1, x2, x3 = fours(x_at, first, words, STEP, NATIVE)
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         left = (first + STEP + steps < words)[None, :]
         if BLOCKS:
@@ -136,7 +136,7 @@ def _down_kernel(
         for first in range(0, words, STEP):
             left = first + steps < words
             part = tl.load(rows_at + expert * n * words + first, mask=left[None, :], other=0)
-            x0, x1, x2, x3 = fours(x + pair * words * 4, first, words, STEP)
+            x0, x1, x2, x3 = fours(x + pair * words * 4, first, words, STEP, NATIVE)
             value = times_word(part, x0[None, :], x1[None, :], x2[None, :], x3[None, :], nothing, NATIVE)
             if BLOCKS:
                 at = own_scales + first_row // 128 * scale_columns + (first + steps) // 32

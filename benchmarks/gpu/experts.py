@@ -15,7 +15,7 @@ import torch
 
 # name -> experts, hidden size, intermediate size, experts of a token
 SHAPES = {"mxfp4": (32, 2880, 2880, 4), "int4": (128, 2048, 768, 8)}
-TOKENS = (1, 16, 64, 256, 1024, 8192)
+TOKENS = (16, 64, 256, 1024, 8192)  # one streams its experts without tiles
 _LAYERS = 4
 
 
@@ -31,7 +31,7 @@ def tiles(kind: str, tokens: int) -> list[Any]:
         shapes = [(32, 64, 4, 4), (32, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3)]
     else:
         shapes = [(64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (128, 256, 8, 3), (64, 256, 8, 3)]
-    wide = [64, 128] if kind == "mxfp4" and rows > 8 else [128]
+    wide = [64, 128] if rows > 8 else [128]
     return [Tile(rows, band, columns, warps, stages) for columns in wide for rows, band, warps, stages in shapes]
 
 
@@ -64,7 +64,7 @@ def _weights(kind: str, device: str) -> tuple[Any, Any]:
     experts, hidden, inner, _ = SHAPES[kind]
     made = []
     for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner)):
-        layout: Any = FP4_WORDS[32] if kind == "mxfp4" else INT4[128, False]
+        layout: Any = FP4_WORDS[32] if kind == "mxfp4" else INT4[32, False]
         weight = layout.allocate(shape, torch.bfloat16, torch.device(device))
         if device == "cuda":
             weight.values.random_()
@@ -85,20 +85,14 @@ def _given(kind: str, tokens: int, device: str) -> tuple[torch.Tensor, torch.Ten
 
 def _products(kind: str, given: tuple[torch.Tensor, torch.Tensor], weights: tuple[Any, Any], tile: Any) -> torch.Tensor:
     from skyline.kernels.triton.moe import groups_of
-    from skyline.kernels.triton.moe_products import Quantized, product
+    from skyline.kernels.triton.moe_products import product
     from skyline.kernels.triton.moe_tiles import tile_for
-    from skyline.kernels.triton.quantized import quantize_groups
 
     (x, ids), (gate_up, down) = given, weights
     experts, _, _, top_k = SHAPES[kind]
-    chosen = tile or tile_for(ids.numel(), experts, x, "fp4" if kind == "mxfp4" else "int4", 128)
-    groups = groups_of(ids, experts, chosen)
-
-    def rows(plain: torch.Tensor) -> Any:
-        return plain if kind == "mxfp4" else Quantized(*quantize_groups(plain, 128))
-
-    hidden = product(rows(x), gate_up, groups, top_k, True, x.dtype)
-    return product(rows(hidden), down, groups, 1, False, x.dtype)
+    groups = groups_of(ids, experts, tile or tile_for(ids.numel(), experts, x, "words"))
+    hidden = product(x, gate_up, groups, top_k, True, x.dtype)
+    return product(hidden, down, groups, 1, False, x.dtype)
 
 
 def _compile(job: tuple[str, int, int]) -> None:

@@ -24,8 +24,8 @@ from tests.graph.test_passes import HIDDEN, VARIANTS, Body, _check, _count, _Han
 from tests.models.families import FAMILIES
 from tests.models.harness import load_ours, save_tiny
 
-# Calls of a Program for an H200 from one layer's attention to the next's, in bfloat16 and with weights of FP8, in the
-# order of the layers; of the families of other tests, those of their first and second layer.
+# Calls of a Program for an H200 from one layer's attention to the next's, in bfloat16 or four bits and with weights of
+# FP8, in the order of the layers; of the families of other tests, those of their first and second layer.
 GPU_LAUNCHES: dict[str, tuple[list[int], list[int]]] = {
     "llama": ([5, 5], [3, 3]),
     "mistral, window": ([5, 5], [3, 3]),
@@ -40,7 +40,7 @@ MOST_LAUNCHES = {"llama": 7, "qwen2": 7, "qwen3": 7, "DeepseekV32": 10}
 _MIXERS = {"paged_attention", "rope_attention", "attention_linear_fp8", "latent_attention", "gated_delta_rule"}
 
 
-@pytest.mark.parametrize("scheme", [None, "fp8"])
+@pytest.mark.parametrize("scheme", [None, "fp8", "mxfp4", "int4"])
 @pytest.mark.parametrize("name", GPU_LAUNCHES)
 def test_launches_of_a_layer_on_a_gpu(name: str, scheme: str | None, tmp_path: Path) -> None:
     family, settings = VARIANTS[name][:2] if name in VARIANTS else (name, FAMILIES[name])
@@ -54,7 +54,7 @@ def test_launches_of_a_layer_on_a_gpu(name: str, scheme: str | None, tmp_path: P
     launched = [call.op.name for call in program.calls if not call.is_view]
     mixers = [index for index, op in enumerate(launched) if op in _MIXERS]
     counts = [last - first for first, last in pairwise(mixers)]
-    assert counts == GPU_LAUNCHES[name][scheme is not None], launched[mixers[0] : mixers[-1]]
+    assert counts == GPU_LAUNCHES[name][scheme == "fp8"], launched[mixers[0] : mixers[-1]]
     assert max(counts) <= MOST_LAUNCHES.get(name, 100)
 
 
@@ -68,6 +68,7 @@ def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path
     dense = 0 if experts else layers
     found = run_passes(graph, "cuda")
     assert found == {
+        "weight_only_int4": 0,
         "linear_silu_mul": dense,
         "experts_add": layers - dense,
         "linear_add": layers + dense,

@@ -46,6 +46,11 @@ def linear_int8_weight_only(
 
 
 @oracle
+def linear_int4_weight_only(x: Tensor, weight: QuantizedWeight, *rest: Any) -> list[Tensor]:
+    return linear_int8_weight_only(x, weight, *rest)
+
+
+@oracle
 def linear_int4(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activated: bool = False
 ) -> list[Tensor]:
@@ -264,6 +269,19 @@ def moe_experts_int8_weight_only(
 @oracle
 def moe_experts_int4(x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, *chosen: Tensor) -> list[Tensor]:
     return _quantized_experts(linear_int4, x, gate_up, down, *chosen)
+
+
+@oracle
+def moe_experts_int4_weight_only(
+    x: Tensor,
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    (result,) = _quantized_experts(linear_int4_weight_only, x, gate_up, down, weights, ids)
+    return [result if residual is None else result + residual.double()]
 
 
 def _quantized_experts(

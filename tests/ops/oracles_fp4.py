@@ -19,8 +19,10 @@ def linear_fp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, activat
 
 
 @oracle
-def moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> list[Tensor]:
-    result = torch.zeros(x.shape, dtype=torch.float64)
+def moe_experts_fp4(
+    x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+) -> list[Tensor]:
+    result = torch.zeros(x.shape, dtype=torch.float64) if residual is None else residual.double().clone()
     for token in range(x.shape[0]):
         for weight, expert in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
             (hidden,) = linear_fp4(x[token : token + 1], _of(gate_up, expert), None, True)

@@ -36,6 +36,16 @@ def fused_linear_fp8(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
 
 
 @oracle
+def fused_linear_fp4(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
+    return _fused("linear_fp4", x, weight, *rest)
+
+
+@oracle
+def fused_linear_int4(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
+    return _fused("linear_int4_weight_only", x, weight, *rest)
+
+
+@oracle
 def gated_mlp_fp8(
     x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, norm: Tensor | None, eps: float, residual: Tensor | None
 ) -> list[Tensor]:

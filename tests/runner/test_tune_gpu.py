@@ -15,7 +15,7 @@ from skyline.runner import decode_knobs
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.tune_gpu import _names, _Search
 
-_MIXTURES: tuple[set[str], ...] = ({"fused_experts"}, {"moe_experts_fp8"}, {"moe_experts_int4"})
+_MIXTURES: tuple[set[str], ...] = ({"fused_experts"}, {"moe_experts_fp8"}, {"moe_experts_int4_weight_only"})
 
 
 def test_candidates_begin_with_the_default() -> None:
@@ -27,12 +27,16 @@ def test_candidates_begin_with_the_default() -> None:
 
 
 def test_every_knob_belongs_to_some_step() -> None:
-    steps = [_names(size, ops) for size in (1, 16) for ops in ({"linear"}, {"attention_linear_fp8"}, *_MIXTURES)]
+    steps = [
+        _names(size, ops)
+        for size in (1, 16)
+        for ops in ({"linear"}, {"attention_linear_fp8"}, {"fused_linear_fp4"}, *_MIXTURES)
+    ]
     assert {name for names in steps for name in names} == CANDIDATES.keys()
     tiles = {"experts_band", "experts_rows", "experts_stages", "experts_warps"}
-    for ops, streamed in zip(_MIXTURES, ("experts_stream", "experts_fp8", None), strict=True):
+    for ops, streamed in zip(_MIXTURES, ("experts_stream", "experts_fp8", "words_down"), strict=True):
         one, few = (set(_names(size, ops)) for size in (1, 4))
-        assert tiles <= few and (tiles <= one if streamed is None else streamed in one and not tiles & one)
+        assert tiles <= few and streamed in one and not tiles & one
 
 
 def test_the_search_keeps_what_is_faster_and_goes_on_from_there() -> None:

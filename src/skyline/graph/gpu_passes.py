@@ -20,10 +20,38 @@ NORMING: tuple[tuple[Op, Op, tuple[str, ...]], ...] = (
 )
 
 # Linears whose kernels can norm what they read and add to the residual stream what they give.
-WHOLE_LINEARS: dict[Op, Op] = {ops.linear: ops.fused_linear, ops.linear_fp8: ops.fused_linear_fp8}
+WHOLE_LINEARS: dict[Op, Op] = {
+    ops.linear: ops.fused_linear,
+    ops.linear_fp4: ops.fused_linear_fp4,
+    ops.linear_fp8: ops.fused_linear_fp8,
+    ops.linear_int4_weight_only: ops.fused_linear_int4,
+}
 
 # Experts whose kernels can add to the residual stream what they give.
-WHOLE_EXPERTS: dict[Any, Op] = {ops.moe_experts: ops.fused_experts, ops.moe_experts_fp8: ops.moe_experts_fp8}
+WHOLE_EXPERTS: dict[Any, Op] = {
+    ops.moe_experts: ops.fused_experts,
+    ops.moe_experts_fp4: ops.moe_experts_fp4,
+    ops.moe_experts_fp8: ops.moe_experts_fp8,
+    ops.moe_experts_int4_weight_only: ops.moe_experts_int4_weight_only,
+}
+
+# What multiplies integers of int4 on CPUs, and numbers on GPUs, whose matrix units have no use for groups of integers.
+_WEIGHT_ONLY: dict[Op, Op] = {
+    ops.linear_int4: ops.linear_int4_weight_only,
+    ops.moe_experts_int4: ops.moe_experts_int4_weight_only,
+}
+
+
+def weight_only_int4(graph: fx.Graph) -> int:
+    """linear_int4, moe_experts_int4 -> the same without quantizing activations."""
+    matches = 0
+    for op, plain in _WEIGHT_ONLY.items():
+        for node in graph.find_nodes(op="call_function", target=op):
+            bound = plain.signature.bind(*node.args)
+            bound.apply_defaults()
+            node.target, node.args = plain, bound.args
+            matches += 1
+    return matches
 
 
 def fuse_linear_add(graph: fx.Graph) -> int:
@@ -49,7 +77,7 @@ def fuse_linear_add(graph: fx.Graph) -> int:
 def fuse_experts_add(graph: fx.Graph) -> int:
     """add(residual, moe_experts(x)), the experts' sum read by nothing else -> fused_experts(x, residual=residual).
 
-    Experts in FP8 take the residual themselves.
+    Experts in FP8, FP4 and int4 take the residual themselves.
 
     Where shared experts stand beside them, residual + (experts + shared) is made (residual + experts) + shared, so that
     `fuse_linear_add` can follow.

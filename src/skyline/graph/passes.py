@@ -23,7 +23,15 @@ Pass = Callable[[fx.Graph], int]
 
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
 GATED_LINEARS = frozenset(
-    {"linear", "linear_fp4", "linear_fp8", "linear_int4", "linear_int8", "linear_int8_weight_only"}
+    {
+        "linear",
+        "linear_fp4",
+        "linear_fp8",
+        "linear_int4",
+        "linear_int4_weight_only",
+        "linear_int8",
+        "linear_int8_weight_only",
+    }
 )
 
 
@@ -135,6 +143,7 @@ PASSES: dict[str, Pass] = {
 }
 # What linears and experts can take in is taken from the other fusions, so they come after it.
 GPU_PASSES: dict[str, Pass] = {
+    "weight_only_int4": gpu_passes.weight_only_int4,
     "linear_silu_mul": fuse_linear_silu_mul,
     "experts_add": gpu_passes.fuse_experts_add,
     "linear_add": gpu_passes.fuse_linear_add,

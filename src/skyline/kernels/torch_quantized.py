@@ -20,17 +20,21 @@ from skyline.ops import (
     Op,
     QuantizedWeight,
     attention_linear_fp8,
+    fused_linear_fp4,
     fused_linear_fp8,
+    fused_linear_int4,
     gated_mlp_fp8,
     linear_fp4,
     linear_fp8,
     linear_int4,
+    linear_int4_weight_only,
     linear_int8,
     linear_int8_weight_only,
     moe_experts_clamped_fp4,
     moe_experts_fp4,
     moe_experts_fp8,
     moe_experts_int4,
+    moe_experts_int4_weight_only,
     moe_experts_int8,
     moe_experts_int8_weight_only,
 )
@@ -143,7 +147,11 @@ register(Kernel(moe_experts_int8.name, "torch", moe_experts_int8.reference, _alw
 _provide(linear_int8_weight_only, moe_experts_int8_weight_only, {1: INT8, 2: INT8})
 _provide(linear_int4, moe_experts_int4, {1: _int4_layout(1), 2: _int4_layout(2)})
 
-_FLOATS: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], ...] = (
+_BY_REFERENCE: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], ...] = (
+    (linear_int4_weight_only, {1: _int4_layout(1)}),
+    (fused_linear_int4, {1: _int4_layout(1)}),
+    (moe_experts_int4_weight_only, {1: _int4_layout(1), 2: _int4_layout(2)}),
+    (fused_linear_fp4, {1: fp4_layout(1)}),
     (linear_fp8, {1: fp8_layout(1)}),
     (fused_linear_fp8, {1: fp8_layout(1)}),
     (attention_linear_fp8, {1: fp8_layout(1)}),
@@ -153,5 +161,5 @@ _FLOATS: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], ...] =
     (moe_experts_fp4, {1: fp4_layout(1), 2: fp4_layout(2)}),
     (moe_experts_clamped_fp4, {1: fp4_layout(1), 3: fp4_layout(3)}),
 )
-for _op, _layouts in _FLOATS:
+for _op, _layouts in _BY_REFERENCE:
     register(Kernel(_op.name, "torch", _op.reference, _batch_dependent, layouts=_layouts))

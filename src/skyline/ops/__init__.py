@@ -12,7 +12,7 @@ from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fp8_moe import moe_experts_fp8
 from skyline.ops.fused import add_rms_norm, rope_attention, rope_kv_write
 from skyline.ops.fused_fp8 import attention_linear_fp8, gated_mlp_fp8
-from skyline.ops.fused_linear import fused_linear, fused_linear_fp8
+from skyline.ops.fused_linear import fused_linear, fused_linear_fp4, fused_linear_fp8, fused_linear_int4
 from skyline.ops.gates import (
     gated_rms_norm,
     gelu_mul,
@@ -25,8 +25,19 @@ from skyline.ops.gates import (
 from skyline.ops.latent import index_topk, latent_attention, latent_rope_write
 from skyline.ops.moe import fused_experts, moe_experts, moe_experts_clamped, topk_router
 from skyline.ops.moe_layouts import moe_combine, moe_experts_padded, moe_experts_ragged, moe_sort
-from skyline.ops.quantized import QuantizedWeight, linear_int4, linear_int8, linear_int8_weight_only
-from skyline.ops.quantized_moe import moe_experts_int4, moe_experts_int8, moe_experts_int8_weight_only
+from skyline.ops.quantized import (
+    QuantizedWeight,
+    linear_int4,
+    linear_int4_weight_only,
+    linear_int8,
+    linear_int8_weight_only,
+)
+from skyline.ops.quantized_moe import (
+    moe_experts_int4,
+    moe_experts_int4_weight_only,
+    moe_experts_int8,
+    moe_experts_int8_weight_only,
+)
 from skyline.ops.router import norm_router, router
 
 __all__ = [
@@ -50,7 +61,9 @@ __all__ = [
     "embedding",
     "fused_experts",
     "fused_linear",
+    "fused_linear_fp4",
     "fused_linear_fp8",
+    "fused_linear_int4",
     "gated_delta_rule",
     "gated_mlp_fp8",
     "gated_rms_norm",
@@ -65,6 +78,7 @@ __all__ = [
     "linear_fp4",
     "linear_fp8",
     "linear_int4",
+    "linear_int4_weight_only",
     "linear_int8",
     "linear_int8_weight_only",
     "moe_combine",
@@ -74,6 +88,7 @@ __all__ = [
     "moe_experts_fp4",
     "moe_experts_fp8",
     "moe_experts_int4",
+    "moe_experts_int4_weight_only",
     "moe_experts_int8",
     "moe_experts_int8_weight_only",
     "moe_experts_padded",

@@ -11,12 +11,16 @@ from torch import Tensor
 from skyline.ops.contract import Case, Cost, Op, Tolerance, nbytes, randn, register
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight, fp4_weight_bytes, linear_fp4
 from skyline.ops.moe import clamped_cases, clamped_cost, clamped_swiglu
+from skyline.ops.quantized_moe import with_residual
 
 
-def _moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor) -> Tensor:
+def _moe_experts_fp4(
+    x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """`moe_experts` in `linear_fp4`, each expert two of its calls; a token adds its experts in float32.
 
-    x [T, H], gate_up [E, 2I, H] (gate rows first), down [E, H, I], weights [T, k] float32, ids [T, k] -> [T, H].
+    x [T, H], gate_up [E, 2I, H] (gate rows first), down [E, H, I], weights [T, k] float32, ids [T, k] -> [T, H], to
+    which `residual` [T, H] is added, if it is there.
     """
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in torch.unique(ids).tolist():
@@ -24,7 +28,8 @@ def _moe_experts_fp4(x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Te
         hidden = linear_fp4.reference(x.index_select(0, tokens), fp4_expert(gate_up, expert), None, True)
         result = linear_fp4.reference(hidden, fp4_expert(down, expert))
         output.index_add_(0, tokens, result.float() * weights[tokens, choices].unsqueeze(1))
-    return output.to(x.dtype)
+    y = output.to(x.dtype)
+    return y if residual is None else y + residual
 
 
 def _moe_experts_clamped_fp4(
@@ -56,10 +61,11 @@ def fp4_expert(weight: Fp4Weight, expert: int) -> Fp4Weight:
     return Fp4Weight(weight.values[expert], weight.scales[expert], weight.row_scales[expert], weight.group)
 
 
-def _cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> Cost:
+def _cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, residual: Tensor | None = None) -> Cost:
     pairs, (experts, n, h), i = ids.numel(), gate_up.shape, down.shape[-1]
     expert_bytes = (fp4_weight_bytes(gate_up) + fp4_weight_bytes(down)) // experts
-    return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i))
+    extra = Cost(nbytes(residual), 0 if residual is None else residual.numel())
+    return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i)) + extra
 
 
 def _stacked(matrices: list[Fp4Weight]) -> Fp4Weight:
@@ -100,7 +106,7 @@ moe_experts_fp4 = register(
         "moe_experts_fp4",
         _moe_experts_fp4,
         cost=_cost,
-        cases=_cases,
+        cases=with_residual(_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,
     )

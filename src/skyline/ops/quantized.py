@@ -199,6 +199,13 @@ def _linear_int4(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None,
     return _apply(levels, weight, bias, silu_mul, x.dtype, product)
 
 
+def _linear_int4_weight_only(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False
+) -> Tensor:
+    """`linear` with a weight of int4 in groups, of which x is not quantized: in float32, rounded once at the end."""
+    return _apply(x.float(), weight, bias, silu_mul, x.dtype, lambda x, weight: x @ weight.dequantize().T)
+
+
 class _Described(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
@@ -286,8 +293,8 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
 
 
 # Tolerances are those of `linear`: for float32, the order of additions (linear_int8 has none: its sums are exact); for
-# bfloat16, the rounding of the result, and that a kernel of linear_int8_weight_only may round a weight to bfloat16
-# before it multiplies, 2^-9 of each product. The integers themselves are exact in bfloat16.
+# bfloat16, the rounding of the result, and that a kernel of what is of the weight only may round a weight, and its
+# scale, to bfloat16 before it multiplies, 2^-9 of each product. The integers themselves are exact in bfloat16.
 linear_int8_weight_only = register(
     Op(
         "linear_int8_weight_only",
@@ -299,3 +306,12 @@ linear_int8_weight_only = register(
 )
 linear_int8 = register(Op("linear_int8", _linear_int8, cost=_cost(8), cases=_int8_cases, meta=dense.linear_meta))
 linear_int4 = register(Op("linear_int4", _linear_int4, cost=_cost(4), cases=_int4_cases, meta=dense.linear_meta))
+linear_int4_weight_only = register(
+    Op(
+        "linear_int4_weight_only",
+        _linear_int4_weight_only,
+        cost=_cost(4),
+        cases=_int4_cases,
+        meta=dense.linear_meta,
+    )
+)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from skyline.ops import quantized
-from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
+from skyline.ops.contract import Case, CaseGenerator, Cost, Op, nbytes, randn, register
 from skyline.ops.quantized import QuantizedWeight
 
 Linear = Callable[[Tensor, QuantizedWeight, Tensor | None, bool], Tensor]
@@ -63,11 +63,25 @@ def _moe_experts_int4(
     return mixture(x, gate_up, down, weights, ids, quantized.linear_int4.reference)
 
 
+def _moe_experts_int4_weight_only(
+    x: Tensor,
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`moe_experts` in `linear_int4_weight_only`; shapes as in `moe_experts_int8`. residual [T, H] is added."""
+    y = mixture(x, gate_up, down, weights, ids, quantized.linear_int4_weight_only.reference)
+    return y if residual is None else y + residual
+
+
 def _cost(bits: int) -> Callable[..., Cost]:
-    def cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> Cost:
+    def cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, residual: Tensor | None = None) -> Cost:
         pairs, (experts, n, h), i = ids.numel(), gate_up.shape, down.shape[-1]
         expert_bytes = sum(quantized.weight_bytes(weight, bits) // experts for weight in (gate_up, down))
-        return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i))
+        extra = Cost(nbytes(residual), 0 if residual is None else residual.numel())
+        return Cost(2 * nbytes(x) + min(experts, pairs) * expert_bytes, 2 * pairs * (n * h + h * i)) + extra
 
     return cost
 
@@ -120,6 +134,18 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
             yield from _moe_cases(f" group={group} zeros={zeros}", make, dtype, generator)
 
 
+def with_residual(cases: CaseGenerator) -> CaseGenerator:
+    """Of experts: as they are, and added to a residual."""
+
+    def both(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+        for case in cases(dtype, generator):
+            yield case
+            residual = randn(case.args[0].shape, dtype, generator)
+            yield Case(f"{case.label} residual", (*case.args, residual))
+
+    return both
+
+
 # Where activations are quantized, a hidden value that is rounded to bfloat16 may become another integer.
 _TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 4e-2), torch.float16: (4e-3, 1e-2)}
 
@@ -149,6 +175,16 @@ moe_experts_int4 = register(
         cost=_cost(4),
         cases=_int4_cases,
         tolerance=_TOLERANCE,
+        meta=_meta,
+    )
+)
+moe_experts_int4_weight_only = register(
+    Op(
+        "moe_experts_int4_weight_only",
+        _moe_experts_int4_weight_only,
+        cost=_cost(4),
+        cases=with_residual(_int4_cases),
+        tolerance=_TOLERANCE,  # hidden values are rounded, and each expert's result
         meta=_meta,
     )
 )

@@ -194,9 +194,10 @@ class DecodeGraphs:
             self._record_size(self._due.pop())
 
     def time_step(self, size: int, context: int, knobs: Knobs, repeats: int = 9) -> float:
-        """Median seconds of a recorded step of `size` requests with so many tokens each.
+        """Median seconds of a recorded step of `size` requests with so many tokens each, the last ones chosen at random:
+        those of a mixture would all go to the same experts if they were the same.
 
-        Overwrites KV cache and tables. Raises what recording it raises.
+        Overwrites KV cache, tables and tokens. Raises what recording it raises.
         """
         blocks = -(-context // self._block_size)
         own = torch.arange(size * blocks, dtype=torch.int32, device=self._device).view(size, blocks)
@@ -207,7 +208,9 @@ class DecodeGraphs:
         inputs[_STATE_READS], inputs[_STATE_WRITES] = -1, -1  # recurrent states begin, and none is kept
         inputs[_PLACES:] = own[:, -1].long() * self._block_size + (context - 1) % self._block_size
         with using(knobs):
-            self._run(inputs, True)  # compiles
+            vocabulary = self._run(inputs, True).logits.shape[1]  # compiles
+            chosen = torch.randint(vocabulary, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+            self._token_ids[:size, context - 1] = chosen.to(self._device)
             graph = record(lambda: self._run(inputs, True), self._pool).graph
         return _replay_seconds(graph, repeats)
 

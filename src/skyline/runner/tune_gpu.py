@@ -22,6 +22,7 @@ from skyline.runner.loader import LoadedModel, load_model
 SIZES = (1, 4, 16, 64, 256)
 CONTEXT = 1024  # tokens of each request in the steps that are timed, at most
 _STREAMED = frozenset({"moe_experts", "fused_experts", "moe_experts_clamped"})  # of one token, without tiles
+_IN_WORDS = frozenset({"moe_experts_fp4", "moe_experts_clamped_fp4", "moe_experts_int4_weight_only"})
 _MARGIN = 0.005  # what is not faster by so much is not worth another setting
 
 
@@ -111,9 +112,14 @@ def _names(size: int, ops: set[str]) -> list[str]:
         names.append("experts_stream")
     elif size == 1 and "moe_experts_fp8" in experts:
         names.append("experts_fp8")
+    elif size == 1 and experts & _IN_WORDS:
+        names += ["words_gated", "words_down"]
     elif experts:
         names += ["experts_band", "experts_rows", "experts_stages", "experts_warps"]
-    if size == 1:
+    words = any(op.endswith(("linear_fp4", "linear_int4", "linear_int4_weight_only")) for op in ops)
+    if size == 1 and words:
+        names += ["words"] if "words_gated" in names else ["words", "words_gated"]
+    elif size == 1:
         names += ["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"]
     elif fp8 and size <= 64:
         names += ["early_scales", "bands"]

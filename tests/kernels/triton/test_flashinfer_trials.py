@@ -180,7 +180,7 @@ def test_norm_and_activation(broken: bool, library: Library) -> None:
 def test_attention(broken: bool, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in gives zeros, or raises: either way the answer is right, and it is asked once."""
     attention = import_module(f"{PACKAGE}.attention")
-    monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "capability", lambda device: (10, 0))
     monkeypatch.setattr(attention.step, "_WORKSPACE", 16)
     library.broken = broken
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,9 @@ No GPU runs the PTX here, so a few lines of Python do.
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,14 +71,13 @@ def test_scales_of_mxfp4_from_end_to_end() -> None:
     assert torch.equal(again.scales, weight.scales) and torch.equal(again.values, weight.values)
 
 
-def _run(ptx: str, word: int, factor: int | None) -> list[int]:
-    """What the PTX leaves in its eight outputs: 16 bits each. factor: the bits of a bfloat16."""
-    registers = {"$8": word}
-    if factor is not None:
-        registers["$9"] = factor
-    outputs = [0] * 8
+def _run(ptx: str, outputs: int, inputs: list[Any]) -> list[Any]:
+    """What the PTX leaves in so many outputs: 16 bits each, or a float32. inputs: bits, or floats."""
+    registers: dict[str, Any] = {f"${outputs + place}": value for place, value in enumerate(inputs)}
 
-    def value(name: str) -> int:
+    def value(name: str) -> Any:
+        if name == "0f00000000":
+            return 0.0
         return int(name, 0) if name[0].isdigit() else registers[name]
 
     body = re.sub(r"\.reg [^;]*;", "", ptx.strip()[1:-1])
@@ -86,10 +87,12 @@ def _run(ptx: str, word: int, factor: int | None) -> list[int]:
         if op == "mov.b32" and "{" in rest:
             if rest.startswith("{"):
                 low, high, source = names
-                outputs[int(low[1:])], outputs[int(high[1:])] = value(source) & 0xFFFF, value(source) >> 16
+                registers[low], registers[high] = value(source) & 0xFFFF, value(source) >> 16
             else:
                 registers[names[0]] = value(names[1]) | value(names[2]) << 16
-        elif op == "mov.b32":
+        elif op == "mov.b32" and names[0] in ("a", "b"):
+            registers[names[0]] = float(np.array(value(names[1]), np.uint32).view(np.float32))
+        elif op in ("mov.b32", "mov.f32"):
             registers[names[0]] = value(names[1])
         elif op == "shl.b32":
             registers[names[0]] = value(names[1]) << value(names[2]) & _ALL
@@ -100,11 +103,14 @@ def _run(ptx: str, word: int, factor: int | None) -> list[int]:
         elif op == "lop3.b32":
             assert names[4] == "0xEA"  # a & b | c
             registers[names[0]] = value(names[1]) & value(names[2]) | value(names[3])
+        elif op == "fma.rn.f32":
+            registers[names[0]] = value(names[1]) * value(names[2]) + value(names[3])
         else:
-            assert op == "fma.rn.bf16x2" and value(names[3]) == 0x80008000  # of -0.0: the product alone
-            halves = [_float(value(names[1]) >> at & 0xFFFF) * _float(value(names[2]) >> at & 0xFFFF) for at in (0, 16)]
+            assert op == "fma.rn.bf16x2"
+            a, b, c = (value(name) for name in names[1:])
+            halves = [_float(a >> at & 0xFFFF) * _float(b >> at & 0xFFFF) + _float(c >> at & 0xFFFF) for at in (0, 16)]
             registers[names[0]] = _bits(halves[0]) | _bits(halves[1]) << 16
-    return outputs
+    return [registers[f"${place}"] for place in range(outputs)]
 
 
 def _float(bits: int) -> float:
@@ -120,15 +126,29 @@ def test_ptx_of_fp4(scale: float) -> None:
     codes = torch.randperm(16, generator=_generator()).to(torch.uint8)
     for half in codes.view(2, 8):
         word = int(pack_words(half)[0]) & _ALL
-        found = _run(four_bits._FP4.value, word, _bits(scale * 2.0**126))
+        found = _run(four_bits._FP4.value, 8, [word, _bits(scale * 2.0**126)])
         numbers = [(-1.0 if code & 8 else 1.0) * E2M1[code & 7] * scale for code in half.tolist()]
         assert [_float(bits) for bits in found] == numbers
 
 
-def test_ptx_of_int4() -> None:
+@pytest.mark.parametrize("zero", [8.0, 2.5])
+def test_ptx_of_int4(zero: float) -> None:
+    scale = 1.625 * 2.0**-5
     for half in torch.randperm(16, generator=_generator()).to(torch.uint8).view(2, 8):
-        found = _run(four_bits._INT4.value, int(pack_words(half)[0]) & _ALL, None)
-        assert [_float(bits) for bits in found] == [128.0 + value for value in half.tolist()]
+        found = _run(four_bits._INT4.value, 8, [int(pack_words(half)[0]) & _ALL, _bits(scale), _bits(-zero * scale)])
+        expected = [(value - zero) * scale for value in half.tolist()]
+        assert [_float(bits) for bits in found] == [_float(_bits(value)) for value in expected]
+
+
+def test_ptx_of_a_word_times_eight() -> None:
+    x = torch.randn(8, dtype=torch.float64, generator=_generator()).tolist()
+    for half in torch.randperm(16, generator=_generator()).to(torch.uint8).view(2, 8):
+        word = int(pack_words(half)[0]) & _ALL
+        (found,) = _run(four_bits._TIMES_INT4.value, 1, [word, *x])
+        assert found == pytest.approx(sum((128 + value) * each for value, each in zip(half.tolist(), x, strict=True)))
+        numbers = [(-1.0 if code & 8 else 1.0) * E2M1[code & 7] for code in half.tolist()]
+        (found,) = _run(four_bits._TIMES_FP4.value, 1, [word, *x])
+        assert found * 2.0**126 == pytest.approx(sum(a * b for a, b in zip(numbers, x, strict=True)))
 
 
 def test_weights_are_words_where_kernels_are_chosen() -> None:

@@ -27,6 +27,7 @@ from skyline.ops import (
 )
 from skyline.ops.formats import IntegerFormat, set_integers
 from skyline.ops.fp8 import quantize_fp8
+from skyline.quantization import quantize_int4
 from tests.kernels.triton.test_ops import KERNELS
 
 H200 = GPUS["h200"]  # which kernels take a CPU for
@@ -171,6 +172,7 @@ def _delta(starts: list[int], lengths: list[int]) -> tuple[Any, ...]:
 
 WEIGHT = torch.zeros((256, 128), dtype=BFLOAT16)
 FP8 = quantize_fp8(torch.ones((256, 128)))
+INT4 = pack_int4(quantize_int4(torch.ones((256, 128))))
 FP8_BLOCKS = Fp8Weight(FP8.values, torch.ones((2, 1)))
 
 
@@ -194,6 +196,9 @@ def _attention_linear(weight: Fp8Weight, starts: list[int], longest: int = 1) ->
         (_linear("fused_linear", WEIGHT, _rows(1, 128), True), 1),
         (_linear("fused_linear", WEIGHT, _rows(16, 128), True), 3),
         (_linear("fused_linear", WEIGHT, _rows(16, 128), False), 2),
+        (_linear("fused_linear_int4", INT4, _rows(1, 128), True), 1),
+        (_linear("fused_linear_int4", INT4, _rows(2, 128), True), 2),
+        (_linear("fused_linear_int4", INT4, _rows(70, 128), False), 2),
         (_linear("fused_linear_fp8", FP8, _rows(1, 128), True), 1),
         (_linear("fused_linear_fp8", FP8, _rows(2, 128), True), 2),
         (_linear("fused_linear_fp8", FP8, _rows(64, 128), False), 2),
@@ -214,7 +219,7 @@ def _attention_linear(weight: Fp8Weight, starts: list[int], longest: int = 1) ->
         (_experts_fp8(1, True), 5),
         (_experts_fp8(32, True), 5),
         (_experts_fp8(33, False), 6),
-        (_experts_fp4(1), 3),
+        (_experts_fp4(1), 2),
         (_experts_fp4(32), 3),
         (_experts_fp4(33), 4),
         (_attention([99], [1]), 1),

@@ -117,8 +117,8 @@ def test_experts_in_int4_at_larger_shapes(choose: Choose, shape: tuple[int, ...]
         for weight in _weights(experts, h, i, BF16, generator)
     )
     ids, weights = choose(tokens, top_k, experts, generator), torch.rand((tokens, top_k), generator=generator)
-    expected = ops.moe_experts_int4(x.float(), gate_up, down, weights, ids)
-    got = moe_bytes.moe_experts_int4(*(moved(each) for each in (x, gate_up, down, weights, ids)))
+    expected = ops.moe_experts_int4_weight_only(x.float(), gate_up, down, weights, ids)
+    got = moe.moe_experts_int4_weight_only(*(moved(each) for each in (x, gate_up, down, weights, ids)))
     assert (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
 
 
@@ -199,7 +199,7 @@ def test_every_tile_of_fp4_computes_the_same(monkeypatch: pytest.MonkeyPatch) ->
     gate_up, down = _fp4(2, 288, 128, MXFP4_GROUP, generator), _fp4(2, 128, 144, MXFP4_GROUP, generator)
     ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
     expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids)
-    for _, tile in moe_tiles._FP4_TILES:
+    for _, tile in moe_tiles._WORD_TILES:
         monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
         _close(moe.moe_experts_fp4(*map(moved, (x, gate_up, down, weights, ids))), expected, torch.bfloat16)
 

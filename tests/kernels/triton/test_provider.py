@@ -104,10 +104,10 @@ def test_packed_int4_goes_to_the_reference(failing: None, monkeypatch: pytest.Mo
     for weight in (weights[0], stacked(weights)):  # a matrix, and those of two experts
         again = unpack_int4(pack_int4(weight))
         assert torch.equal(again.values, weight.values) and torch.equal(again.dequantize(), weight.dequantize())
-    monkeypatch.setattr(quantized, "linear_int4", _cannot)
+    monkeypatch.setattr(quantized, "linear_int4_weight_only", _cannot)
     x = torch.randn(3, 70, generator=generator)
-    got = _registered(monkeypatch, "linear_int4", "quantized").run(x, pack_int4(weights[0]))  # type: ignore[attr-defined]
-    assert torch.equal(got, OPS["linear_int4"].reference(x, weights[0]))
+    got = _registered(monkeypatch, "linear_int4_weight_only", "quantized").run(x, pack_int4(weights[0]))  # type: ignore[attr-defined]
+    assert torch.equal(got, OPS["linear_int4_weight_only"].reference(x, weights[0]))
 
 
 @pytest.mark.parametrize("group", [16, 32])

@@ -2,10 +2,10 @@
 
 On an H200 those that Hopper has gave our results, and were timed beside Triton's
 (benchmarks/results/2026-11-27-gpu-h200-flashinfer.json): attention of long prompts took two thirds of Triton's time,
-products with FP8 weights in blocks half of it, norms, activations and decode steps of many requests longer. No model
-has run with them yet, and the library compiles most of its kernels, for seconds to minutes, when they are first used.
-So they go behind Triton's and wait to be asked for, by `--prefer-kernels flashinfer`. What a call asks that they do not
-serve goes on to Triton's kernel. Every call's signature is checked in CI (tests/kernels/test_flashinfer.py), against
+products with FP8 weights in blocks half of it; norms, activations and decode steps longer, so those stay Triton's on
+Hopper. The library compiles most of its kernels, for seconds to minutes, when they are first used. So they go behind
+Triton's and wait to be asked for, by `--prefer-kernels flashinfer`. What a call asks that they do not serve goes on to
+Triton's kernel. Every call's signature is checked in CI (tests/kernels/test_flashinfer.py), against
 version 0.7.2.
 
 Attention splits a step into a plan, made once, and a run a layer. A plan needs the contexts' lengths on the host, which
@@ -49,6 +49,13 @@ def supports(request: Request) -> str | None:
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, not {str(request.dtype).removeprefix('torch.')}"
     return None
+
+
+def _supports_dense(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    return "Triton's kernel took less time on Hopper" if request.gpu.capability[0] == 9 else None
 
 
 def _supports_attention(request: Request) -> str | None:
@@ -95,8 +102,8 @@ def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, 
     register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches))
 
 
-_provide("rms_norm", "dense")
-_provide("silu_mul", "dense")
+_provide("rms_norm", "dense", _supports_dense)
+_provide("silu_mul", "dense", _supports_dense)
 _provide("paged_attention", "attention", _supports_attention)
 _provide("rope_attention", "attention", _supports_attention)
 _provide("linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})

@@ -33,7 +33,7 @@ def serves(shape: calls.Shape, decodes: bool, capability: tuple[int, int]) -> bo
     if shape.heads // shape.kv_heads > _MOST_GROUPED:
         return False
     if decodes:
-        return shape.softcap is None and capability[0] in (9, 10, 12)
+        return shape.softcap is None and capability[0] in (10, 12)
     return shape.softcap is None or capability[0] != 10
 
 

@@ -184,10 +184,12 @@ provide("moe_experts_fp8", "moe_bytes", {1: fp8_layout(1), 2: fp8_layout(2)}, su
 
 provide("linear_int8", "quantized", {1: INT8})
 provide("linear_int8_weight_only", "quantized", {1: INT8})
-provide("linear_int4", "quantized", {1: int4_layout(1)})
-provide("linear_fp4", "quantized", {1: fp4_words_layout(1)})
+for _op in ("linear_int4_weight_only", "fused_linear_int4"):
+    provide(_op, "quantized", {1: int4_layout(1)})
+for _op in ("linear_fp4", "fused_linear_fp4"):
+    provide(_op, "quantized", {1: fp4_words_layout(1)})
 provide("moe_experts_fp4", "moe", {1: fp4_words_layout(1), 2: fp4_words_layout(2)})
 provide("moe_experts_clamped_fp4", "moe", {1: fp4_words_layout(1), 3: fp4_words_layout(3)})
 provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})
 provide("moe_experts_int8_weight_only", "moe_bytes", {1: INT8, 2: INT8})
-provide("moe_experts_int4", "moe_bytes", {1: int4_layout(1), 2: int4_layout(2)})
+provide("moe_experts_int4_weight_only", "moe", {1: int4_layout(1), 2: int4_layout(2)})

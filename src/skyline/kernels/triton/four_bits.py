@@ -12,7 +12,8 @@ import triton.language as tl
 
 from skyline.kernels.triton.layouts import NVFP4_LESS, SYMMETRIC_ZERO
 
-SYMMETRIC = tl.constexpr(128.0 + SYMMETRIC_ZERO)  # the zero point of `int4_numbers` without one of their own
+SYMMETRIC = tl.constexpr(float(SYMMETRIC_ZERO))  # the zero point of int4 without one of their own
+FP4, INT4 = (tl.constexpr(kind) for kind in range(2))
 
 # bfloat16 is a sign, 8 bits of exponent and 7 of mantissa; a code is a sign, 2 bits and 1. Moved to the lowest bits of
 # the exponent and the highest of the mantissa it is the code's number times 2^-126, also where that is subnormal.
@@ -32,17 +33,45 @@ _FP4 = tl.constexpr(
     + "}"
 )
 _FP4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h")
-# Below 2^8 the lowest bits of bfloat16's mantissa are the integer.
+# Below 2^8 the lowest bits of bfloat16's mantissa are the integer: 128 more than it, exactly. That is taken off before
+# the scale is multiplied, for its product would be rounded.
+_INT4_PAIR = "shr.u32 pair, $%d, %d; lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;"
 _INT4 = tl.constexpr(
-    "{ .reg .b32 pair;"
+    "{ .reg .b32 pair, one, less, scale, zero; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC300C300;"
+    "mov.b32 scale, {$9, $9}; mov.b32 zero, {$10, $10};"
     + "".join(
-        f"shr.u32 pair, $8, {4 * j}; lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;"
+        _INT4_PAIR % (8, 4 * j) + "fma.rn.bf16x2 pair, pair, one, less; fma.rn.bf16x2 pair, pair, scale, zero;"
         f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, pair;"
         for j in range(4)
     )
     + "}"
 )
-_INT4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
+_INT4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
+
+# A word's eight numbers times as many of x, in float32: two neighbours lie in the halves of a register as above, each
+# of which is the upper half of a float32. FP4 come out 2^126 too small, which x makes up for.
+_SUM = (
+    "shl.b32 low, pair, 16; and.b32 high, pair, 0xFFFF0000; mov.b32 a, low; mov.b32 b, high;"
+    "fma.rn.f32 $0, a, $%d, $0; fma.rn.f32 $0, b, $%d, $0;"
+)
+_FP4_SHIFTS = ((12, "shl.b32", 6), (8, "shl.b32", 2), (4, "shr.u32", 2), (0, "shr.u32", 6))
+_TIMES_FP4 = tl.constexpr(
+    "{ .reg .b32 sign, pair, low, high; .reg .f32 a, b; mov.f32 $0, 0f00000000;"
+    + "".join(
+        f"shl.b32 sign, $1, {up}; and.b32 sign, sign, 0x80008000; {shift} pair, $1, {by};"
+        "lop3.b32 pair, pair, 0x01C001C0, sign, 0xEA;" + _SUM % (2 * j + 2, 2 * j + 3)
+        for j, (up, shift, by) in enumerate(_FP4_SHIFTS)
+    )
+    + "}"
+)
+_TIMES_INT4 = tl.constexpr(
+    "{ .reg .b32 pair, low, high; .reg .f32 a, b; mov.f32 $0, 0f00000000;"
+    + "".join(_INT4_PAIR % (1, 4 * j) + _SUM % (2 * j + 2, 2 * j + 3) for j in range(4))
+    + "}"
+)
+_TIMES_OPERANDS = tl.constexpr("=&f,r,f,f,f,f,f,f,f,f")
+# Of x, so that neither the products nor a group's scale times them leave float32.
+_RAISED = tl.constexpr(2.0**63)
 _SCALE = tl.constexpr(2.0 ** (126 - NVFP4_LESS + 8))
 
 
@@ -64,12 +93,6 @@ def _e2m1(codes):
     """0..15 -> float32, times 2^-14: moved up they are float16, whose exponents are biased by 14 more."""
     bits = codes.to(tl.int16)
     return (((bits & 7) << 9) | ((bits & 8) << 12)).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _biased(nibbles):
-    """Integers 0..15 -> 128 more, in bfloat16."""
-    return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -143,15 +166,24 @@ def a_byte(weight, N: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def int4_numbers(words, byte, NATIVE: tl.constexpr):
-    """[.., N, words] -> [.., N, columns] bfloat16: 128 more than the integers 0..15, which are exact so."""
+def _less(nibbles, zero, scale, TYPE: tl.constexpr):
+    return ((nibbles.to(tl.float32) - zero) * scale).to(TYPE)
+
+
+@triton.jit
+def int4_numbers(words, byte, scales, zeros, NATIVE: tl.constexpr, TYPE: tl.constexpr):
+    """words [.., N, words]; scales, zeros float32 [.., N, parts of a row] -> [.., N, columns] of TYPE.
+
+    NATIVE: as in `fp4_numbers`; scale, and scale * zero, are rounded to bfloat16 then.
+    """
+    scale, zero = _spread(scales, words), _spread(zeros, words)
     if NATIVE:
         nothing = byte.to(tl.int32) >> 8
         words = words | (nothing[None, :, None] if len(words.shape) == 3 else nothing[:, None])
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             _INT4,
             _INT4_OPERANDS,
-            [words],
+            [words, scale.to(tl.bfloat16), (-zero * scale).to(tl.bfloat16)],
             dtype=(
                 tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
             ),
@@ -159,8 +191,127 @@ def int4_numbers(words, byte, NATIVE: tl.constexpr):
             pack=1,
         )  # fmt: skip
     else:
-        c0, c1 = _biased(_nibble(words, 0)), _biased(_nibble(words, 1))
-        c2, c3 = _biased(_nibble(words, 2)), _biased(_nibble(words, 3))
-        c4, c5 = _biased(_nibble(words, 4)), _biased(_nibble(words, 5))
-        c6, c7 = _biased(_nibble(words, 6)), _biased(_nibble(words, 7))
+        c0, c1 = _less(_nibble(words, 0), zero, scale, TYPE), _less(_nibble(words, 1), zero, scale, TYPE)
+        c2, c3 = _less(_nibble(words, 2), zero, scale, TYPE), _less(_nibble(words, 3), zero, scale, TYPE)
+        c4, c5 = _less(_nibble(words, 4), zero, scale, TYPE), _less(_nibble(words, 5), zero, scale, TYPE)
+        c6, c7 = _less(_nibble(words, 6), zero, scale, TYPE), _less(_nibble(words, 7), zero, scale, TYPE)
     return _row(c0, c1, c2, c3, c4, c5, c6, c7)
+
+
+@triton.jit
+def _halves(pairs):
+    """int32 of two bfloat16 -> float32, the lower and the upper one."""
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _eighth(at, word, k, PLACE: tl.constexpr):
+    column = 8 * word + PLACE
+    return tl.load(at + column, mask=column < k, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def eights(at, first, k, STEP: tl.constexpr, NATIVE: tl.constexpr):
+    """Numbers [K] at `at`, STEP words of eight from word `first` on, float32: each word's first to eighth [STEP].
+
+    Behind the last they are zeros. NATIVE: they are bfloat16, k and the address multiples of 8 of them.
+    """
+    word = first + tl.arange(0, STEP)
+    if NATIVE:
+        # Each thread loads what it multiplies: a tile that Triton loads, and splits, goes through shared memory.
+        inside = 8 * word < k
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [at.to(tl.int64) + 16 * tl.where(inside, word, 0).to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,  # it may not move ahead of a wait
+            pack=1,
+        )
+        x0, x1 = _halves(tl.where(inside, p0, 0))
+        x2, x3 = _halves(tl.where(inside, p1, 0))
+        x4, x5 = _halves(tl.where(inside, p2, 0))
+        x6, x7 = _halves(tl.where(inside, p3, 0))
+    else:
+        x0, x1, x2 = _eighth(at, word, k, 0), _eighth(at, word, k, 1), _eighth(at, word, k, 2)
+        x3, x4, x5 = _eighth(at, word, k, 3), _eighth(at, word, k, 4), _eighth(at, word, k, 5)
+        x6, x7 = _eighth(at, word, k, 6), _eighth(at, word, k, 7)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _scale_bits(at, SIZE: tl.constexpr, NATIVE: tl.constexpr):
+    """What is at these addresses: uint8 as int32, or float16. Loaded by the threads that use it, as in `eights`."""
+    if not NATIVE:
+        bits = tl.load(at)
+    elif SIZE == 1:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.u8 $0, [$1];", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.u16 $0, [$1];", "=h,l", [at.to(tl.int64)], dtype=tl.int16, is_pure=True, pack=1
+        ).to(tl.float16, bitcast=True)
+    return bits
+
+
+@triton.jit
+def times_words(
+    words, x0, x1, x2, x3, x4, x5, x6, x7, scale_at, zero_at, group, groups, stride,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Each of words [N, STEP] as eight numbers, times eight of x, each [1, STEP], summed up: float32 [N, STEP].
+
+    scale_at, zero_at: addresses [N] of each row's first scale, and zero point with ZEROS; of its others, `stride`
+    scales apart, those from `group` on are its words', and there are `groups`. Scales are float16 of int4, uint8 of
+    FP4, as in skyline.kernels.triton.layouts; the sums of FP4 are `lowered` too large.
+    """
+    PARTS: tl.constexpr = words.shape[1] * 8 // GROUP
+    part = tl.minimum(group + tl.arange(0, PARTS), groups - 1).to(tl.int64) * stride  # what lies behind is times 0
+    if KIND == FP4:
+        factors = fp4_factors(_scale_bits(scale_at[:, None] + part[None, :], 1, NATIVE), GROUP)
+        if NATIVE:
+            sums = tl.inline_asm_elementwise(
+                _TIMES_FP4,
+                _TIMES_OPERANDS,
+                [
+                    words, x0 * _RAISED, x1 * _RAISED, x2 * _RAISED, x3 * _RAISED,
+                    x4 * _RAISED, x5 * _RAISED, x6 * _RAISED, x7 * _RAISED,
+                ],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        else:
+            factors *= 1.925929944387236e-34  # 2^-112
+            sums = _e2m1(_nibble(words, 0)) * x0 + _e2m1(_nibble(words, 1)) * x1
+            sums += _e2m1(_nibble(words, 2)) * x2 + _e2m1(_nibble(words, 3)) * x3
+            sums += _e2m1(_nibble(words, 4)) * x4 + _e2m1(_nibble(words, 5)) * x5
+            sums += _e2m1(_nibble(words, 6)) * x6 + _e2m1(_nibble(words, 7)) * x7
+    else:
+        factors = _scale_bits(scale_at[:, None] + part[None, :], 2, NATIVE).to(tl.float32)
+        zero = SYMMETRIC
+        if ZEROS:
+            zero = _spread(_scale_bits(zero_at[:, None] + part[None, :], 2, NATIVE).to(tl.float32), words)
+        of_x = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+        if NATIVE:
+            sums = tl.inline_asm_elementwise(
+                _TIMES_INT4,
+                _TIMES_OPERANDS,
+                [words, x0, x1, x2, x3, x4, x5, x6, x7],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+            sums -= of_x * (zero + 128.0)
+        else:
+            sums = _nibble(words, 0) * x0 + _nibble(words, 1) * x1 + _nibble(words, 2) * x2 + _nibble(words, 3) * x3
+            sums += _nibble(words, 4) * x4 + _nibble(words, 5) * x5 + _nibble(words, 6) * x6 + _nibble(words, 7) * x7
+            sums -= of_x * zero
+    return sums * _spread(factors, words)
+
+
+@triton.jit
+def lowered(sums, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Sums of `times_words` as they should be."""
+    return sums * 1.0842021724855044e-19 if KIND == FP4 and NATIVE else sums  # 2^-63

@@ -18,6 +18,8 @@ class Knobs(msgspec.Struct, frozen=True):
     vector, gated            products of one row of x: rows of the weight and columns a tile, warps; gated: silu_mul
     fp8_vector, fp8_normed,  the same of FP8: plain, behind a norm, with silu_mul
     fp8_gated
+    words, words_gated,      the same of four bits: plain, with silu_mul, and one token's experts on their way down
+    words_down
     bands                    FP8 products of few rows: rows and columns, warps, stages
     early_scales             whether attention writes FP8 also for weights with scales by rows
     splits, keys, stages     attention: programs a multiprocessor, keys of a tile, stages of its pipeline
@@ -32,6 +34,9 @@ class Knobs(msgspec.Struct, frozen=True):
     fp8_vector: tuple[int, int, int] = (8, 2048, 4)
     fp8_normed: tuple[int, int, int] = (8, 1024, 2)
     fp8_gated: tuple[int, int, int] = (2, 1024, 2)
+    words: tuple[int, int, int] = (8, 1024, 2)
+    words_gated: tuple[int, int, int] = (4, 1024, 2)
+    words_down: tuple[int, int, int] = (8, 1024, 2)
     bands: tuple[int, int, int, int] = (64, 256, 4, 5)
     early_scales: bool = False
     splits: int = 2
@@ -55,6 +60,9 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "fp8_vector": ((8, 2048, 4), (4, 2048, 4), (4, 2048, 1)),
     "fp8_normed": ((8, 1024, 2), (4, 1024, 2), (4, 1024, 1)),
     "fp8_gated": ((2, 1024, 2), (4, 1024, 2), (4, 2048, 4)),
+    "words": ((8, 1024, 2), (4, 1024, 1), (4, 1024, 2), (16, 1024, 4), (8, 2048, 4)),
+    "words_gated": ((4, 1024, 2), (2, 1024, 1), (4, 1024, 1), (8, 1024, 4), (4, 2048, 4)),
+    "words_down": ((8, 1024, 2), (4, 1024, 1), (4, 1024, 2), (16, 1024, 4), (2, 1024, 1)),
     "early_scales": (False, True),
     "experts_rows": (0, 16, 32, 64, 128),
     "experts_band": (0, 32, 64, 128, 256),

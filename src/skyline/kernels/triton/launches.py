@@ -47,6 +47,20 @@ def _fused_linear(
     return 1 + (norm is not None) + silu_mul + adds
 
 
+def _fused_words(
+    gpu: Gpu,
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> int:
+    """More rows than one are normed by themselves."""
+    return 1 + (norm is not None and x.shape[0] > 1)
+
+
 def _fused_linear_fp8(
     gpu: Gpu,
     x: Tensor,
@@ -133,20 +147,6 @@ def _moe_experts_clamped(
 def _moe_experts_grouped(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
     """Of one token as of many: both products, and the sum over choices."""
     return 3 + (ids.numel() > FEW_PAIRS)
-
-
-def _moe_experts_clamped_fp4(
-    gpu: Gpu,
-    x: Tensor,
-    gate_up: Any,
-    gate_up_bias: Tensor,
-    down: Any,
-    down_bias: Tensor,
-    weights: Tensor,
-    ids: Tensor,
-    *_: Any,
-) -> int:
-    return _moe_experts_grouped(gpu, x, gate_up, down, weights, ids)
 
 
 def _moe_experts_fp8(
@@ -264,7 +264,8 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "gated_mlp_fp8": _gated_mlp_fp8,
     "attention_linear_fp8": _attention_linear_fp8,
     "linear_int8": _two,
-    "linear_int4": _two,
+    "fused_linear_fp4": _fused_words,
+    "fused_linear_int4": _fused_words,
     "router": _two,
     "norm_router": _two,
     "moe_sort": _two,
@@ -272,13 +273,13 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "fused_experts": _moe_experts,
     "moe_experts_fp8": _moe_experts_fp8,
     "moe_experts_clamped": _moe_experts_clamped,
-    "moe_experts_fp4": _moe_experts_grouped,
-    "moe_experts_clamped_fp4": _moe_experts_clamped_fp4,
+    "moe_experts_fp4": _moe_experts,
+    "moe_experts_clamped_fp4": _moe_experts_clamped,
     "moe_experts_ragged": _two,
     "moe_experts_padded": _two,
     "moe_experts_int8": _moe_experts_quantized,
     "moe_experts_int8_weight_only": _moe_experts_grouped,
-    "moe_experts_int4": _moe_experts_quantized,
+    "moe_experts_int4_weight_only": _moe_experts,
     "paged_attention": _paged_attention,
     "rope_attention": _rope_attention,
     "latent_attention": _latent_attention,

@@ -231,6 +231,14 @@ def unpack_fp4(weight: Fp4Words) -> Fp4Weight:
     return Fp4Weight(values, codes, torch.ones_like(rows), weight.group)
 
 
+def int4_words(weight: QuantizedWeight | Int4Weight) -> Int4Weight:
+    return pack_int4(weight) if isinstance(weight, QuantizedWeight) else weight
+
+
+def fp4_words(weight: Fp4Weight | Fp4Words) -> Fp4Words:
+    return pack_fp4(weight) if isinstance(weight, Fp4Weight) else weight
+
+
 INT8 = Int8Layout()
 FP4_WORDS = {group: Fp4WordsLayout(group) for group in (MXFP4_GROUP, NVFP4_GROUP)}
 INT4 = {(group, zeros): Int4Layout(group, zeros) for group in GROUPS for zeros in (False, True)}

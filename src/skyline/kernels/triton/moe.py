@@ -1,6 +1,6 @@
 """Mixture of experts: few launches, and nothing that depends on values the device has.
 
-One token streams its experts' weights (moe_stream.py). More tokens, or FP4: tiles of an expert's rows (moe_tiles.py,
+One token streams its experts' weights (moe_stream.py, words.py). More tokens: tiles of an expert's rows (moe_tiles.py,
 moe_products.py), which for few pairs of token and expert are found by looking at all ids, else after a sort; then a sum
 over a token's choices.
 """
@@ -14,13 +14,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
-from skyline.kernels.triton.layouts import Fp4Words, pack_fp4
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, fp4_words, int4_words
 from skyline.kernels.triton.moe_products import grouped_experts
 from skyline.kernels.triton.moe_stream import stream
 from skyline.kernels.triton.moe_tiles import Groups, Kind, Tile, tile_for
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import FEW_PAIRS
-from skyline.ops import Fp4Weight
+from skyline.kernels.triton.words import Words, few_experts
+from skyline.ops import Fp4Weight, QuantizedWeight
 
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
 _SORT_BLOCK = 4096
@@ -189,9 +190,9 @@ def moe_sort(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
 
 def _experts(
     x: Tensor,
-    gate_up: Tensor | Fp4Words,
+    gate_up: Tensor | Words,
     gate_up_bias: Tensor | None,
-    down: Tensor | Fp4Words,
+    down: Tensor | Words,
     down_bias: Tensor | None,
     weights: Tensor,
     ids: Tensor,
@@ -203,9 +204,12 @@ def _experts(
     weights, ids = weights.contiguous(), ids.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
-    if tokens <= _STREAM_TOKENS and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
-    kind: Kind = "fp4" if isinstance(gate_up, Fp4Words) else "plain"
+    kind: Kind = "plain" if isinstance(gate_up, Tensor) else "words"
+    if tokens <= _STREAM_TOKENS:
+        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+            return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
+        if not isinstance(gate_up, Tensor) and not isinstance(down, Tensor):
+            return few_experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
     groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
     rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
     return combine(rows, None, weights, residual)
@@ -233,14 +237,26 @@ def moe_experts_clamped(
     return _experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit)
 
 
-def _words(weight: Fp4Weight | Fp4Words) -> Fp4Words:
-    return pack_fp4(weight) if isinstance(weight, Fp4Weight) else weight
-
-
 def moe_experts_fp4(
-    x: Tensor, gate_up: Fp4Weight | Fp4Words, down: Fp4Weight | Fp4Words, weights: Tensor, ids: Tensor
+    x: Tensor,
+    gate_up: Fp4Weight | Fp4Words,
+    down: Fp4Weight | Fp4Words,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    return _experts(x, _words(gate_up), None, _words(down), None, weights, ids)
+    return _experts(x, fp4_words(gate_up), None, fp4_words(down), None, weights, ids, residual=residual)
+
+
+def moe_experts_int4_weight_only(
+    x: Tensor,
+    gate_up: QuantizedWeight | Int4Weight,
+    down: QuantizedWeight | Int4Weight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return _experts(x, int4_words(gate_up), None, int4_words(down), None, weights, ids, residual=residual)
 
 
 def moe_experts_clamped_fp4(
@@ -254,7 +270,7 @@ def moe_experts_clamped_fp4(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    return _experts(x, _words(gate_up), gate_up_bias, _words(down), down_bias, weights, ids, alpha, limit)
+    return _experts(x, fp4_words(gate_up), gate_up_bias, fp4_words(down), down_bias, weights, ids, alpha, limit)
 
 
 def moe_experts_ragged(rows: Tensor, offsets: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

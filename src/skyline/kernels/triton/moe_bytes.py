@@ -1,9 +1,8 @@
-"""Mixtures of experts in FP8, int8 and int4: the launches of skyline.kernels.triton.moe on what is quantized.
+"""Mixtures of experts in FP8 and int8: the launches of skyline.kernels.triton.moe on what is quantized.
 
 One token in FP8: its row, and what the activation makes of it, stay as they are, and weights are read in words of four,
 as in linear_kernels.fp8_vector_kernel. Otherwise rows are quantized, with a scale for each 128 neighbours where weights
-have blocks, or, in int4, for each group of them, and tiles are products of what comes out; but for int8 of the weight
-alone, which is widened.
+have blocks, and tiles are products of what comes out; but for int8 of the weight alone, which is widened.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps
 from skyline.kernels.triton.knobs import current
-from skyline.kernels.triton.layouts import Int4Weight, pack_int4
 from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
 from skyline.kernels.triton.moe import combine, groups_of
 from skyline.kernels.triton.moe_products import Quantized, Weight, product
 from skyline.kernels.triton.moe_tiles import Kind, tile_for
-from skyline.kernels.triton.quantized import quantize_groups, quantize_rows_int8
+from skyline.kernels.triton.quantized import quantize_rows_int8
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import experts_in_words
 from skyline.ops import QuantizedWeight
@@ -227,8 +225,7 @@ def _grouped(
     (tokens, top_k), experts = ids.shape, gate_up.shape[0]
     if tokens == 0:
         return torch.empty_like(x)
-    group = gate_up.group if isinstance(gate_up, Int4Weight) else 0
-    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind, group))
+    groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
     hidden = product(quantize(x, gate_up), gate_up, groups, top_k, True, x.dtype)
     rows = product(quantize(hidden, down), down, groups, 1, False, x.dtype)
     return combine(rows, None, weights, residual)
@@ -257,15 +254,3 @@ def moe_experts_int8_weight_only(
     x: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, weights: Tensor, ids: Tensor
 ) -> Tensor:
     return _grouped(x, gate_up, down, weights, ids, "plain", lambda rows, _: rows)
-
-
-def moe_experts_int4(
-    x: Tensor, gate_up: QuantizedWeight | Int4Weight, down: QuantizedWeight | Int4Weight, weights: Tensor, ids: Tensor
-) -> Tensor:
-    first, second = (pack_int4(each) if isinstance(each, QuantizedWeight) else each for each in (gate_up, down))
-
-    def quantize(rows: Tensor, weight: Weight) -> Quantized:
-        assert isinstance(weight, Int4Weight)
-        return Quantized(*quantize_groups(rows, weight.group))
-
-    return _grouped(x, first, second, weights, ids, "int4", quantize)

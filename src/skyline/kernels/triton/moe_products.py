@@ -27,7 +27,7 @@ _TOGETHER = 8  # tiles of rows that go by before the next band of the weights is
 #   by block       FP8: x_scales [R, ceil(K / 128)], scales [E, ceil(N / 128), ceil(K / 128)]; STEP is 128
 #   weight by row  int8, of the weight alone: scales [E, N]
 #   FP4            scales [E, N, scale_stride] uint8, more [E, N], the rows' scales
-#   int4           x_scales and x_sums [groups, R], scales and more, the zero points, [E, groups, N]; STEP is GROUP
+#   int4           scales and more, the zero points, [E, groups, N] float16
 _PLAIN, _BY_ROW, _BY_BLOCK, _WEIGHT_BY_ROW, _FP4, _INT4 = (tl.constexpr(kind) for kind in range(6))
 
 
@@ -48,7 +48,6 @@ def _grouped_kernel(
     weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first; words of eight, if they have four bits
     bias,  # [E, N or 2 N], contiguous, or unused
     x_scales,  # as KIND says
-    x_sums,
     scales,
     more,
     y,  # [rows, N], contiguous
@@ -60,7 +59,6 @@ def _grouped_kernel(
     capacity,
     n,
     k,
-    x_rows,
     x_stride,
     expert_stride,
     weight_stride,
@@ -149,18 +147,15 @@ def _grouped_kernel(
             numbers = fp4_numbers(b, factors, NATIVE and a.dtype == tl.bfloat16, a.dtype)
             total = tl.dot(a, tl.trans(numbers), total, input_precision=PRECISION)
         elif KIND == _INT4:
-            group = first // GROUP
-            part = tl.dot(a, tl.trans(int4_numbers(b, byte, NATIVE)))
-            x_group = group.to(tl.int64) * x_rows + x_row
-            mine = tl.load(x_scales + x_group, mask=there, other=0.0)
-            sums = tl.load(x_sums + x_group, mask=there, other=0.0)
-            theirs = tl.load(scales + scale_at + group * matrix_rows).to(tl.float32)
+            part = first // GROUP + tl.arange(0, STEP // GROUP)
+            parts_at = scale_at[:, None] + part.to(tl.int64)[None, :] * matrix_rows
+            known = (part < groups)[None, :]
+            scale = tl.load(scales + parts_at, mask=known, other=0.0).to(tl.float32)
+            zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
             if ZEROS:
-                zero = tl.load(more + scale_at + group * matrix_rows).to(tl.float32) + 128.0
-                part -= sums[:, None] * zero[None, :]
-            else:
-                part -= sums[:, None] * SYMMETRIC
-            total += part * mine[:, None] * theirs[None, :]
+                zero = tl.load(more + parts_at, mask=known, other=0.0).to(tl.float32)
+            numbers = int4_numbers(b, byte, scale, zero, NATIVE and a.dtype == tl.bfloat16, a.dtype)
+            total = tl.dot(a, tl.trans(numbers), total, input_precision=PRECISION)
         elif KIND == _BY_BLOCK:
             blocks = tl.cdiv(k, 128)
             mine = tl.load(x_scales + x_row * blocks + first // 128, mask=there, other=0.0)
@@ -193,14 +188,10 @@ def _grouped_kernel(
 
 
 class Quantized(NamedTuple):
-    """Rows of x as bytes or integers: values [rows, K], and their scales as the weight's KIND has them.
-
-    sums: float32 [groups, rows] of a group's integers, for int4.
-    """
+    """Rows of x as bytes: values [rows, K], and their scales as the weight's KIND has them."""
 
     values: Tensor
     scales: Tensor
-    sums: Tensor | None = None
 
 
 Weight = Tensor | Fp8Weight | QuantizedWeight | Int4Weight | Fp4Words
@@ -219,10 +210,10 @@ def product(
 ) -> Tensor:
     """Each row's expert's matrix [N, K], or [2 N, K] if gated, times the row, activated if gated: [groups.rows, N].
 
-    x [rows // divisor, K], weight [E, N, K]. int4 wants x quantized in groups, FP8 and int8 by rows or as the weight
-    has its scales; int8 also takes it as it is. dtype: of the result.
+    x [rows // divisor, K], weight [E, N, K]. FP8 and int8 want x quantized by rows, or as the weight has its scales;
+    int8 also takes it as it is. dtype: of the result.
     """
-    rows, mine, sums = (x.values, x.scales, x.sums) if isinstance(x, Quantized) else (x, None, None)
+    rows, mine = (x.values, x.scales) if isinstance(x, Quantized) else (x, None)
     values = weight if isinstance(weight, Tensor) else weight.values
     theirs = more = None
     kind, group = _PLAIN, 0
@@ -237,9 +228,9 @@ def product(
     y = torch.empty((groups.rows, n), dtype=dtype, device=rows.device)
     tile = groups.tile
     step = tile.columns
-    if kind in (_PLAIN, _WEIGHT_BY_ROW, _FP4):
+    if kind in (_PLAIN, _WEIGHT_BY_ROW, _FP4, _INT4):
         step = min(tile.columns, next_power_of_2(k))
-        while step > 64 and k % step and kind != _FP4:
+        while step > 64 and k % step and kind not in (_FP4, _INT4):
             step //= 2
         step = max(group, 16, step)
     stage = (tile.rows + tile.band) * step * rows.element_size()
@@ -250,7 +241,6 @@ def product(
         values,
         rows if bias is None else bias,
         rows if mine is None else mine,
-        rows if sums is None else sums,
         rows if theirs is None else theirs,
         rows if more is None else more,
         y,
@@ -262,7 +252,6 @@ def product(
         groups.capacity,
         n,
         k,
-        0 if sums is None else rows.shape[0],  # a number that changes makes for more variants to compile
         rows.stride(0),
         values.stride(0),
         values.stride(1),

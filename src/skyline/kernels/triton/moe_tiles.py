@@ -52,15 +52,9 @@ _BYTE_TILES: tuple[tuple[float, Tile], ...] = (
     (float("inf"), Tile(128, 128, 128, 8, 4)),
 )
 # Those of four bits by what benchmarks/gpu/experts.py found on an H200.
-_FP4_TILES: tuple[tuple[float, Tile], ...] = (
+_WORD_TILES: tuple[tuple[float, Tile], ...] = (
     (8, Tile(16, 128, 128, 4, 4)),
     (float("inf"), Tile(64, 128, 64, 4, 3)),
-)
-# Each group's sums are added up by themselves: more registers. A group is as many columns.
-_INT4_TILES: tuple[tuple[float, Tile], ...] = (
-    (8, Tile(16, 128, 0, 4, 4)),
-    (24, Tile(32, 128, 0, 4, 3)),
-    (float("inf"), Tile(64, 128, 0, 4, 3)),
 )
 
 
@@ -77,24 +71,20 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-# Of products: plain ones of x as it is, with weights that may be int8; of bytes; of x with FP4; of int4.
-Kind = Literal["plain", "bytes", "fp4", "int4"]
+# Of products: plain ones of x as it is, with weights that may be int8; of bytes; of x with words of four-bit numbers.
+Kind = Literal["plain", "bytes", "words"]
 
 
-def tile_for(rows: int, experts: int, x: Tensor, kind: Kind = "plain", group: int = 0) -> Tile:
-    """For so many rows of x's device and dtype in all. group: of int4."""
-    if kind == "int4":
-        tiles = _INT4_TILES
-    elif kind == "bytes":
+def tile_for(rows: int, experts: int, x: Tensor, kind: Kind = "plain") -> Tile:
+    """For so many rows of x's device and dtype in all."""
+    if kind == "bytes":
         tiles = _BYTE_TILES
-    elif kind == "fp4" and x.dtype == torch.bfloat16:
-        tiles = _FP4_TILES
+    elif kind == "words" and x.dtype == torch.bfloat16:
+        tiles = _WORD_TILES
     else:
         tiles = _TILES if kind == "plain" and x.dtype != torch.float32 else _FLOAT32_TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
-    if kind == "int4":
-        tile = tile._replace(columns=group)
-    elif capability(x.device)[0] not in (9, 10):
+    if capability(x.device)[0] not in (9, 10):
         tile = tile._replace(band=min(tile.band, 128))  # matrix units whose operands take registers as well
     knobs = current()
     return Tile(

@@ -5,8 +5,8 @@ as it reads them. Few rows are bound by reading the weight. There, the warps of 
 each sums up its own blocks of K, and all are added at the end, so that even a narrow weight keeps every processor
 reading.
 
-Integers are multiplied as such. x is quantized by a kernel of its own before, as the references do. Those of int4 are
-multiplied in bfloat16, which holds each of them, and a group's sum of products is an integer below 2^24: exact as well.
+Integers of int8 are multiplied as such. x is quantized by a kernel of its own before, as the reference does. Four bits
+become numbers of x's type where they are read; one row of x has a kernel of its own (skyline.kernels.triton.words).
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import has_assembly, multiprocessors
+from skyline.kernels.triton.device import has_assembly, multiprocessors, overlaps
 from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
-from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, pack_fp4, pack_int4
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, fp4_words, int4_words
+from skyline.kernels.triton.norms import rms_norm
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.words import one_row
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import NVFP4_GROUP
 
@@ -41,104 +44,59 @@ class Tactic(NamedTuple):
     stages: int
 
 
-def tactic(rows: int, n: int, width: int, group: bool, silu_mul: bool, wide: bool, sms: int) -> Tactic:
+def tactic(rows: int, n: int, width: int, group: int, silu_mul: bool, wide: bool, sms: int) -> Tactic:
     """For `rows` of x and n columns of the result.
 
-    width: the most columns a block. group: it may not be less. wide: products of float32.
+    width: the most columns a block. group: the least. wide: products of float32.
     """
     if wide:  # without the matrix unit, where a thread holds whole rows of its blocks
-        return Tactic(16 if rows <= 16 else 32, 32, 32, 1, 4, 2)
+        return Tactic(16 if rows <= 16 else 32, 32, max(32, group), 1, 4, 2)
     if rows <= FEW_ROWS:
         return Tactic(16, 16 if silu_mul or n < 32 * sms else 32, width, 4, 4, 4)
-    width = width if group else min(width, 64)
-    # int4 adds up each group's sums by themselves, and silu_mul's two bands too: more registers than there are.
-    both = silu_mul and group
+    width = max(group, min(width, 64))
     if rows <= 32:
-        return Tactic(32, 16 if both else 32, width, 1, 4, 4)
+        return Tactic(32, 32, width, 1, 4, 4)
     if rows <= 64:
-        return Tactic(64, 32 if both else 64, width, 1, 4, 3)
-    return Tactic(128, 128 >> silu_mul + group, width, 1, 8, 3)
+        return Tactic(64, 64, width, 1, 4, 3)
+    return Tactic(128, 128 >> silu_mul, width, 1, 8, 3)
 
 
 @triton.jit
 def _quantize_kernel(
     x,  # [T, K]
-    levels,  # [T, K] int8 or bfloat16
-    scales,  # [groups, T] float32
-    sums,  # [groups, T] float32, of a group's integers, or unused
-    rows,
+    levels,  # [T, K] int8
+    scales,  # [T] float32
     k,
     x_stride,
-    groups,
-    SUMS: tl.constexpr,
-    COUNT: tl.constexpr,  # groups a program
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,  # of a group, padded
+    SIZE: tl.constexpr,  # of a row, padded
 ):
     """`skyline.ops.quantized.quantize_rows` to the bit: a product is rounded to float32 before it is to an integer."""
     row = tl.program_id(0).to(tl.int64)
-    group, within = tl.program_id(1) * COUNT + tl.arange(0, COUNT), tl.arange(0, SIZE)
-    column = group[:, None] * GROUP + within[None, :]
-    inside = (column < k) & (within < GROUP)[None, :]
-    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(wide), 1)
-    broken = tl.max((wide != wide).to(tl.int32), 1)
+    column = tl.arange(0, SIZE)
+    wide = tl.load(x + row * x_stride + column, mask=column < k, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(wide), 0)
+    broken = tl.max((wide != wide).to(tl.int32), 0)
     largest = tl.where(broken > 0, float("nan"), largest)
-    inverse = tl.div_rn(tl.full((COUNT,), 127.0, tl.float32), largest)
+    inverse = tl.div_rn(127.0, largest)
     inverse = tl.where(inverse < float("inf"), inverse, 0.0)
-    scaled = wide * inverse[:, None]
+    scaled = wide * inverse
     # Numbers from 2^23 on are integers, and additions round half to even.
     integers = (scaled + 12582912.0) - 12582912.0
     integers = tl.where(integers == integers, integers, 0.0)
-    tl.store(levels + row * k + column, integers.to(levels.dtype.element_ty), mask=inside)
-    known = group < groups
-    tl.store(
-        scales + group.to(tl.int64) * rows + row, tl.div_rn(largest, tl.full((COUNT,), 127.0, tl.float32)), mask=known
-    )
-    if SUMS:
-        tl.store(sums + group.to(tl.int64) * rows + row, tl.sum(integers, 1), mask=known)
-
-
-def _quantize(x: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, K] -> integers [T, K], and scales and sums [groups, T] float32.
-
-    group None: of whole rows, int8, without sums. Otherwise of each `group` neighbours, in bfloat16.
-    """
-    rows, k = x.shape
-    groups = 1 if group is None else cdiv(k, group)
-    levels = torch.empty((rows, k), dtype=torch.int8 if group is None else torch.bfloat16, device=x.device)
-    scales = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
-    sums = scales if group is None else torch.empty_like(scales)
-    size = next_power_of_2(k if group is None else group)
-    count = max(1, min(1024 // size, next_power_of_2(groups)))
-    _quantize_kernel[(rows, cdiv(groups, count))](
-        x,
-        levels,
-        scales,
-        sums,
-        rows,
-        k,
-        x.stride(0),
-        groups,
-        SUMS=group is not None,
-        COUNT=count,
-        GROUP=k if group is None else group,
-        SIZE=size,
-        num_warps=max(1, min(16, count * size // 512)),
-        enable_fp_fusion=False,
-    )
-    return levels, scales, sums
-
-
-def quantize_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, K] -> integers [T, K] in bfloat16, and scales and sums of each `group` neighbours, [groups, T] float32."""
-    return _quantize(x, group)
+    tl.store(levels + row * k + column, integers.to(tl.int8), mask=column < k)
+    tl.store(scales + row, tl.div_rn(largest, 127.0))
 
 
 def quantize_rows_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] -> int8 [T, K], and a scale a row [T] float32."""
-    levels, scales, _ = _quantize(x, None)
-    return levels, scales[0]
+    rows, k = x.shape
+    levels = torch.empty((rows, k), dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    size = next_power_of_2(k)
+    _quantize_kernel[(rows,)](
+        x, levels, scales, k, x.stride(0), SIZE=size, num_warps=max(1, min(16, size // 512)), enable_fp_fusion=False
+    )
+    return levels, scales
 
 
 @triton.jit
@@ -155,12 +113,8 @@ def _add_product(
     scales,
     zeros,
     byte,
-    x_scales,
-    x_sums,
-    row,  # [ROWS], inside x
     own,  # [BAND], inside the weight
     first,
-    rows,
     outputs,
     weight_stride,
     scale_stride,
@@ -178,6 +132,7 @@ def _add_product(
     # What lies in a row: a byte for each column, or a word for eight.
     LANES: tl.constexpr = 1 if KIND <= _INT8 else 8
     ITEMS: tl.constexpr = WIDTH // LANES
+    PARTS: tl.constexpr = WIDTH // GROUP
     item = first // LANES + tl.arange(0, ITEMS)
     if SPLIT > 1:
         item = tl.arange(0, SPLIT)[:, None] * ITEMS + item[None, :]
@@ -193,31 +148,21 @@ def _add_product(
         tile = _turned(stored, SPLIT)
         result = tl.dot(values, tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     elif KIND == _INT4:
-        part = tl.dot(values, _turned(int4_numbers(stored, byte, NATIVE), SPLIT))
-        group = first // GROUP
+        group = first // GROUP + tl.arange(0, PARTS)
         if SPLIT > 1:
-            group += tl.arange(0, SPLIT)[:, None]
-            known = group < scale_stride
-            x_at = group.to(tl.int64) * rows + row[None, :]
-            weight_at = group.to(tl.int64) * outputs + own[None, :]
-            x_scale = tl.load(x_scales + x_at, mask=known, other=0.0)[:, :, None]
-            x_sum = tl.load(x_sums + x_at, mask=known, other=0.0)[:, :, None]
-            scale = tl.load(scales + weight_at, mask=known, other=0.0).to(tl.float32)[:, None, :]
-            if ZEROS:
-                bias = tl.load(zeros + weight_at, mask=known, other=0.0).to(tl.float32)[:, None, :] + 128.0
+            group = tl.arange(0, SPLIT)[:, None] * PARTS + group[None, :]
+            scale_at = group.to(tl.int64)[:, None, :] * outputs + own[None, :, None]
+            known = (group < scale_stride)[:, None, :]
         else:
-            x_at, weight_at = group.to(tl.int64) * rows + row, group.to(tl.int64) * outputs + own
-            x_scale, x_sum = tl.load(x_scales + x_at)[:, None], tl.load(x_sums + x_at)[:, None]
-            scale = tl.load(scales + weight_at).to(tl.float32)[None, :]
-            if ZEROS:
-                bias = tl.load(zeros + weight_at).to(tl.float32)[None, :] + 128.0
+            scale_at = group.to(tl.int64)[None, :] * outputs + own[:, None]
+            known = (group < scale_stride)[None, :]
+        scale = tl.load(scales + scale_at, mask=known, other=0.0).to(tl.float32)
+        zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
         if ZEROS:
-            part -= x_sum * bias
-        else:
-            part -= x_sum * SYMMETRIC
-        result = total + part * x_scale * scale
+            zero = tl.load(zeros + scale_at, mask=known, other=0.0).to(tl.float32)
+        numbers = int4_numbers(stored, byte, scale, zero, NATIVE and values.dtype == tl.bfloat16, values.dtype)
+        result = tl.dot(values, _turned(numbers, SPLIT), total, input_precision=PRECISION)
     else:
-        PARTS: tl.constexpr = WIDTH // GROUP
         group = first // GROUP + tl.arange(0, PARTS)
         # Rows of scales are as long as all steps ask for: without a mask, whole words of them are copied ahead.
         if SPLIT > 1:
@@ -233,13 +178,13 @@ def _add_product(
 @triton.jit
 def _linear_kernel(
     x,  # [T, K], as it is or its integers
-    x_scales,  # [groups, T] float32
-    x_sums,  # [groups, T] float32
+    x_scales,  # [T] float32
     weight,  # [N, weight_stride], int8, or int32 of eight a word
     scales,  # int8: [N] float32. int4: [groups, N] float16. FP4: [N, scale_stride] uint8
     zeros,  # like scales
     row_scales,  # [N] float32, of FP4
     bias,  # [N]
+    residual,  # [T, n]
     y,  # [T, n]
     rows,
     n,  # columns of y: N, or N / 2
@@ -248,10 +193,12 @@ def _linear_kernel(
     x_stride,
     weight_stride,
     scale_stride,  # of FP4; of int4 groups
+    residual_stride,
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BAND: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -263,7 +210,11 @@ def _linear_kernel(
     NATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     TOGETHER: tl.constexpr,  # tiles of rows that go by before the next band of the weight is read
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     row_tiles, bands = tl.cdiv(rows, ROWS), tl.cdiv(n, BAND)
     batch = program // (TOGETHER * bands)
@@ -294,13 +245,13 @@ def _linear_kernel(
         if WIDEN:
             values = values.to(tl.float32)
         result = _add_product(
-            result, values, weight, scales, zeros, byte, x_scales, x_sums, safe_row, own, first, rows, outputs,
-            weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
+            result, values, weight, scales, zeros, byte, own, first, outputs, weight_stride, scale_stride,
+            KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
         )  # fmt: skip
         if GATED:
             second = _add_product(
-                second, values, weight, scales, zeros, byte, x_scales, x_sums, safe_row, own + n, first, rows, outputs,
-                weight_stride, scale_stride, KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
+                second, values, weight, scales, zeros, byte, own + n, first, outputs, weight_stride, scale_stride,
+                KIND, ZEROS, BAND, WIDTH, GROUP, SPLIT, EVEN_K, NATIVE, PRECISION,
             )  # fmt: skip
     if SPLIT > 1:
         result = tl.sum(result, 0)
@@ -309,8 +260,12 @@ def _linear_kernel(
     if GATED:
         up = _finished(second, x_scales, scales, row_scales, bias, safe_row, own + n, KIND, BIAS)
         result = result * tl.sigmoid(result) * up
+    writes = (row < rows)[:, None] & (column < n)[None, :]
+    if RESIDUAL:
+        at = row.to(tl.int64)[:, None] * residual_stride + column[None, :]
+        result += tl.load(residual + at, mask=writes, other=0.0).to(tl.float32)
     at = row.to(tl.int64)[:, None] * n + column[None, :]
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=(row < rows)[:, None] & (column < n)[None, :])
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=writes)
 
 
 @triton.jit
@@ -321,7 +276,7 @@ def _finished(total, x_scales, scales, row_scales, bias, row, own, KIND: tl.cons
         result *= tl.load(x_scales + row)[:, None] * tl.load(scales + own)[None, :]
     elif KIND == _INT8_WEIGHT_ONLY:
         result *= tl.load(scales + own)[None, :]
-    elif KIND != _INT4:
+    elif KIND == _FP4:
         result *= tl.load(row_scales + own)[None, :]
     if BIAS:
         result += tl.load(bias + own).to(tl.float32)[None, :]
@@ -335,10 +290,11 @@ def _launch(
     weight: QuantizedWeight | Int4Weight | Fp4Words,
     bias: Tensor | None,
     silu_mul: bool,
-    quantized: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    x_scales: Tensor | None = None,
     chosen: Tactic | None = None,
 ) -> Tensor:
-    """x [T, K] as the kernel multiplies it, `quantized` its scales and sums -> [T, N or N / 2] of `dtype`."""
+    """x [T, K] as the kernel multiplies it, in int8 with scales [T] -> [T, N or N / 2] of `dtype`."""
     (rows, k), outputs = x.shape, weight.shape[0]
     n = outputs // 2 if silu_mul else outputs
     y = torch.empty((rows, n), dtype=dtype, device=x.device)
@@ -351,20 +307,20 @@ def _launch(
     elif isinstance(weight, Int4Weight):
         zeros, scale_stride = weight.zeros, weight.scales.shape[0]
     widen = row_scales is not None and x.dtype == torch.float16
-    width = group if kind == _INT4 else 64 if group == NVFP4_GROUP else 128
     if chosen is None:
         wide = widen or x.dtype == torch.float32
-        chosen = tactic(rows, n, width, bool(kind == _INT4), silu_mul, wide, multiprocessors(x.device))
-    x_scales, x_sums = (x, x) if quantized is None else quantized
+        width = 64 if group == NVFP4_GROUP else 128
+        chosen = tactic(rows, n, width, group, silu_mul, wide, multiprocessors(x.device))
+    early = overlaps(x.device)
     _linear_kernel[(cdiv(rows, chosen.rows) * cdiv(n, chosen.band),)](
         x,
-        x_scales,
-        x_sums,
+        x if x_scales is None else x_scales,
         weight.values,
         scales,
         scales if zeros is None else zeros,
         scales if row_scales is None else row_scales,
         x if bias is None else bias,
+        x if residual is None else residual,
         y,
         rows,
         n,
@@ -373,10 +329,12 @@ def _launch(
         x.stride(0),
         weight.values.stride(0),
         scale_stride,
+        0 if residual is None else residual.stride(0),
         KIND=kind,
         ZEROS=zeros is not None,
         GATED=silu_mul,
         BIAS=bias is not None,
+        RESIDUAL=residual is not None,
         ROWS=chosen.rows,
         BAND=chosen.band,
         WIDTH=chosen.width,
@@ -388,7 +346,9 @@ def _launch(
         NATIVE=has_assembly(x.device),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         TOGETHER=8,
+        EARLY=early,
         num_warps=chosen.warps,
+        launch_pdl=early,
     )
     return y
 
@@ -400,18 +360,56 @@ def linear_int8_weight_only(
 
 
 def linear_int8(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
-    levels, scales, sums = _quantize(x, None)
-    return _launch(_INT8, levels, x.dtype, weight, bias, silu_mul, (scales, sums))
+    levels, scales = quantize_rows_int8(x)
+    return _launch(_INT8, levels, x.dtype, weight, bias, silu_mul, x_scales=scales)
 
 
-def linear_int4(
+def _fused(
+    kind: tl.constexpr,
+    x: Tensor,
+    weight: Int4Weight | Fp4Words,
+    bias: Tensor | None,
+    silu_mul: bool,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor:
+    if x.shape[0] == 1:
+        return one_row(x, weight, bias, silu_mul, norm, eps, residual)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    return _launch(kind, x, x.dtype, weight, bias, silu_mul, residual)
+
+
+def fused_linear_int4(
+    x: Tensor,
+    weight: QuantizedWeight | Int4Weight,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return _fused(_INT4, x, int4_words(weight), bias, silu_mul, norm, eps, residual)
+
+
+def linear_int4_weight_only(
     x: Tensor, weight: QuantizedWeight | Int4Weight, bias: Tensor | None = None, silu_mul: bool = False
 ) -> Tensor:
-    packed = pack_int4(weight) if isinstance(weight, QuantizedWeight) else weight
-    levels, scales, sums = _quantize(x, packed.group)
-    return _launch(_INT4, levels, x.dtype, packed, bias, silu_mul, (scales, sums))
+    return fused_linear_int4(x, weight, bias, silu_mul)
+
+
+def fused_linear_fp4(
+    x: Tensor,
+    weight: Fp4Weight | Fp4Words,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return _fused(_FP4, x, fp4_words(weight), bias, silu_mul, norm, eps, residual)
 
 
 def linear_fp4(x: Tensor, weight: Fp4Weight | Fp4Words, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
-    packed = pack_fp4(weight) if isinstance(weight, Fp4Weight) else weight
-    return _launch(_FP4, x, x.dtype, packed, bias, silu_mul)
+    return fused_linear_fp4(x, weight, bias, silu_mul)

@@ -194,8 +194,9 @@ class DecodeGraphs:
             self._record_size(self._due.pop())
 
     def time_step(self, size: int, context: int, knobs: Knobs, repeats: int = 9) -> float:
-        """Median seconds of a recorded step of `size` requests with so many tokens each, the last ones chosen at random:
-        those of a mixture would all go to the same experts if they were the same.
+        """Median seconds of a recorded step of `size` requests with so many tokens each.
+
+        Their last ones are chosen at random: the same ones would all go to the same experts of a mixture.
 
         Overwrites KV cache, tables and tokens. Raises what recording it raises.
         """

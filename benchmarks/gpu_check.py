@@ -15,6 +15,7 @@ frontier  1k/1k through the engine at several concurrencies
 peer      transformers on the same shape
 startup   from the start of a process to the first token of an 8B checkpoint in the page cache
 experts   tiles of experts' rows in four bits, one by one
+prompts   tiles of prompts' attention, likewise
 flashinfer  its kernels beside Triton's, call by call, where it is installed
 """
 
@@ -37,10 +38,10 @@ sys.path[:0] = [str(ROOT.parent / "src"), str(ROOT)]
 # For the processes that check ops.
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
 
-from gpu import ceilings, experts, foreign, ops, peer, serving, steps  # noqa: E402
+from gpu import ceilings, experts, foreign, ops, peer, prompts, serving, steps  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
-PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup", "flashinfer", "experts")
+PARTS = ("ops", "answers", "steps", "frontier", "peer", "startup", "flashinfer", "experts", "prompts")
 
 
 def main() -> int:
@@ -160,6 +161,7 @@ def _measure(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     part("frontier", frontiers)
     part("peer", peers)
     part("experts", experts.measure)
+    part("prompts", prompts.measure)
     if find_spec("flashinfer") is not None:
         part("flashinfer", foreign.compare)
     elif "flashinfer" in arguments.parts:
@@ -205,6 +207,10 @@ _ROWS = {
     ),
     "experts": lambda row: (
         f"experts {row['kind']} {row['tokens']:>5} tokens: "
+        + ", ".join(f"{name} {us} us" for name, us in row["us"].items())
+    ),
+    "prompts": lambda row: (
+        f"attention of {row['tokens']} tokens, {row['heads']} heads of {row['kv_heads']}: "
         + ", ".join(f"{name} {us} us" for name, us in row["us"].items())
     ),
     "flashinfer": lambda row: (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skyline.ops import dense
-from skyline.ops.contract import Case, Cost, Op, randn, register
+from skyline.ops.contract import DEFAULT_TOLERANCE, Case, Cost, Op, randn, register
 from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
 
 
@@ -313,5 +313,7 @@ linear_int4_weight_only = register(
         cost=_cost(4),
         cases=_int4_cases,
         meta=dense.linear_meta,
+        # Two roundings of a number instead of one, and silu_mul multiplies two sums.
+        tolerance={**DEFAULT_TOLERANCE, torch.bfloat16: (2e-2, 6e-2)},
     )
 )

@@ -10,6 +10,7 @@ import torch
 
 from skyline.kernels.triton import attention
 from skyline.ops import OPS, AttentionBatch, KVCache
+from skyline.ops.attention import make_batch
 from tests.kernels.triton.test_ops import moved
 
 REFERENCE, TURNED = OPS["paged_attention"].reference, OPS["rope_attention"].reference
@@ -190,6 +191,27 @@ def test_few_different_splits() -> None:
 def test_tiles_of_prompts_fit_into_shared_memory(item: int, shared: int) -> None:
     for head_dim in (64, 128, 192, 256):
         for group in (1, 8, 16):
-            tactic = attention.prefill_tactic(group, head_dim, item, shared)
-            wide = 256 if head_dim > 128 else head_dim
-            assert (tactic.rows + 2 * tactic.keys * tactic.stages) * wide * item <= shared, (head_dim, group, tactic)
+            for rounds in (0.5, 4.0):
+                tactic = attention.prefill_tactic(group, head_dim, item, shared, rounds)
+                wide = 256 if head_dim > 128 else head_dim
+                bytes_taken = (tactic.rows + 2 * tactic.keys * tactic.stages) * wide * item
+                assert bytes_taken <= shared, (head_dim, group, tactic)
+
+
+def test_prompts_in_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of long prompts, of several requests, one of which has a single query."""
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(2, 128, torch.bfloat16)
+    cache.allocate(12, 64, torch.device("cpu"))
+    for part in cache.tensors:
+        part.copy_(torch.randn(part.shape, generator=generator))
+    batch = make_batch([60, 0, 70], [100, 70, 1], 64)
+    q = torch.randn((171, 6 * 128), generator=generator).bfloat16()
+    expected = OPS["paged_attention"].reference(q.float(), cache, batch, 0.1)
+    seen = []
+    monkeypatch.setattr(attention, "_ROUNDS", 0)
+    chosen = attention.prefill_tactic
+    monkeypatch.setattr(attention, "prefill_tactic", lambda *given: seen.append(chosen(*given)) or seen[-1])
+    got = attention.paged_attention(*moved((q, cache, batch, 0.1)))
+    assert seen == [(256, 64, 8, 2)]
+    torch.testing.assert_close(got.float().cpu(), expected, rtol=1.6e-2, atol=1e-2)

@@ -5,6 +5,7 @@ No GPU runs the PTX here, so a few lines of Python do.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -131,11 +132,13 @@ def test_ptx_of_fp4(scale: float) -> None:
         assert [_float(bits) for bits in found] == numbers
 
 
-@pytest.mark.parametrize("zero", [8.0, 2.5])
+@pytest.mark.parametrize("zero", [8.0, 15.0, 2.375])
 def test_ptx_of_int4(zero: float) -> None:
-    scale = 1.625 * 2.0**-5
+    """Rounded once: what is taken off, and the rest of a zero point that is no integer, are exact here."""
+    scale, whole = 1.625 * 2.0**-5, math.floor(zero + 0.5)
     for half in torch.randperm(16, generator=_generator()).to(torch.uint8).view(2, 8):
-        found = _run(four_bits._INT4.value, 8, [int(pack_words(half)[0]) & _ALL, _bits(scale), _bits(-zero * scale)])
+        operands = (scale, -128.0 - whole, (whole - zero) * scale)
+        found = _run(four_bits._INT4.value, 8, [int(pack_words(half)[0]) & _ALL, *map(_bits, operands)])
         expected = [(value - zero) * scale for value in half.tolist()]
         assert [_float(bits) for bits in found] == [_float(_bits(value)) for value in expected]
 

@@ -25,6 +25,10 @@ from skyline.ops.fp8 import BLOCK, FP8
 
 _LEAST_KEYS = 512  # of a context's upper bound that a split is worth
 _MOST_SPLITS = 64
+# Tiles of 256 rows read keys half as often: 5 to 11 % less time for 8,192 tokens on an H200, 20 % more for 1,024, of
+# which there are too few (benchmarks/results/2026-11-27-gpu-h200-prefill-tiles.json).
+_ROUNDS = 4
+_LARGE = 200_000  # bytes of shared memory of a processor that such a tile takes more than half of
 
 
 class Turn(NamedTuple):
@@ -58,8 +62,11 @@ def decode_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
     return Tactic(max(16, next_power_of_2(group)), keys, 4, stages)
 
 
-def prefill_tactic(group: int, head_dim: int, item: int, shared: int) -> Tactic:
+def prefill_tactic(group: int, head_dim: int, item: int, shared: int, rounds: float) -> Tactic:
+    """rounds: how often tiles of 256 rows would fill all processors."""
     wide = next_power_of_2(head_dim)
+    if wide * item == 256 and shared >= _LARGE and rounds >= _ROUNDS:
+        return Tactic(256, 64, 8, 2)
     rows = max(128 if wide * item <= 256 else 64, next_power_of_2(group))
     keys = 64 if wide * item <= 512 else 32
     while keys > 16 and (rows + 2 * keys) * wide * item > shared:
@@ -229,7 +236,10 @@ def _attend(
         )
     longest = max(batch.host_query_lens, default=0)
     if longest > 1:
-        chosen = prefill_tactic(group, size, item, shared)
+        rounds = 0.0  # of what is cached in bytes, which takes more registers
+        if kind == 0:
+            rounds = requests * heads * cdiv(longest * group, 256) / multiprocessors(q.device)
+        chosen = prefill_tactic(group, size, item, shared, rounds)
         prefill_kernel[(requests * heads, cdiv(longest * group, chosen.rows))](
             *common,
             *numbers,

@@ -33,20 +33,20 @@ _FP4 = tl.constexpr(
     + "}"
 )
 _FP4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h")
-# Below 2^8 the lowest bits of bfloat16's mantissa are the integer: 128 more than it, exactly. That is taken off before
-# the scale is multiplied, for its product would be rounded.
+# Below 2^8 the lowest bits of bfloat16's mantissa are the integer: 128 more than it, exactly. That, and the zero point
+# but for its fraction, is taken off before the scale is multiplied: times the scale it would be rounded.
 _INT4_PAIR = "shr.u32 pair, $%d, %d; lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;"
 _INT4 = tl.constexpr(
-    "{ .reg .b32 pair, one, less, scale, zero; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC300C300;"
-    "mov.b32 scale, {$9, $9}; mov.b32 zero, {$10, $10};"
+    "{ .reg .b32 pair, one, less, scale, rest; mov.b32 one, 0x3F803F80;"
+    "mov.b32 scale, {$9, $9}; mov.b32 less, {$10, $10}; mov.b32 rest, {$11, $11};"
     + "".join(
-        _INT4_PAIR % (8, 4 * j) + "fma.rn.bf16x2 pair, pair, one, less; fma.rn.bf16x2 pair, pair, scale, zero;"
+        _INT4_PAIR % (8, 4 * j) + "fma.rn.bf16x2 pair, pair, one, less; fma.rn.bf16x2 pair, pair, scale, rest;"
         f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, pair;"
         for j in range(4)
     )
     + "}"
 )
-_INT4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
+_INT4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h,h")
 
 # A word's eight numbers times as many of x, in float32: two neighbours lie in the halves of a register as above, each
 # of which is the upper half of a float32. FP4 come out 2^126 too small, which x makes up for.
@@ -174,16 +174,18 @@ def _less(nibbles, zero, scale, TYPE: tl.constexpr):
 def int4_numbers(words, byte, scales, zeros, NATIVE: tl.constexpr, TYPE: tl.constexpr):
     """words [.., N, words]; scales, zeros float32 [.., N, parts of a row] -> [.., N, columns] of TYPE.
 
-    NATIVE: as in `fp4_numbers`; scale, and scale * zero, are rounded to bfloat16 then.
+    NATIVE: as in `fp4_numbers`; scales, and the results, are rounded to bfloat16 then.
     """
-    scale, zero = _spread(scales, words), _spread(zeros, words)
+    scale = _spread(scales, words)
     if NATIVE:
+        whole = tl.floor(zeros + 0.5)
+        less, rest = (-128.0 - whole).to(tl.bfloat16), ((whole - zeros) * scales).to(tl.bfloat16)
         nothing = byte.to(tl.int32) >> 8
         words = words | (nothing[None, :, None] if len(words.shape) == 3 else nothing[:, None])
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
             _INT4,
             _INT4_OPERANDS,
-            [words, scale.to(tl.bfloat16), (-zero * scale).to(tl.bfloat16)],
+            [words, scale.to(tl.bfloat16), _spread(less, words), _spread(rest, words)],
             dtype=(
                 tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
             ),
@@ -191,6 +193,7 @@ def int4_numbers(words, byte, scales, zeros, NATIVE: tl.constexpr, TYPE: tl.cons
             pack=1,
         )  # fmt: skip
     else:
+        zero = _spread(zeros, words)
         c0, c1 = _less(_nibble(words, 0), zero, scale, TYPE), _less(_nibble(words, 1), zero, scale, TYPE)
         c2, c3 = _less(_nibble(words, 2), zero, scale, TYPE), _less(_nibble(words, 3), zero, scale, TYPE)
         c4, c5 = _less(_nibble(words, 4), zero, scale, TYPE), _less(_nibble(words, 5), zero, scale, TYPE)

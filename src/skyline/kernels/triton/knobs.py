@@ -34,7 +34,7 @@ class Knobs(msgspec.Struct, frozen=True):
     fp8_vector: tuple[int, int, int] = (8, 2048, 4)
     fp8_normed: tuple[int, int, int] = (8, 1024, 2)
     fp8_gated: tuple[int, int, int] = (2, 1024, 2)
-    words: tuple[int, int, int] = (8, 1024, 2)
+    words: tuple[int, int, int] = (4, 1024, 1)
     words_gated: tuple[int, int, int] = (4, 1024, 2)
     words_down: tuple[int, int, int] = (8, 1024, 2)
     bands: tuple[int, int, int, int] = (64, 256, 4, 5)
@@ -60,9 +60,9 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "fp8_vector": ((8, 2048, 4), (4, 2048, 4), (4, 2048, 1)),
     "fp8_normed": ((8, 1024, 2), (4, 1024, 2), (4, 1024, 1)),
     "fp8_gated": ((2, 1024, 2), (4, 1024, 2), (4, 2048, 4)),
-    "words": ((8, 1024, 2), (4, 1024, 1), (4, 1024, 2), (16, 1024, 4), (8, 2048, 4)),
-    "words_gated": ((4, 1024, 2), (2, 1024, 1), (4, 1024, 1), (8, 1024, 4), (4, 2048, 4)),
-    "words_down": ((8, 1024, 2), (4, 1024, 1), (4, 1024, 2), (16, 1024, 4), (2, 1024, 1)),
+    "words": ((4, 1024, 1), (4, 1024, 2), (8, 1024, 2)),
+    "words_gated": ((4, 1024, 2), (2, 1024, 1), (4, 1024, 1)),
+    "words_down": ((8, 1024, 2), (4, 1024, 2), (16, 1024, 4)),
     "early_scales": (False, True),
     "experts_rows": (0, 16, 32, 64, 128),
     "experts_band": (0, 32, 64, 128, 256),

@@ -22,9 +22,11 @@ from skyline.kernels.triton.thresholds import (
     LARGEST_KEY,
     LONGEST,
     experts_in_words,
+    group_of,
     in_words,
     quantizes_attention,
     turns_heads,
+    widens,
 )
 from skyline.ops import AttentionBatch, KVCache, LatentCache, StateCache
 from skyline.ops.fp8 import Fp8Weight
@@ -57,7 +59,9 @@ def _fused_words(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> int:
-    """More rows than one are normed by themselves."""
+    """More rows than one are normed by themselves, and many go to cuBLAS."""
+    if widens(x, group_of(weight)):
+        return 1 + _fused_linear(gpu, x, weight, bias, silu_mul, norm, eps, residual)
     return 1 + (norm is not None and x.shape[0] > 1)
 
 
@@ -264,6 +268,8 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "gated_mlp_fp8": _gated_mlp_fp8,
     "attention_linear_fp8": _attention_linear_fp8,
     "linear_int8": _two,
+    "linear_fp4": _fused_words,
+    "linear_int4_weight_only": _fused_words,
     "fused_linear_fp4": _fused_words,
     "fused_linear_int4": _fused_words,
     "router": _two,

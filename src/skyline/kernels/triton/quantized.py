@@ -6,7 +6,8 @@ each sums up its own blocks of K, and all are added at the end, so that even a n
 reading.
 
 Integers of int8 are multiplied as such. x is quantized by a kernel of its own before, as the reference does. Four bits
-become numbers of x's type where they are read; one row of x has a kernel of its own (skyline.kernels.triton.words).
+become numbers of x's type where they are read; one row of x has a kernel of its own (words.py), and for many the weight
+is widened as a whole (widen.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import has_assembly, multiprocessors, overlaps
 from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
 from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, fp4_words, int4_words
+from skyline.kernels.triton.linear import fused_linear
 from skyline.kernels.triton.norms import rms_norm
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
+from skyline.kernels.triton.thresholds import widens
+from skyline.kernels.triton.widen import widen
 from skyline.kernels.triton.words import one_row
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp4 import NVFP4_GROUP
@@ -376,6 +380,8 @@ def _fused(
 ) -> Tensor:
     if x.shape[0] == 1:
         return one_row(x, weight, bias, silu_mul, norm, eps, residual)
+    if widens(x, weight.group):
+        return fused_linear(x, widen(weight), bias, silu_mul, norm, eps, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     return _launch(kind, x, x.dtype, weight, bias, silu_mul, residual)

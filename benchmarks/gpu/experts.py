@@ -64,7 +64,7 @@ def _weights(kind: str, device: str) -> tuple[Any, Any]:
     experts, hidden, inner, _ = SHAPES[kind]
     made = []
     for shape in ((experts, 2 * inner, hidden), (experts, hidden, inner)):
-        layout: Any = FP4_WORDS[32] if kind == "mxfp4" else INT4[32, False]
+        layout: Any = FP4_WORDS[32] if kind == "mxfp4" else INT4[64, False]
         weight = layout.allocate(shape, torch.bfloat16, torch.device(device))
         if device == "cuda":
             weight.values.random_()
@@ -90,7 +90,7 @@ def _products(kind: str, given: tuple[torch.Tensor, torch.Tensor], weights: tupl
 
     (x, ids), (gate_up, down) = given, weights
     experts, _, _, top_k = SHAPES[kind]
-    groups = groups_of(ids, experts, tile or tile_for(ids.numel(), experts, x, "words"))
+    groups = groups_of(ids, experts, tile or tile_for(ids.numel(), experts, x, "fp4" if kind == "mxfp4" else "int4"))
     hidden = product(x, gate_up, groups, top_k, True, x.dtype)
     return product(hidden, down, groups, 1, False, x.dtype)
 

@@ -4,7 +4,7 @@
 
 Compiling is most of a first run, and one process compiles one kernel at a time. Nothing here touches the GPU: steps of
 a model's first layers run on the CPU, with its real sizes and weights that hold nothing, and a driver that only
-compiles takes the place of CUDA's (tests/kernels/triton/offline.py).
+compiles takes the place of CUDA's (tests/kernels/triton/offline.py). Not for models with recurrent states.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def _step(program: Any, caches: list[Any], kind: str, size: int, changes: dict[s
     from skyline.engine.scheduler import MAX_LOGIT_ROWS
     from skyline.kernels.triton.knobs import Knobs, using
     from skyline.ops import AttentionBatch
-    from skyline.runner import dry_run
-    from skyline.runner.decode_graphs import DecodeGraphs
+    from skyline.runner import decode_graphs, dry_run
 
     cpu = torch.device("cpu")
     if kind == "dry":
@@ -107,18 +106,19 @@ def _step(program: Any, caches: list[Any], kind: str, size: int, changes: dict[s
     for cache in caches:
         cache.allocate(1 if kind == "prompt" else 2, BLOCK, cpu)
     width = -(-(LONGEST + 1) // BLOCK)
+    groups = len({cache.group for cache in caches})
     if kind == "prompt":
         table = np.zeros((1, -(-(size + 1) // BLOCK)), np.int32)
-        groups = len({cache.group for cache in caches})
         batch = AttentionBatch.build([table] * groups, [0], [size], BLOCK, cpu)
         ids = torch.zeros(size, dtype=torch.int64)
         program(ids, torch.arange(size), batch, torch.tensor([size - 1]))
         return
-    groups = len({cache.group for cache in caches})
     tokens = torch.zeros((REQUESTS + 1, LONGEST + 1), dtype=torch.int32)
-    graphs = DecodeGraphs(program, tokens, table_shape=(groups, REQUESTS, width), block_size=BLOCK, record=False)
+    graphs = decode_graphs.DecodeGraphs(
+        program, tokens, table_shape=(groups, REQUESTS, width), block_size=BLOCK, record=False
+    )
     with using(msgspec.structs.replace(Knobs(), **changes)):
-        graphs._run(torch.zeros((5 + groups, size), dtype=torch.int64), False)
+        graphs._run(torch.zeros((decode_graphs._PLACES + groups, size), dtype=torch.int64), False)
 
 
 def jobs(models: list[str], weights: list[str], kv: list[str], tune: bool) -> list[tuple[Any, ...]]:

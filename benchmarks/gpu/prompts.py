@@ -61,7 +61,11 @@ def _call(shape: tuple[int, int, int], tactic: tuple[int, int, int, int], device
     q = torch.randn((tokens, heads * _SIZE), dtype=torch.bfloat16, device=place)
 
     def run() -> torch.Tensor:
+        chosen = attention.prefill_tactic
         attention.prefill_tactic = lambda *_: attention.Tactic(*tactic)
-        return attention.paged_attention(q, cache, batch, _SIZE**-0.5)
+        try:
+            return attention.paged_attention(q, cache, batch, _SIZE**-0.5)
+        finally:
+            attention.prefill_tactic = chosen
 
     return run

@@ -58,6 +58,17 @@ def test_launches_of_a_layer_on_a_gpu(name: str, scheme: str | None, tmp_path: P
     assert max(counts) <= MOST_LAUNCHES.get(name, 100)
 
 
+@pytest.mark.parametrize("name,linears,experts", [("llama", 4, 0), ("qwen3-moe", 2, 1)])
+def test_int4_does_not_quantize_activations_on_a_gpu(name: str, linears: int, experts: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path, VARIANTS[name][0], **VARIANTS[name][1], num_hidden_layers=3)
+    graph = capture(create_model(load_config(tmp_path), torch.bfloat16, "meta"))
+    assert quantize_linears(graph, "int4")
+    assert run_passes(graph, "cuda")["weight_only_int4"] == 3 * (linears + experts)
+    found = _count(graph)
+    assert found["fused_linear_int4"] == 3 * linears and found["moe_experts_int4_weight_only"] == 3 * experts
+    assert "linear_int4" not in found and "moe_experts_int4" not in found
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ Quantize = Annotated[
     Quantization | None,
     typer.Option(
         "--quantization",
-        help="Weights of linear layers in fewer bits; int8 and int4 also take activations to int8.",
+        help="Weights of linear layers in fewer bits; int8, and on CPUs int4, take activations to int8, too.",
         show_default="none",
         rich_help_panel=MODEL,
     ),

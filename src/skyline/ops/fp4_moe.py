@@ -10,8 +10,7 @@ from torch import Tensor
 
 from skyline.ops.contract import Case, Cost, Op, Tolerance, nbytes, randn, register
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP, Fp4Weight, fp4_case_weight, fp4_weight_bytes, linear_fp4
-from skyline.ops.moe import clamped_cases, clamped_cost, clamped_swiglu
-from skyline.ops.quantized_moe import with_residual
+from skyline.ops.moe import clamped_cases, clamped_cost, clamped_swiglu, with_residual
 
 
 def _moe_experts_fp4(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skyline.ops.contract import Case, Cost, Op, Tolerance, nbytes, randn, register
 from skyline.ops.fp8 import Fp8Weight, fp8_bytes, fp8_case_weight, linear_fp8
+from skyline.ops.moe import with_residual
 
 
 def _moe_experts_fp8(
@@ -62,7 +63,6 @@ def _cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
             for name, ids in (("spread", spread), ("same", same)):
                 label = f"T={rows} H={hidden} I={inner} blocks={blocks} {name}"
                 yield Case(label, (x, gate_up, down, weights, ids))
-                yield Case(f"{label} residual", (x, gate_up, down, weights, ids, randn(x.shape, dtype, generator)))
 
 
 # Two products behind each other, and the activation between them can double an error: more than one linear's.
@@ -73,7 +73,7 @@ moe_experts_fp8 = register(
         "moe_experts_fp8",
         _moe_experts_fp8,
         cost=_cost,
-        cases=_cases,
+        cases=with_residual(_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,
     )

@@ -178,6 +178,18 @@ def clamped_cost(plain: Callable[..., Cost]) -> Callable[..., Cost]:
     return cost
 
 
+def with_residual(cases: CaseGenerator) -> CaseGenerator:
+    """Of experts: as they are, and added to a residual."""
+
+    def both(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+        for case in cases(dtype, generator):
+            yield case
+            residual = randn(case.args[0].shape, dtype, generator)
+            yield Case(f"{case.label} residual", (*case.args, residual))
+
+    return both
+
+
 def clamped_cases(plain: CaseGenerator) -> CaseGenerator:
     """Those of `moe_experts_clamped`, from those of the op without biases."""
 

@@ -292,9 +292,9 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
             yield from _linear_cases(f" group={group} zeros={zeros}", make, dtype, generator)
 
 
-# Tolerances are those of `linear`: for float32, the order of additions (linear_int8 has none: its sums are exact); for
-# bfloat16, the rounding of the result, and that a kernel of what is of the weight only may round a weight, and its
-# scale, to bfloat16 before it multiplies, 2^-9 of each product. The integers themselves are exact in bfloat16.
+# Tolerances are those of `linear`, but for one: for float32, the order of additions (linear_int8 has none: its sums are
+# exact); for bfloat16, the rounding of the result, and that a kernel of what is of the weight only may round a weight,
+# and its scale, to bfloat16 before it multiplies, 2^-9 of each product. Integers themselves are exact in bfloat16.
 linear_int8_weight_only = register(
     Op(
         "linear_int8_weight_only",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from skyline.ops import quantized
-from skyline.ops.contract import Case, CaseGenerator, Cost, Op, nbytes, randn, register
+from skyline.ops.contract import Case, Cost, Op, nbytes, randn, register
+from skyline.ops.moe import with_residual
 from skyline.ops.quantized import QuantizedWeight
 
 Linear = Callable[[Tensor, QuantizedWeight, Tensor | None, bool], Tensor]
@@ -132,18 +133,6 @@ def _int4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case
                 return QuantizedWeight(weight.values, weight.scales / 2, weight.zeros, group)
 
             yield from _moe_cases(f" group={group} zeros={zeros}", make, dtype, generator)
-
-
-def with_residual(cases: CaseGenerator) -> CaseGenerator:
-    """Of experts: as they are, and added to a residual."""
-
-    def both(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
-        for case in cases(dtype, generator):
-            yield case
-            residual = randn(case.args[0].shape, dtype, generator)
-            yield Case(f"{case.label} residual", (*case.args, residual))
-
-    return both
 
 
 # Where activations are quantized, a hidden value that is rounded to bfloat16 may become another integer.

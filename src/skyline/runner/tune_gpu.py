@@ -119,6 +119,7 @@ def _names(size: int, ops: set[str]) -> list[str]:
     words = any(op.endswith(("linear_fp4", "linear_int4", "linear_int4_weight_only")) for op in ops)
     if size == 1 and words:
         names += ["words"] if "words_gated" in names else ["words", "words_gated"]
+        names += ["vector"] * any(op in ("linear", "fused_linear") for op in ops)  # the head
     elif size == 1:
         names += ["fp8_vector", "fp8_normed", "fp8_gated"] if fp8 else ["vector", "gated"]
     elif fp8 and size <= 64:

@@ -215,3 +215,21 @@ def test_prompts_in_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     got = attention.paged_attention(*moved((q, cache, batch, 0.1)))
     assert seen == [(256, 64, 8, 2)]
     torch.testing.assert_close(got.float().cpu(), expected, rtol=1.6e-2, atol=1e-2)
+
+
+def test_single_queries_do_not_make_tiles_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(8, 128, torch.bfloat16)
+    cache.allocate(1, 16, torch.device("cpu"))
+    seen: list[float] = []
+
+    def chosen(*given: float) -> None:
+        seen.append(given[-1])
+        raise LookupError
+
+    monkeypatch.setattr(attention, "prefill_tactic", chosen)
+    for lengths in ([512], [512, *[1] * 63], [8192]):
+        batch = AttentionBatch.build([[0] * 512] * len(lengths), [0] * len(lengths), lengths, 16, torch.device("cpu"))
+        with monkeypatch.context() as patch, pytest.raises(LookupError):
+            patch.setattr(type(attention.decode_kernel), "run", lambda *_, **__: None)
+            attention.paged_attention(torch.empty((sum(lengths), 32 * 128), dtype=torch.bfloat16), cache, batch, 0.1)
+    assert seen[0] == seen[1] < 1 and seen[2] > attention._ROUNDS

@@ -274,3 +274,23 @@ def test_weights_that_are_still_to_be_read() -> None:
     weight = torch.empty((192, 128), device="meta")
     set_integers(weight, IntegerFormat(8, 128, fp8=True))
     assert count(H200, _rows(1, 128), weight, None, True) == 2, "a block of scales holds rows of gate and of up"
+
+
+@pytest.mark.parametrize(
+    "format,dtype,expected",
+    [
+        (IntegerFormat(4, 32), BFLOAT16, 3),  # widened, gate and up, and the activation
+        (IntegerFormat(4, 128, True), torch.float16, 3),
+        (IntegerFormat(4, 32), torch.float32, 1),
+        (IntegerFormat(4, 32, fp4=True), BFLOAT16, 3),
+        (IntegerFormat(4, 16, fp4=True), BFLOAT16, 1),
+        (IntegerFormat(4, 32, fp4=True), torch.float16, 1),
+    ],
+)
+def test_four_bits_that_are_still_to_be_read(format: IntegerFormat, dtype: torch.dtype, expected: int) -> None:
+    count = KERNEL["linear_fp4" if format.fp4 else "linear_int4_weight_only"].launches
+    assert count is not None
+    weight = torch.empty((256, 128), device="meta")
+    set_integers(weight, format)
+    assert count(H200, torch.zeros((33, 128), dtype=dtype), weight, None, True) == expected
+    assert count(H200, torch.zeros((32, 128), dtype=dtype), weight, None, True) == 1

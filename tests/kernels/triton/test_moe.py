@@ -204,6 +204,26 @@ def test_every_tile_of_fp4_computes_the_same(monkeypatch: pytest.MonkeyPatch) ->
         _close(moe.moe_experts_fp4(*map(moved, (x, gate_up, down, weights, ids))), expected, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group,zeros", [(32, True), (128, False)])
+def test_every_tile_of_int4_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, group: int, zeros: bool, dtype: torch.dtype
+) -> None:
+    """Also where a group is wider than the tile is."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn((150, 128), generator=generator).to(dtype)
+    gate_up, down = (
+        stacked([quantize_int4(matrix, group, not zeros) for matrix in weight])
+        for weight in _weights(2, 128, 144, torch.float32, generator)
+    )
+    ids, weights = _crowd(150, 1, 2, generator), torch.rand((150, 1), generator=generator)
+    expected = ops.moe_experts(x.float(), gate_up.dequantize(), down.dequantize(), weights, ids)
+    for _, tile in moe_tiles._WORD_TILES:
+        monkeypatch.setattr(moe, "tile_for", lambda *_, tile=tile: tile)
+        got = moe.moe_experts_int4_weight_only(*map(moved, (x, gate_up, down, weights, ids)))
+        assert got.dtype == dtype and (got.float().cpu() - expected).norm() / expected.norm() < 1e-2
+
+
 def test_a_token_may_choose_an_expert_twice() -> None:
     generator = torch.Generator().manual_seed(8)
     gate_up, down = _weights(3, 32, 16, torch.float32, generator)

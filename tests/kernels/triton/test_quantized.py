@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.triton import quantized
-from skyline.kernels.triton.layouts import INT4, INT8, Int4Weight, unpack_words
+from skyline.kernels.triton.layouts import INT4, INT8, Int4Weight, fp4_words, unpack_words
+from skyline.kernels.triton.widen import widen
 from skyline.ops import OPS
 from skyline.ops.fp4 import Fp4Weight, fp4_case_weight
 from skyline.ops.quantized import int4_case_weight, int8_case_weight, quantize_rows
@@ -32,6 +33,12 @@ WEIGHTS = {
     "linear_int8_weight_only": lambda n, k: int8_case_weight(n, k, _generator()),
     "linear_int4_weight_only": lambda n, k: int4_case_weight(n, k, 64, True, _generator()),
     "linear_fp4": lambda n, k: fp4_case_weight(n, k, 16, _generator()),
+}
+FOUR_BITS = {
+    "int4": ("linear_int4_weight_only", lambda n, k: int4_case_weight(n, k, 32, False, _generator())),
+    "int4 with zeros": ("linear_int4_weight_only", lambda n, k: int4_case_weight(n, k, 128, True, _generator())),
+    "mxfp4": ("linear_fp4", lambda n, k: fp4_case_weight(n, k, 32, _generator())),
+    "nvfp4": ("linear_fp4", lambda n, k: fp4_case_weight(n, k, 16, _generator())),
 }
 
 
@@ -56,6 +63,26 @@ def test_columns_of_a_wider_tensor_and_no_rows(name: str) -> None:
     wide = torch.randn(3, 288, generator=_generator()).to(DEVICE)
     assert torch.equal(run(wide[:, 96:192], weight), run(wide[:, 96:192].contiguous(), weight))
     assert run(wide[:0, :96], weight, None, True).shape == (0, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 33, 129])
+@pytest.mark.parametrize("name", FOUR_BITS)
+def test_four_bits_times_any_number_of_rows(name: str, rows: int, dtype: torch.dtype) -> None:
+    """In every way there is: by itself, in tiles, widened as a whole; of rows that lie in wider ones."""
+    op, make = FOUR_BITS[name]
+    weight, wide = make(70, 1096), torch.randn(rows, 1200, generator=_generator()).to(dtype)
+    x = moved(wide)[:, 40:1136]
+    expected = OPS[op].reference(x.float().cpu(), weight)
+    got = getattr(quantized, op)(x, _on_device(weight))
+    assert got.dtype == dtype and (got.float().cpu() - expected).norm() / expected.norm() < 4e-3
+
+
+def test_extreme_scales_of_mxfp4_are_widened() -> None:
+    weight = fp4_case_weight(4, 64, 32, _generator())
+    weight.scales.copy_(torch.tensor([[100, 140], [3, 120], [253, 254], [127, 200]]))
+    wide = widen(fp4_words(_on_device(weight)), torch.bfloat16)
+    assert torch.equal(wide.float().cpu(), weight.dequantize())
 
 
 def test_rows_are_quantized_to_the_bit() -> None:

@@ -238,7 +238,8 @@ def _attend(
     if longest > 1:
         rounds = 0.0  # of what is cached in bytes, which takes more registers
         if kind == 0:
-            rounds = requests * heads * cdiv(longest * group, 256) / multiprocessors(q.device)
+            tiles = sum(cdiv(length * group, 256) for length in batch.host_query_lens if length > 1)
+            rounds = heads * tiles / multiprocessors(q.device)
         chosen = prefill_tactic(group, size, item, shared, rounds)
         prefill_kernel[(requests * heads, cdiv(longest * group, chosen.rows))](
             *common,

@@ -33,3 +33,18 @@ def overlaps(device: torch.device) -> bool:
 def has_assembly(device: torch.device) -> bool:
     """Whether kernels may hold PTX, which Triton's interpreter does not know."""
     return device.type == "cuda"
+
+
+def reads_whole(count: int, *rows: torch.Tensor) -> bool:
+    """Whether threads may load `count` bfloat16 numbers of these rows [.., K] at once, in PTX.
+
+    All rows must begin at, and have, a multiple of so many.
+    """
+    return all(
+        has_assembly(each.device)
+        and each.dtype == torch.bfloat16
+        and each.data_ptr() % (2 * count) == 0
+        and each.shape[-1] % count == 0
+        and all(stride % count == 0 for stride in each.stride()[:-1])
+        for each in rows
+    )

@@ -13,14 +13,14 @@ import triton.language as tl
 from skyline.kernels.triton.layouts import NVFP4_LESS, SYMMETRIC_ZERO
 
 SYMMETRIC = tl.constexpr(float(SYMMETRIC_ZERO))  # the zero point of int4 without one of their own
-FP4, INT4 = (tl.constexpr(kind) for kind in range(2))
+KIND_FP4, KIND_INT4 = (tl.constexpr(kind) for kind in range(2))
 
 # bfloat16 is a sign, 8 bits of exponent and 7 of mantissa; a code is a sign, 2 bits and 1. Moved to the lowest bits of
 # the exponent and the highest of the mantissa it is the code's number times 2^-126, also where that is subnormal.
 _PAIR = (
     "lop3.b32 rest, rest, 0x01C001C0, sign, 0xEA; fma.rn.bf16x2 rest, rest, factor, minus; mov.b32 {$%d, $%d}, rest;"
 )
-_FP4 = tl.constexpr(
+_FP4_PTX = tl.constexpr(
     "{ .reg .b32 sign, rest, minus, factor; mov.b32 minus, 0x80008000; mov.b32 factor, {$9, $9};"
     + "shl.b32 sign, $8, 12; and.b32 sign, sign, minus; shl.b32 rest, $8, 6;"
     + _PAIR % (0, 1)
@@ -33,19 +33,30 @@ _FP4 = tl.constexpr(
     + "}"
 )
 _FP4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h")
-# Below 2^8 the lowest bits of bfloat16's mantissa are the integer: 128 more than it, exactly. That, and the zero point
-# but for its fraction, is taken off before the scale is multiplied: times the scale it would be rounded.
-_INT4_PAIR = "shr.u32 pair, $%d, %d; lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;"
-_INT4 = tl.constexpr(
-    "{ .reg .b32 pair, one, less, scale, rest; mov.b32 one, 0x3F803F80;"
-    "mov.b32 scale, {$9, $9}; mov.b32 less, {$10, $10}; mov.b32 rest, {$11, $11};"
-    + "".join(
-        _INT4_PAIR % (8, 4 * j) + "fma.rn.bf16x2 pair, pair, one, less; fma.rn.bf16x2 pair, pair, scale, rest;"
-        f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, pair;"
-        for j in range(4)
+# Below 2^8 the lowest bits of bfloat16's mantissa are the integer, 128 more than it, exactly; below 2^11 those of
+# float16's, 1024 more. That, and the zero point but for its fraction, is taken off before the scale is multiplied:
+# times the scale it would be rounded.
+_INT4_PAIR = "shr.u32 pair, $%d, %d; lop3.b32 pair, pair, 0x000F000F, %s, 0xEA;"
+_BIASED, _HALF_BIASED = "0x43004300", "0x64006400"
+
+
+def _int4_ptx(type: str, one: str, biased: str) -> tl.constexpr:
+    return tl.constexpr(
+        f"{{ .reg .b32 pair, one, less, scale, rest; mov.b32 one, {one};"
+        "mov.b32 scale, {$9, $9}; mov.b32 less, {$10, $10}; mov.b32 rest, {$11, $11};"
+        + "".join(
+            _INT4_PAIR
+            % (8, 4 * j, biased)
+            + f"fma.rn.{type} pair, pair, one, less; fma.rn.{type} pair, pair, scale, rest;"
+            f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, pair;"
+            for j in range(4)
+        )
+        + "}"
     )
-    + "}"
-)
+
+
+_INT4_PTX = _int4_ptx("bf16x2", "0x3F803F80", _BIASED)
+_INT4_HALF_PTX = _int4_ptx("f16x2", "0x3C003C00", _HALF_BIASED)
 _INT4_OPERANDS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h,h")
 
 # A word's eight numbers times as many of x, in float32: two neighbours lie in the halves of a register as above, each
@@ -66,11 +77,12 @@ _TIMES_FP4 = tl.constexpr(
 )
 _TIMES_INT4 = tl.constexpr(
     "{ .reg .b32 pair, low, high; .reg .f32 a, b; mov.f32 $0, 0f00000000;"
-    + "".join(_INT4_PAIR % (1, 4 * j) + _SUM % (2 * j + 2, 2 * j + 3) for j in range(4))
+    + "".join(_INT4_PAIR % (1, 4 * j, _BIASED) + _SUM % (2 * j + 2, 2 * j + 3) for j in range(4))
     + "}"
 )
 _TIMES_OPERANDS = tl.constexpr("=&f,r,f,f,f,f,f,f,f,f")
-# Of x, so that neither the products nor a group's scale times them leave float32.
+# Of x, so that neither the products nor a group's scale times them leave float32, whose exponents x may have but for
+# the 63 largest.
 _RAISED = tl.constexpr(2.0**63)
 _SCALE = tl.constexpr(2.0 ** (126 - NVFP4_LESS + 8))
 
@@ -133,7 +145,7 @@ def fp4_numbers(words, factors, NATIVE: tl.constexpr, TYPE: tl.constexpr):
     each = _spread(factors, words)
     if NATIVE:
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-            _FP4,
+            _FP4_PTX,
             _FP4_OPERANDS,
             [words, each.to(tl.bfloat16)],
             dtype=(
@@ -166,38 +178,63 @@ def a_byte(weight, N: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def int4_scales(scales, zeros, at, known, ZEROS: tl.constexpr):
+    """Scales and zero points at `at`, float32; where nothing is `known` the scale is 0."""
+    scale = tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
+    zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
+    if ZEROS:
+        zero = tl.load(zeros + at, mask=known, other=0.0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
 def _less(nibbles, zero, scale, TYPE: tl.constexpr):
     return ((nibbles.to(tl.float32) - zero) * scale).to(TYPE)
 
 
 @triton.jit
-def int4_numbers(words, byte, scales, zeros, NATIVE: tl.constexpr, TYPE: tl.constexpr):
-    """words [.., N, words]; scales, zeros float32 [.., N, parts of a row] -> [.., N, columns] of TYPE.
+def int4_numbers(words, byte, scales, zeros, NATIVE: tl.constexpr, dtype: tl.constexpr):
+    """words [.., N, words]; scales, zeros float32 [.., N, parts of a row] -> [.., N, columns] of dtype.
 
-    NATIVE: as in `fp4_numbers`; scales, and the results, are rounded to bfloat16 then.
+    NATIVE: by the GPU's own instructions where dtype is bfloat16 or float16, to which scales, too, are rounded then.
     """
     scale = _spread(scales, words)
-    if NATIVE:
-        whole = tl.floor(zeros + 0.5)
-        less, rest = (-128.0 - whole).to(tl.bfloat16), ((whole - zeros) * scales).to(tl.bfloat16)
+    if NATIVE and (dtype == tl.bfloat16 or dtype == tl.float16):
+        BIAS: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+        less = (-BIAS - tl.floor(zeros + 0.5)).to(dtype)
+        rest = ((-BIAS - less.to(tl.float32) - zeros) * scales).to(dtype)
         nothing = byte.to(tl.int32) >> 8
         words = words | (nothing[None, :, None] if len(words.shape) == 3 else nothing[:, None])
-        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
-            _INT4,
-            _INT4_OPERANDS,
-            [words, scale.to(tl.bfloat16), _spread(less, words), _spread(rest, words)],
-            dtype=(
-                tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
-            ),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        operands = words, scale.to(dtype), _spread(less, words), _spread(rest, words)
+        if dtype == tl.bfloat16:
+            c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+                _INT4_PTX,
+                _INT4_OPERANDS,
+                operands,
+                dtype=(
+                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                    tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                ),
+                is_pure=True,
+                pack=1,
+            )  # fmt: skip
+        else:
+            c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+                _INT4_HALF_PTX,
+                _INT4_OPERANDS,
+                operands,
+                dtype=(
+                    tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16,
+                ),
+                is_pure=True,
+                pack=1,
+            )  # fmt: skip
     else:
         zero = _spread(zeros, words)
-        c0, c1 = _less(_nibble(words, 0), zero, scale, TYPE), _less(_nibble(words, 1), zero, scale, TYPE)
-        c2, c3 = _less(_nibble(words, 2), zero, scale, TYPE), _less(_nibble(words, 3), zero, scale, TYPE)
-        c4, c5 = _less(_nibble(words, 4), zero, scale, TYPE), _less(_nibble(words, 5), zero, scale, TYPE)
-        c6, c7 = _less(_nibble(words, 6), zero, scale, TYPE), _less(_nibble(words, 7), zero, scale, TYPE)
+        c0, c1 = _less(_nibble(words, 0), zero, scale, dtype), _less(_nibble(words, 1), zero, scale, dtype)
+        c2, c3 = _less(_nibble(words, 2), zero, scale, dtype), _less(_nibble(words, 3), zero, scale, dtype)
+        c4, c5 = _less(_nibble(words, 4), zero, scale, dtype), _less(_nibble(words, 5), zero, scale, dtype)
+        c6, c7 = _less(_nibble(words, 6), zero, scale, dtype), _less(_nibble(words, 7), zero, scale, dtype)
     return _row(c0, c1, c2, c3, c4, c5, c6, c7)
 
 
@@ -214,13 +251,13 @@ def _eighth(at, word, k, PLACE: tl.constexpr):
 
 
 @triton.jit
-def eights(at, first, k, STEP: tl.constexpr, NATIVE: tl.constexpr):
+def eights(at, first, k, STEP: tl.constexpr, WHOLE: tl.constexpr):
     """Numbers [K] at `at`, STEP words of eight from word `first` on, float32: each word's first to eighth [STEP].
 
-    Behind the last they are zeros. NATIVE: they are bfloat16, k and the address multiples of 8 of them.
+    Behind the last they are zeros. WHOLE: they are bfloat16, as skyline.kernels.triton.device.reads_whole has it of 8.
     """
     word = first + tl.arange(0, STEP)
-    if NATIVE:
+    if WHOLE:
         # Each thread loads what it multiplies: a tile that Triton loads, and splits, goes through shared memory.
         inside = 8 * word < k
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
@@ -271,7 +308,7 @@ def times_words(
     """
     PARTS: tl.constexpr = words.shape[1] * 8 // GROUP
     part = tl.minimum(group + tl.arange(0, PARTS), groups - 1).to(tl.int64) * stride  # what lies behind is times 0
-    if KIND == FP4:
+    if KIND == KIND_FP4:
         factors = fp4_factors(_scale_bits(scale_at[:, None] + part[None, :], 1, NATIVE), GROUP)
         if NATIVE:
             sums = tl.inline_asm_elementwise(
@@ -317,4 +354,4 @@ def times_words(
 @triton.jit
 def lowered(sums, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Sums of `times_words` as they should be."""
-    return sums * 1.0842021724855044e-19 if KIND == FP4 and NATIVE else sums  # 2^-63
+    return sums * 1.0842021724855044e-19 if KIND == KIND_FP4 and NATIVE else sums  # 2^-63

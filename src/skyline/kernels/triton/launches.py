@@ -22,7 +22,6 @@ from skyline.kernels.triton.thresholds import (
     LARGEST_KEY,
     LONGEST,
     experts_in_words,
-    group_of,
     in_words,
     quantizes_attention,
     turns_heads,
@@ -60,7 +59,7 @@ def _fused_words(
     residual: Tensor | None = None,
 ) -> int:
     """More rows than one are normed by themselves, and many go to cuBLAS."""
-    if widens(x, group_of(weight)):
+    if widens(x, weight):
         return 1 + _fused_linear(gpu, x, weight, bias, silu_mul, norm, eps, residual)
     return 1 + (norm is not None and x.shape[0] > 1)
 

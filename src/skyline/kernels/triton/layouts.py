@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,31 @@ class Fp4Words:
     def dequantize(self) -> Tensor:
         """float32, of `shape`."""
         return unpack_fp4(self).dequantize()
+
+
+Words = Int4Weight | Fp4Words
+
+
+class Operands(NamedTuple):
+    """What kernels are given of words [.., N, K]; what a format has not is another of its tensors, and unused."""
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+    row_scales: Tensor
+    groups: int  # of a row
+    weight_stride: int
+    scale_stride: int  # of FP4
+    fp4: bool
+    has_zeros: bool
+
+    @classmethod
+    def of(cls, weight: Words) -> Operands:
+        scales, groups, stride = weight.scales, -(-weight.k // weight.group), weight.values.stride(-2)
+        if isinstance(weight, Fp4Words):
+            return cls(weight.values, scales, scales, weight.row_scales, groups, stride, scales.stride(-2), True, False)
+        zeros = scales if weight.zeros is None else weight.zeros
+        return cls(weight.values, scales, zeros, scales, groups, stride, 0, False, weight.zeros is not None)
 
 
 class Int8Layout:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skyline.kernels.triton.activations import silu_mul as _silu_mul
-from skyline.kernels.triton.device import capability, has_assembly, overlaps, shared_memory
+from skyline.kernels.triton.device import capability, has_assembly, overlaps, reads_whole, shared_memory
 from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.linear_kernels import (
     bands_kernel,
@@ -208,7 +208,8 @@ def _fp8_vector(
         BLOCKS=weight.blocks,
         BAND=chosen.rows,
         STEP=max(1, chosen.columns // 4),
-        NATIVE=has_assembly(x.device) and x.data_ptr() % 8 == 0,
+        NATIVE=has_assembly(x.device),
+        WHOLE=reads_whole(4, x, x if norm is None else norm),
         EARLY=early,
         num_warps=chosen.warps,
         # Four programs of 128 threads a multiprocessor: all 512 bands of 4,096 rows run at once on a Hopper.

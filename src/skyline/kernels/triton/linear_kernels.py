@@ -113,12 +113,13 @@ def times_word(word, x0, x1, x2, x3, total, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def fours(at, first, words, STEP: tl.constexpr, NATIVE: tl.constexpr):
+def fours(at, first, words, STEP: tl.constexpr, WHOLE: tl.constexpr):
     """4 * STEP numbers from `first` words of four on, float32: each word's first, second, third and fourth [STEP].
 
-    Behind the last of `words` they are zeros, or those of the last word again.
+    Behind the last of `words` they are zeros, or those of the last word again. WHOLE: they are bfloat16, as
+    skyline.kernels.triton.device.reads_whole has it of 4.
     """
-    if NATIVE and at.dtype.element_ty == tl.bfloat16:
+    if WHOLE:
         # Each thread loads what it multiplies: a tile that Triton loads, and splits, goes through shared memory.
         word = first + tl.arange(0, STEP)
         low, high = tl.inline_asm_elementwise(
@@ -160,7 +161,8 @@ def fp8_vector_kernel(
     BLOCKS: tl.constexpr,
     BAND: tl.constexpr,  # divides 128; with blocks and GATED also n
     STEP: tl.constexpr,  # words
-    NATIVE: tl.constexpr,  # x is bfloat16, from a multiple of 8 bytes on, and there is PTX
+    NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr,  # of x and norm, as in `fours`
     EARLY: tl.constexpr,
 ):
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -180,10 +182,10 @@ def fp8_vector_kernel(
         gdc_wait()
         gdc_launch_dependents()
     for first in range(0, words, STEP):
-        x0, x1, x2, x3 = fours(x, first, words, STEP, NATIVE)
+        x0, x1, x2, x3 = fours(x, first, words, STEP, WHOLE)
         if NORM:
             squares += tl.where(first + steps < words, x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 0.0)
-            w0, w1, w2, w3 = fours(norm, first, words, STEP, NATIVE)
+            w0, w1, w2, w3 = fours(norm, first, words, STEP, WHOLE)
             x0, x1, x2, x3 = x0 * w0, x1 * w1, x2 * w2, x3 * w3
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         left = (first + STEP + steps < words)[None, :]

@@ -14,13 +14,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import overlaps
-from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, fp4_words, int4_words
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, Words, fp4_words, int4_words
 from skyline.kernels.triton.moe_products import grouped_experts
 from skyline.kernels.triton.moe_stream import stream
 from skyline.kernels.triton.moe_tiles import Groups, Kind, Tile, tile_for
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import FEW_PAIRS
-from skyline.kernels.triton.words import Words, few_experts
+from skyline.kernels.triton.words import few_experts
 from skyline.ops import Fp4Weight, QuantizedWeight
 
 _STREAM_TOKENS = 1  # up to so many are not grouped: each reads its experts on its own
@@ -204,7 +204,7 @@ def _experts(
     weights, ids = weights.contiguous(), ids.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
-    kind: Kind = "plain" if isinstance(gate_up, Tensor) else "words"
+    kind: Kind = "plain" if isinstance(gate_up, Tensor) else "fp4" if isinstance(gate_up, Fp4Words) else "int4"
     if tokens <= _STREAM_TOKENS:
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
             return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import has_assembly, overlaps
+from skyline.kernels.triton.device import has_assembly, overlaps, reads_whole
 from skyline.kernels.triton.knobs import current
 from skyline.kernels.triton.linear import quantize_rows
 from skyline.kernels.triton.linear_kernels import fours, times_word
@@ -46,6 +46,7 @@ def _gate_up_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr,  # of x, as in `fours`
     EARLY: tl.constexpr,
 ):
     if EARLY:
@@ -67,7 +68,7 @@ def _gate_up_kernel(
     part = tl.load(gate_at, mask=(steps < words)[None, :], other=0)
     other = tl.load(up_at, mask=(steps < words)[None, :], other=0)
     for first in range(0, words, STEP):
-        x0, x1, x2, x3 = fours(x_at, first, words, STEP, NATIVE)
+        x0, x1, x2, x3 = fours(x_at, first, words, STEP, WHOLE)
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         left = (first + STEP + steps < words)[None, :]
         if BLOCKS:
@@ -111,6 +112,7 @@ def _down_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr,  # of x, as in `fours`
     EARLY: tl.constexpr,
 ):
     if EARLY:
@@ -134,7 +136,7 @@ def _down_kernel(
         for first in range(0, words, STEP):
             left = first + steps < words
             part = tl.load(rows_at + expert * n * words + first, mask=left[None, :], other=0)
-            x0, x1, x2, x3 = fours(x + pair * words * 4, first, words, STEP, NATIVE)
+            x0, x1, x2, x3 = fours(x + pair * words * 4, first, words, STEP, WHOLE)
             value = times_word(part, x0[None, :], x1[None, :], x2[None, :], x3[None, :], nothing, NATIVE)
             if BLOCKS:
                 at = own_scales + first_row // 128 * scale_columns + (first + steps) // 32
@@ -180,6 +182,7 @@ def _stream(
         BAND=gate_up_band,
         STEP=_step(h, columns),
         NATIVE=native,
+        WHOLE=reads_whole(4, x),
         EARLY=early,
         num_warps=warps,
         launch_pdl=early,
@@ -203,6 +206,7 @@ def _stream(
         BAND=down_band,
         STEP=_step(i, columns),
         NATIVE=native,
+        WHOLE=reads_whole(4, hidden),
         EARLY=early,
         num_warps=warps,
         launch_pdl=early,

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps, shared_memory
-from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
+from skyline.kernels.triton.four_bits import a_byte, fp4_factors, fp4_numbers, int4_numbers, int4_scales
 from skyline.kernels.triton.layouts import Fp4Words, Int4Weight
 from skyline.kernels.triton.moe_tiles import Groups, rows_of
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
@@ -150,11 +150,8 @@ def _grouped_kernel(
             part = first // GROUP + tl.arange(0, STEP // GROUP)
             parts_at = scale_at[:, None] + part.to(tl.int64)[None, :] * matrix_rows
             known = (part < groups)[None, :]
-            scale = tl.load(scales + parts_at, mask=known, other=0.0).to(tl.float32)
-            zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
-            if ZEROS:
-                zero = tl.load(more + parts_at, mask=known, other=0.0).to(tl.float32)
-            numbers = int4_numbers(b, byte, scale, zero, NATIVE and a.dtype == tl.bfloat16, a.dtype)
+            scale, zero = int4_scales(scales, more, parts_at, known, ZEROS)
+            numbers = int4_numbers(b, byte, scale, zero, NATIVE, a.dtype)
             total = tl.dot(a, tl.trans(numbers), total, input_precision=PRECISION)
         elif KIND == _BY_BLOCK:
             blocks = tl.cdiv(k, 128)

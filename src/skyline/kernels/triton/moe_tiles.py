@@ -51,7 +51,7 @@ _BYTE_TILES: tuple[tuple[float, Tile], ...] = (
     (64, Tile(64, 128, 128, 4, 4)),
     (float("inf"), Tile(128, 128, 128, 8, 4)),
 )
-# Those of four bits by what benchmarks/gpu/experts.py found on an H200.
+# Those of four bits by what benchmarks/gpu/experts.py found of FP4 on an H200.
 _WORD_TILES: tuple[tuple[float, Tile], ...] = (
     (8, Tile(16, 128, 128, 4, 4)),
     (float("inf"), Tile(64, 128, 64, 4, 3)),
@@ -71,15 +71,15 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-# Of products: plain ones of x as it is, with weights that may be int8; of bytes; of x with words of four-bit numbers.
-Kind = Literal["plain", "bytes", "words"]
+# Of products: plain ones of x as it is, with weights that may be int8; of bytes; of x with words of FP4, and of int4.
+Kind = Literal["plain", "bytes", "fp4", "int4"]
 
 
 def tile_for(rows: int, experts: int, x: Tensor, kind: Kind = "plain") -> Tile:
     """For so many rows of x's device and dtype in all."""
     if kind == "bytes":
         tiles = _BYTE_TILES
-    elif kind == "words" and x.dtype == torch.bfloat16:
+    elif (x.dtype == torch.bfloat16 and kind == "fp4") or (x.dtype != torch.float32 and kind == "int4"):
         tiles = _WORD_TILES
     else:
         tiles = _TILES if kind == "plain" and x.dtype != torch.float32 else _FLOAT32_TILES

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, multiprocessors, overlaps
-from skyline.kernels.triton.four_bits import SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
-from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, fp4_words, int4_words
+from skyline.kernels.triton.four_bits import a_byte, fp4_factors, fp4_numbers, int4_numbers, int4_scales
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, Words, fp4_words, int4_words
 from skyline.kernels.triton.linear import fused_linear
 from skyline.kernels.triton.norms import rms_norm
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
@@ -160,11 +160,8 @@ def _add_product(
         else:
             scale_at = group.to(tl.int64)[None, :] * outputs + own[:, None]
             known = (group < scale_stride)[None, :]
-        scale = tl.load(scales + scale_at, mask=known, other=0.0).to(tl.float32)
-        zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros + scale_at, mask=known, other=0.0).to(tl.float32)
-        numbers = int4_numbers(stored, byte, scale, zero, NATIVE and values.dtype == tl.bfloat16, values.dtype)
+        scale, zero = int4_scales(scales, zeros, scale_at, known, ZEROS)
+        numbers = int4_numbers(stored, byte, scale, zero, NATIVE, values.dtype)
         result = tl.dot(values, _turned(numbers, SPLIT), total, input_precision=PRECISION)
     else:
         group = first // GROUP + tl.arange(0, PARTS)
@@ -296,7 +293,6 @@ def _launch(
     silu_mul: bool,
     residual: Tensor | None = None,
     x_scales: Tensor | None = None,
-    chosen: Tactic | None = None,
 ) -> Tensor:
     """x [T, K] as the kernel multiplies it, in int8 with scales [T] -> [T, N or N / 2] of `dtype`."""
     (rows, k), outputs = x.shape, weight.shape[0]
@@ -310,11 +306,9 @@ def _launch(
         row_scales, scale_stride = weight.row_scales, weight.scales.stride(0)
     elif isinstance(weight, Int4Weight):
         zeros, scale_stride = weight.zeros, weight.scales.shape[0]
-    widen = row_scales is not None and x.dtype == torch.float16
-    if chosen is None:
-        wide = widen or x.dtype == torch.float32
-        width = 64 if group == NVFP4_GROUP else 128
-        chosen = tactic(rows, n, width, group, silu_mul, wide, multiprocessors(x.device))
+    in_tf32 = row_scales is not None and x.dtype == torch.float16
+    width = 64 if group == NVFP4_GROUP else 128
+    chosen = tactic(rows, n, width, group, silu_mul, in_tf32 or x.dtype == torch.float32, multiprocessors(x.device))
     early = overlaps(x.device)
     _linear_kernel[(cdiv(rows, chosen.rows) * cdiv(n, chosen.band),)](
         x,
@@ -345,7 +339,7 @@ def _launch(
         GROUP=group,
         SPLIT=chosen.split,
         EVEN_K=k % (chosen.split * chosen.width) == 0,
-        WIDEN=widen,
+        WIDEN=in_tf32,
         STAGES=chosen.stages,
         NATIVE=has_assembly(x.device),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -369,9 +363,8 @@ def linear_int8(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, 
 
 
 def _fused(
-    kind: tl.constexpr,
     x: Tensor,
-    weight: Int4Weight | Fp4Words,
+    weight: Words,
     bias: Tensor | None,
     silu_mul: bool,
     norm: Tensor | None,
@@ -380,11 +373,11 @@ def _fused(
 ) -> Tensor:
     if x.shape[0] == 1:
         return one_row(x, weight, bias, silu_mul, norm, eps, residual)
-    if widens(x, weight.group):
-        return fused_linear(x, widen(weight), bias, silu_mul, norm, eps, residual)
+    if widens(x, weight):
+        return fused_linear(x, widen(weight, x.dtype), bias, silu_mul, norm, eps, residual)
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    return _launch(kind, x, x.dtype, weight, bias, silu_mul, residual)
+    return _launch(_FP4 if isinstance(weight, Fp4Words) else _INT4, x, x.dtype, weight, bias, silu_mul, residual)
 
 
 def fused_linear_int4(
@@ -396,7 +389,7 @@ def fused_linear_int4(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    return _fused(_INT4, x, int4_words(weight), bias, silu_mul, norm, eps, residual)
+    return _fused(x, int4_words(weight), bias, silu_mul, norm, eps, residual)
 
 
 def linear_int4_weight_only(
@@ -414,7 +407,7 @@ def fused_linear_fp4(
     eps: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    return _fused(_FP4, x, fp4_words(weight), bias, silu_mul, norm, eps, residual)
+    return _fused(x, fp4_words(weight), bias, silu_mul, norm, eps, residual)
 
 
 def linear_fp4(x: Tensor, weight: Fp4Weight | Fp4Words, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from skyline.kernels.triton.knobs import current
+from skyline.kernels.triton.layouts import Fp4Words
 from skyline.ops import AttentionBatch
-from skyline.ops.formats import DEFAULT_GROUP, integers_of
-from skyline.ops.fp4 import MXFP4_GROUP
+from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
+from skyline.ops.fp4 import MXFP4_GROUP, Fp4Weight
 from skyline.ops.fp8 import BLOCK, Fp8Weight
 
 BAND_ROWS = 64  # most rows of x that FP8 products take in bands of the weight
@@ -20,22 +21,21 @@ LONGEST = 32  # most tokens of a request that the gated delta rule takes one by 
 LARGEST_KEY = 128  # for which a chunk's keys and queries fit into the memory of a processor
 
 
-def widens(x: Tensor, group: int) -> bool:
-    """Whether a weight of four bits is written as bfloat16, for cuBLAS, before rows x are multiplied by it.
+def widens(x: Tensor, weight: Any) -> bool:
+    """Whether a weight of four bits is written in the type of x, for cuBLAS, before rows x are multiplied by it.
 
-    On an H200 a step of 64 requests of Llama-3.1-8B took 16.7 ms in int4 and 6.8 in bfloat16, one of 8,192 tokens 364
-    and 212 (benchmarks/results/2026-11-27-gpu-h200-steps-one-row.json), and its weights are 14 GB in bfloat16, which
-    takes about 5 ms to write. Not measured since. NVFP4 has scales of rows, which bfloat16 would round.
+    A parameter stands for what was decided that it becomes. On an H200 a step of 64 requests of Llama-3.1-8B took 16.7
+    ms in int4 and 6.8 in bfloat16, one of 8,192 tokens 364 and 212 (benchmarks/results/
+    2026-11-27-gpu-h200-steps-one-row.json), and its weights are 14 GB in bfloat16, which takes about 5 ms to write. Not
+    measured since. bfloat16 would round NVFP4's scales of rows, and float16 has not the range of FP4's.
     """
-    return x.shape[0] > WIDE_ROWS and x.dtype == torch.bfloat16 and group >= MXFP4_GROUP
-
-
-def group_of(weight: Any) -> int:
-    """Of four bits. A parameter stands for what was decided that it becomes."""
     if isinstance(weight, Tensor):
-        decided = integers_of(weight)
-        return (decided and decided.group) or DEFAULT_GROUP
-    return int(weight.group)
+        decided = integers_of(weight) or IntegerFormat(4, DEFAULT_GROUP)
+        fp4, group = decided.fp4, decided.group or DEFAULT_GROUP
+    else:
+        fp4, group = isinstance(weight, (Fp4Weight, Fp4Words)), weight.group
+    exact = group >= MXFP4_GROUP and x.dtype == torch.bfloat16 if fp4 else x.dtype != torch.float32
+    return x.shape[0] > WIDE_ROWS and exact
 
 
 def has_blocks(weight: Fp8Weight | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Four-bit weights as bfloat16, for products of so many rows of x that cuBLAS makes up for writing and reading them.
+"""Four-bit weights in the type of x, for so many rows of x that cuBLAS makes up for writing and reading them.
 
 A product's tiles each widen their part of the weight again, and wait for it; cuBLAS does neither.
 """
@@ -12,8 +12,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps
-from skyline.kernels.triton.four_bits import FP4, INT4, SYMMETRIC, a_byte, fp4_factors, fp4_numbers, int4_numbers
-from skyline.kernels.triton.layouts import WORD, Fp4Words, Int4Weight
+from skyline.kernels.triton.four_bits import (
+    KIND_FP4,
+    KIND_INT4,
+    a_byte,
+    fp4_factors,
+    fp4_numbers,
+    int4_numbers,
+    int4_scales,
+)
+from skyline.kernels.triton.layouts import WORD, Operands, Words
 from skyline.kernels.triton.sizes import cdiv
 
 _BAND, _STEP = 16, 32  # rows, and words of eight
@@ -25,7 +33,7 @@ def _widen_kernel(
     scales,  # int4: [groups, N] float16. FP4: [N, scale_stride] uint8
     zeros,  # like scales, of int4
     row_scales,  # [N] float32, of FP4
-    wide,  # [N, K] bfloat16
+    wide,  # [N, K]; of FP4 bfloat16
     n,
     k,
     groups,  # ceil(K / GROUP)
@@ -48,45 +56,41 @@ def _widen_kernel(
     )
     group = first * 8 // GROUP + tl.arange(0, STEP * 8 // GROUP)
     known = (group < groups)[None, :]
-    if KIND == FP4:
+    TYPE: tl.constexpr = wide.dtype.element_ty
+    if KIND == KIND_FP4:
         scale = tl.load(scales + (safe * scale_stride)[:, None] + group[None, :], mask=known, other=0)
         numbers = fp4_numbers(words, fp4_factors(scale, GROUP), NATIVE, tl.float32)
         numbers = numbers.to(tl.float32) * tl.load(row_scales + safe)[:, None]
     else:
         at = group.to(tl.int64)[None, :] * n + safe[:, None]
-        scale = tl.load(scales + at, mask=known, other=0.0).to(tl.float32)
-        zero = tl.full(scale.shape, SYMMETRIC, tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros + at, mask=known, other=0.0).to(tl.float32)
-        numbers = int4_numbers(words, a_byte(weight, BAND, NATIVE), scale, zero, NATIVE, tl.float32)
+        scale, zero = int4_scales(scales, zeros, at, known, ZEROS)
+        numbers = int4_numbers(words, a_byte(weight, BAND, NATIVE), scale, zero, NATIVE, TYPE)
     if EARLY:  # until then nothing was written, and nothing read that any launch writes
         gdc_wait()
         gdc_launch_dependents()
     column = first * 8 + tl.arange(0, STEP * 8)
     inside = (row < n)[:, None] & (column < k)[None, :]
-    tl.store(wide + (safe * k)[:, None] + column[None, :], numbers.to(tl.bfloat16), mask=inside)
+    tl.store(wide + (safe * k)[:, None] + column[None, :], numbers.to(TYPE), mask=inside)
 
 
-def widen(weight: Int4Weight | Fp4Words) -> Tensor:
-    """A matrix [N, K] in bfloat16, in which MXFP4 is exact."""
-    n, k = weight.shape
-    zeros = weight.zeros if isinstance(weight, Int4Weight) else None
-    device, four = weight.values.device, isinstance(weight, Fp4Words)
-    wide = torch.empty((n, k), dtype=torch.bfloat16, device=device)
+def widen(weight: Words, dtype: torch.dtype) -> Tensor:
+    """A matrix [N, K] in bfloat16, in which MXFP4 is exact, or, of int4, in float16."""
+    (n, k), device, given = weight.shape, weight.values.device, Operands.of(weight)
+    wide = torch.empty((n, k), dtype=dtype, device=device)
     early = overlaps(device)
     _widen_kernel[(cdiv(n, _BAND), cdiv(k, _STEP * WORD))](
-        weight.values,
-        weight.scales,
-        weight.scales if zeros is None else zeros,
-        weight.row_scales if isinstance(weight, Fp4Words) else weight.scales,
+        given.values,
+        given.scales,
+        given.zeros,
+        given.row_scales,
         wide,
         n,
         k,
-        cdiv(k, weight.group),
-        weight.values.stride(0),
-        weight.scales.stride(0) if four else 0,
-        KIND=FP4 if four else INT4,
-        ZEROS=zeros is not None,
+        given.groups,
+        given.weight_stride,
+        given.scale_stride,
+        KIND=KIND_FP4 if given.fp4 else KIND_INT4,
+        ZEROS=given.has_zeros,
         GROUP=weight.group,
         BAND=_BAND,
         STEP=_STEP,

@@ -7,16 +7,15 @@ up of all that it has chosen, then their down rows, which each program adds up.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from skyline.kernels.triton.device import has_assembly, overlaps
-from skyline.kernels.triton.four_bits import FP4, INT4, eights, lowered, times_words
+from skyline.kernels.triton.device import has_assembly, overlaps, reads_whole
+from skyline.kernels.triton.four_bits import KIND_FP4, KIND_INT4, eights, lowered, times_words
 from skyline.kernels.triton.knobs import current
-from skyline.kernels.triton.layouts import WORD, Fp4Words, Int4Weight
+from skyline.kernels.triton.layouts import WORD, Operands, Words
 from skyline.kernels.triton.moe_products import activated
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 
@@ -56,6 +55,7 @@ def _product_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,  # words
     NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr,  # of x, and norm, as in `eights`
     EARLY: tl.constexpr,
 ):
     own = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -79,19 +79,21 @@ def _product_kernel(
     if EARLY and not EXPERTS:
         gdc_wait()
         gdc_launch_dependents()
-    if KIND == FP4:
-        scale_at, stride, to_up = scales + row * scale_stride, 1, n.to(tl.int64) * scale_stride
+    to_up = n.to(tl.int64) if GATED else 0
+    if KIND == KIND_FP4:
+        scale_at, stride = scales + row * scale_stride, 1
+        to_up *= scale_stride
     else:
-        scale_at, stride, to_up = scales + first_row * groups + safe, outputs, n.to(tl.int64)
+        scale_at, stride = scales + first_row * groups + safe, outputs
     zero_at = zeros + first_row * groups + safe if ZEROS else scale_at
     gates = tl.zeros((BAND, STEP), tl.float32)
     ups = tl.zeros((BAND, STEP), tl.float32)
     squares = tl.zeros((STEP,), tl.float32)
     for first in range(0, tl.cdiv(k, 8), STEP):
-        x0, x1, x2, x3, x4, x5, x6, x7 = eights(x, first, k, STEP, NATIVE)
+        x0, x1, x2, x3, x4, x5, x6, x7 = eights(x, first, k, STEP, WHOLE)
         if NORM:
             squares += (x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3) + (x4 * x4 + x5 * x5 + x6 * x6 + x7 * x7)
-            w0, w1, w2, w3, w4, w5, w6, w7 = eights(norm, first, k, STEP, NATIVE)
+            w0, w1, w2, w3, w4, w5, w6, w7 = eights(norm, first, k, STEP, WHOLE)
             x0, x1, x2, x3, x4, x5, x6, x7 = x0 * w0, x1 * w1, x2 * w2, x3 * w3, x4 * w4, x5 * w5, x6 * w6, x7 * w7
         x0, x1, x2, x3 = x0[None, :], x1[None, :], x2[None, :], x3[None, :]
         x4, x5, x6, x7 = x4[None, :], x5[None, :], x6[None, :], x7[None, :]
@@ -108,7 +110,7 @@ def _product_kernel(
             )  # fmt: skip
             other = tl.load(up_at + first + STEP, mask=inside, other=0)
     gate, up = lowered(tl.sum(gates, 1), KIND, NATIVE), lowered(tl.sum(ups, 1), KIND, NATIVE)
-    if KIND == FP4:
+    if KIND == KIND_FP4:
         gate *= tl.load(row_scales + row)
         if GATED:
             up *= tl.load(row_scales + row + n)
@@ -154,6 +156,7 @@ def _down_kernel(
     BAND: tl.constexpr,
     STEP: tl.constexpr,
     NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr,  # of x, and norm, as in `eights`
     EARLY: tl.constexpr,
 ):
     if EARLY:
@@ -172,7 +175,7 @@ def _down_kernel(
         if BIAS:
             result += factor * tl.load(bias + row).to(tl.float32)
         factors = tl.full((BAND,), 1.0, tl.float32) * factor
-        if KIND == FP4:
+        if KIND == KIND_FP4:
             factors *= tl.load(row_scales + row)
             scale_at, stride = scales + row * scale_stride, 1
         else:
@@ -181,7 +184,7 @@ def _down_kernel(
         for first in range(0, tl.cdiv(k, 8), STEP):
             inside = (first + step < weight_stride)[None, :]
             part = tl.load(weight + (row * weight_stride)[:, None] + (first + step)[None, :], mask=inside, other=0)
-            x0, x1, x2, x3, x4, x5, x6, x7 = eights(x + pair * k, first, k, STEP, NATIVE)
+            x0, x1, x2, x3, x4, x5, x6, x7 = eights(x + pair * k, first, k, STEP, WHOLE)
             sums += factors[:, None] * times_words(
                 part, x0[None, :], x1[None, :], x2[None, :], x3[None, :], x4[None, :], x5[None, :], x6[None, :],
                 x7[None, :], scale_at, zero_at, first * 8 // GROUP, groups, stride, KIND, ZEROS, GROUP, NATIVE,
@@ -192,18 +195,9 @@ def _down_kernel(
     tl.store(y + token * n + own, result.to(y.dtype.element_ty), mask=own < n)
 
 
-Words = Int4Weight | Fp4Words
-
-
 def _step(k: int, group: int, columns: int) -> int:
     """Words a tile."""
     return max(group, min(next_power_of_2(k), columns)) // WORD
-
-
-def _native(x: Tensor, k: int) -> bool:
-    """Whether rows of x can be read eight numbers at a time."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % WORD == 0 and k % WORD == 0
-    return has_assembly(x.device) and x.dtype == torch.bfloat16 and aligned
 
 
 def _multiply(
@@ -222,15 +216,14 @@ def _multiply(
     clamped: bool = False,
 ) -> None:
     """Fill y [pairs, N or N / 2]: x [1, K] times a matrix [N, K], or rows of x [T, K] times those of their experts."""
-    (*_, outputs, k), n, early = weight.shape, y.shape[1], overlaps(x.device)
-    four, zeros = isinstance(weight, Fp4Words), weight.zeros if isinstance(weight, Int4Weight) else None
+    (*_, outputs, k), n, early, given = weight.shape, y.shape[1], overlaps(x.device), Operands.of(weight)
     band, columns, warps = current().words_gated if silu_mul else current().words
     _product_kernel[(cdiv(n, band), y.shape[0])](
         x,
-        weight.values,
-        weight.scales,
-        weight.scales if zeros is None else zeros,
-        weight.row_scales if isinstance(weight, Fp4Words) else weight.scales,
+        given.values,
+        given.scales,
+        given.zeros,
+        given.row_scales,
         x if bias is None else bias,
         x if norm is None else norm,
         x if residual is None else residual,
@@ -239,15 +232,15 @@ def _multiply(
         n,
         outputs,
         k,
-        cdiv(k, weight.group),
-        weight.values.stride(-2),
-        weight.scales.stride(-2) if four else 0,
+        given.groups,
+        given.weight_stride,
+        given.scale_stride,
         x.stride(0),
         eps,
         alpha,
         limit,
-        KIND=FP4 if four else INT4,
-        ZEROS=zeros is not None,
+        KIND=KIND_FP4 if given.fp4 else KIND_INT4,
+        ZEROS=given.has_zeros,
         GROUP=weight.group,
         EXPERTS=ids is not None,
         CLAMPED=clamped,
@@ -258,7 +251,8 @@ def _multiply(
         RESIDUAL=residual is not None,
         BAND=band,
         STEP=_step(k, weight.group, columns),
-        NATIVE=_native(x, k),
+        NATIVE=has_assembly(x.device),
+        WHOLE=reads_whole(WORD, x, x if norm is None else norm),
         EARLY=early,
         num_warps=warps,
         launch_pdl=early,
@@ -297,15 +291,14 @@ def few_experts(
     hidden = x.new_empty((tokens * top_k, i))
     clamped = gate_up_bias is not None
     _multiply(x, gate_up, hidden, gate_up_bias, True, ids=ids, top_k=top_k, alpha=alpha, limit=limit, clamped=clamped)
-    four, zeros = isinstance(down, Fp4Words), down.zeros if isinstance(down, Int4Weight) else None
     band, columns, warps = current().words_down
-    y = x.new_empty((tokens, h))
+    y, given = x.new_empty((tokens, h)), Operands.of(down)
     _down_kernel[(cdiv(h, band), tokens)](
         hidden,
-        down.values,
-        down.scales,
-        down.scales if zeros is None else zeros,
-        down.row_scales if isinstance(down, Fp4Words) else down.scales,
+        given.values,
+        given.scales,
+        given.zeros,
+        given.row_scales,
         hidden if down_bias is None else down_bias,
         weights,
         ids,
@@ -313,19 +306,20 @@ def few_experts(
         y,
         h,
         i,
-        cdiv(i, down.group),
-        down.values.stride(-2),
-        down.scales.stride(-2) if four else 0,
+        given.groups,
+        given.weight_stride,
+        given.scale_stride,
         0 if residual is None else residual.stride(0),
-        KIND=FP4 if four else INT4,
-        ZEROS=zeros is not None,
+        KIND=KIND_FP4 if given.fp4 else KIND_INT4,
+        ZEROS=given.has_zeros,
         GROUP=down.group,
         TOP_K=top_k,
         BIAS=down_bias is not None,
         RESIDUAL=residual is not None,
         BAND=band,
         STEP=_step(i, down.group, columns),
-        NATIVE=_native(hidden, i),
+        NATIVE=has_assembly(x.device),
+        WHOLE=reads_whole(WORD, hidden),
         EARLY=early,
         num_warps=warps,
         launch_pdl=early,

@@ -32,9 +32,9 @@ def _prepare() -> None:
     from tests.kernels.triton.offline import install
 
     install(_CAPABILITY)
-    nothing = lambda *shape, like: torch.empty(shape, dtype=like.dtype)  # noqa: E731
-    torch.nn.functional.linear = lambda x, w, b=None: nothing(*x.shape[:-1], w.shape[0], like=x)  # type: ignore[assignment]
-    torch.addmm = lambda c, a, b, **_: nothing(a.shape[0], b.shape[1], like=c)  # type: ignore[assignment]
+    # What cuBLAS would compute.
+    torch.nn.functional.linear = lambda x, w, b=None: x.new_empty((*x.shape[:-1], w.shape[0]))  # type: ignore[assignment]
+    torch.addmm = lambda c, a, b, **_: c.new_empty((a.shape[0], b.shape[1]))  # type: ignore[assignment]
 
 
 @functools.lru_cache(2)

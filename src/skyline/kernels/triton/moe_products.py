@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import has_assembly, overlaps, shared_memory
 from skyline.kernels.triton.four_bits import a_byte, fp4_factors, fp4_numbers, int4_numbers, int4_scales
-from skyline.kernels.triton.layouts import Fp4Words, Int4Weight
+from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, Words
 from skyline.kernels.triton.moe_tiles import Groups, rows_of
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp8Weight, QuantizedWeight
@@ -191,7 +191,7 @@ class Quantized(NamedTuple):
     scales: Tensor
 
 
-Weight = Tensor | Fp8Weight | QuantizedWeight | Int4Weight | Fp4Words
+Weight = Tensor | Fp8Weight | QuantizedWeight | Words
 
 
 def product(

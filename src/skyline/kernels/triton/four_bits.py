@@ -302,8 +302,8 @@ def times_words(
 ):  # fmt: skip
     """Each of words [N, STEP] as eight numbers, times eight of x, each [1, STEP], summed up: float32 [N, STEP].
 
-    scale_at, zero_at: addresses [N] of each row's first scale, and zero point with ZEROS; its others are `stride` apart.
-    Of its `groups`, those from `group` on belong to its words. Scales are float16 of int4, uint8 of FP4, as in
+    scale_at, zero_at: addresses [N] of each row's first scale, and zero point with ZEROS; its others lie `stride` on
+    from each other. Of its `groups`, those from `group` on belong to its words. Scales are float16 of int4, uint8 of FP4, as in
     skyline.kernels.triton.layouts. What comes out of FP4 is too large, until `lowered`.
     """
     PARTS: tl.constexpr = words.shape[1] * 8 // GROUP

@@ -303,8 +303,8 @@ def times_words(
     """Each of words [N, STEP] as eight numbers, times eight of x, each [1, STEP], summed up: float32 [N, STEP].
 
     scale_at, zero_at: addresses [N] of each row's first scale, and zero point with ZEROS; its others lie `stride` on
-    from each other. Of its `groups`, those from `group` on belong to its words. Scales are float16 of int4, uint8 of FP4, as in
-    skyline.kernels.triton.layouts. What comes out of FP4 is too large, until `lowered`.
+    from each other. Of its `groups`, those from `group` on belong to its words. Scales are float16 of int4, uint8 of
+    FP4, as in skyline.kernels.triton.layouts. What comes out of FP4 is too large, until `lowered`.
     """
     PARTS: tl.constexpr = words.shape[1] * 8 // GROUP
     part = tl.minimum(group + tl.arange(0, PARTS), groups - 1).to(tl.int64) * stride  # what lies behind is times 0

@@ -295,6 +295,15 @@ def test_a_crowded_engine_preempts_and_still_answers_right(asynchronous: bool, e
     assert stats.generated_tokens == 8 * 30 and stats.finished == 8
 
 
+def test_what_the_cache_has_of_a_window_counts_as_room() -> None:
+    """Of the five blocks that "long" needs at once, it finds one in the cache: once, it waited for five others for ever."""
+    limits = Limits(0, 1, 1, 1, max_model_len=10, groups=(KVGroup(5, window=2),))
+    arrivals = [Arrival(request("first", [3, 4], max_tokens=1)), Arrival(request("long", [3, 5, 6, 7, 8, 9]), step=8)]
+    results, _, runner = run(limits, arrivals)
+    check_result(arrivals[1], results["long"], limits)
+    assert runner.cached_at_admission["long"] == [1]
+
+
 @pytest.mark.parametrize("groups", GROUPS[1:], ids=str)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_every_kind_of_memory_preempts_and_hits_the_cache(groups: tuple[KVGroup, ...], asynchronous: bool) -> None:

@@ -99,10 +99,11 @@ class KVMemory:
             return count - 1
         return None
 
-    def start(self, request: Request, cached: int, end: int, needed: tuple[int, ...]) -> bool:
+    def start(self, request: Request, cached: int, end: int, at_once: tuple[int, ...]) -> bool:
         """Give a request its `cached` blocks of prefix and room up to token `end`; False, and nothing, if none is left.
 
-        needed: blocks that each paged group must have available, beside those that are cached.
+        There must be room for all of its known tokens, as far as they are kept at one time: at_once is how many blocks
+        of each paged group that can be, the cached ones among them.
         """
         holding = Holding([], [], [])
         for pool, window in self._paged:
@@ -120,7 +121,11 @@ class KVMemory:
             self._states.share([state])
             holding.sealed.append((cached * self.block_size, state))
         request.holding = holding
-        short = any(count > pool.num_available for count, (pool, _) in zip(needed, self._paged, strict=True))
+        known = -(-len(request.tokens) // self.block_size)
+        short = any(
+            min(known - cached, most - len(table) + first) > pool.num_available
+            for most, table, first, (pool, _) in zip(at_once, holding.tables, holding.dropped, self._paged, strict=True)
+        )
         if short or (self._states is not None and self._states.num_available == 0):
             self.release(request)
             return False

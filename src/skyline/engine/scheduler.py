@@ -74,6 +74,8 @@ class Scheduler:
         self._freed_slots: list[int] = []  # told to the runner with the next plan
         self._step = 0
         self._has_state = limits.kv_groups[-1].state
+        sizes = limits.block_size, limits.max_model_len, limits.max_num_batched_tokens
+        self._at_once = tuple(blocks_for_one(group, *sizes) for group in limits.kv_groups if not group.state)
         self._refused: tuple[tuple[int, int], tuple[int, ...]] | None = (
             None  # who last found no room, and how much there was
         )
@@ -195,8 +197,7 @@ class Scheduler:
         # Room for all of its known tokens is asked for, though a chunk may take less now: else it would only push
         # others out in the next step.
         count = min(known - cached, budget)
-        needed = tuple(self._needed(group, known, hits) for group in self.limits.kv_groups if not group.state)
-        if not self.memory.start(request, hits, cached + count, needed):
+        if not self.memory.start(request, hits, cached + count, self._at_once):
             self._refused = (request.order, self.memory.available)
             return 0
         del self.waiting[0]
@@ -225,12 +226,6 @@ class Scheduler:
             planned.plan.new_blocks.append((request.slot, group, blocks))
         self._append(planned, request, count, known)
         return count
-
-    def _needed(self, group: KVGroup, known: int, hits: int) -> int:
-        """Blocks for all known tokens after the first `hits` blocks, as far as they are kept at one time."""
-        limits = self.limits
-        at_once = blocks_for_one(group, limits.block_size, limits.max_model_len, limits.max_num_batched_tokens)
-        return min(-(-known // limits.block_size) - hits, at_once)
 
     # --- results -----------------------------------------------------------------------------------------------------
 

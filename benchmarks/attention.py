@@ -47,7 +47,7 @@ def measure(queries: int, context: int, requests: int, arguments: argparse.Names
     layers = max(1, min(28, int(arguments.cache_gib * 2**30 / read)))
     caches = []
     for _ in range(layers):
-        cache = KVCache(KV_HEADS, HEAD_DIM, kv_dtype)
+        cache = KVCache(KV_HEADS, HEAD_DIM, kv_dtype, by_head=True)
         cache.allocate(requests * blocks, BLOCK, torch.device("cpu"))
         for part in cache.tensors:
             part.copy_(torch.randint(-99, 99, part.shape) if kv_dtype == torch.int8 else torch.randn(part.shape))

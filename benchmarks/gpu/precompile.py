@@ -48,7 +48,7 @@ def _loaded(shape: str, weights: str, kv: str) -> tuple[Any, list[Any], set[str]
     from skyline.kernels.gpu import GPUS
     from skyline.models import create_model, kv_caches
     from skyline.runner.loader import build_program
-    from skyline.runner.memory import group_caches, set_kv_dtype
+    from skyline.runner.memory import group_caches, set_kv_format
     from skyline.runner.weight_store import WeightStore
 
     fields = shapes.SHAPES[shape]
@@ -70,7 +70,7 @@ def _loaded(shape: str, weights: str, kv: str) -> tuple[Any, list[Any], set[str]
         program = build_program(config, model, torch.bfloat16, gpu=GPUS["h200"].without("flashinfer"))
         WeightStore(model, program, cpu)
         caches = kv_caches(model)
-        set_kv_dtype(config, caches)
+        set_kv_format(config, caches)
         group_caches(caches)
     return program, caches, {call.op.name for call in program.calls}
 

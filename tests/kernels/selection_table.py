@@ -24,7 +24,7 @@ from skyline.ops import OPS
 from skyline.ops.formats import IntegerFormat, integers_of
 from skyline.runner.decode_graphs import why_not_recorded
 from skyline.runner.loader import build_program, choose_dtype
-from skyline.runner.memory import KV_DTYPES, set_kv_dtype
+from skyline.runner.memory import KV_DTYPES, set_kv_format
 from tests.models.families import FAMILIES
 from tests.models.harness import save_tiny
 
@@ -143,7 +143,7 @@ def _program(model_config: ModelConfig, format: Format, gpu: Gpu) -> Program:
     config = EngineConfig(model="", device="cuda", **{"dtype": "bfloat16", "quantization": "none"} | format.options)
     dtype = choose_dtype(config, model_config)
     model = create_model(model_config, dtype, "meta")
-    set_kv_dtype(config, kv_caches(model))
+    set_kv_format(config, kv_caches(model))
     stored: dict[int, IntegerFormat] = {}
     if (integers := format.stored(gpu)) is not None:
         # A checkpoint has as integers what the scheme for FP8 takes: all but the head, and what decides. In FP4 it also

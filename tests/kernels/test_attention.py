@@ -29,6 +29,7 @@ class Shape:
     block_size: int
     dtype: torch.dtype
     int8: bool = False
+    by_head: bool = True  # as the engine has it on a CPU
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Requests:
         order = list(range(sum(blocks) + 1))
         random.Random(seed).shuffle(order)
         self.tables = [[order.pop() for _ in range(count)] for count in blocks]
-        self.cache = KVCache(heads, shape.head_dim, torch.int8 if shape.int8 else shape.dtype)
+        dtype = torch.int8 if shape.int8 else shape.dtype
+        self.cache = KVCache(heads, shape.head_dim, dtype, by_head=shape.by_head)
         self.cache.allocate(sum(blocks) + 1, size, CPU)
         for part in (*self.cache.tensors, *(self.cache.scales or ())):
             part.fill_(float("nan") if part.is_floating_point() else 77)
@@ -114,6 +116,12 @@ SHAPES = [
     Shape(1, 3, 20, 1, FLOAT),
     Shape(1, 1, 7, 3, FLOAT),
     Shape(2, 2, 64, 4, FLOAT, int8=True),
+    Shape(8, 2, 128, 32, BF16),
+    Shape(3, 4, 80, 48, BF16),
+    Shape(2, 7, 96, 64, BF16, int8=True),
+    Shape(2, 5, 128, 16, BF16, by_head=False),
+    Shape(3, 2, 64, 16, BF16, int8=True, by_head=False),
+    Shape(3, 2, 64, 16, FLOAT, by_head=False),
 ]
 _every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -206,7 +214,7 @@ def test_nan_stays_in_its_request(instruction_set: str, shape: Shape) -> None:
     assert torch.equal(before[2], after[1])
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7], SHAPES[9], SHAPES[10]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[at] for at in (1, 5, 7, 9, 10, -3, -2, -1)], ids=str)
 def test_kv_write_equals_the_reference(instruction_set: str, shape: Shape) -> None:
     contexts = [1, 40, 7]
     native_cache, reference = (Requests(shape, contexts, seed=5) for _ in range(2))

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -85,12 +86,21 @@ def angles(positions: int, rotary: int, generator: torch.Generator) -> Tensor:
 
 
 def attention_inputs(
-    dtype: torch.dtype, tokens: int, *, heads: int, kv_heads: int, head_dim: int, rotary: int, norm: bool, cached: Any
+    dtype: torch.dtype,
+    tokens: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary: int,
+    norm: bool,
+    cached: Any,
+    by_head: bool = True,
 ) -> tuple[Any, ...]:
     """Arguments of rope_kv_write for one request, its blocks in no order."""
     generator = torch.Generator().manual_seed(tokens)
     blocks = -(-tokens // 16) + 2
-    cache = KVCache(kv_heads, head_dim, cached)
+    cache = KVCache(kv_heads, head_dim, cached, by_head=by_head)
     cache.allocate(blocks, 16, torch.device("cpu"))
     for tensor in written((cache,)):
         tensor.zero_()
@@ -137,11 +147,10 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Case]:
             yield Case(f"{rows}x{size} R={rotary}", (q, k, at, angles(99, rotary, g), size))
     elif op == "rope_kv_write":
         for tokens, size, rotary in ((1, 128, 128), (200, 64, 64), (33, 256, 256), (70, 128, 32), (20, 80, 80)):
-            for norm in (False, True):
-                inputs = attention_inputs(
-                    dtype, tokens, heads=8, kv_heads=2, head_dim=size, rotary=rotary, norm=norm, cached=dtype
-                )
-                yield Case(f"{tokens}x{size} R={rotary} norm={norm}", inputs)
+            for norm, by_head in product((False, True), repeat=2):
+                shape = {"heads": 8, "kv_heads": 2, "head_dim": size, "rotary": rotary}
+                inputs = attention_inputs(dtype, tokens, **shape, norm=norm, cached=dtype, by_head=by_head)
+                yield Case(f"{tokens}x{size} R={rotary} norm={norm} by_head={by_head}", inputs)
     elif op == "topk_router":
         for rows, experts, top_k in ((0, 8, 2), (1, 128, 8), (300, 60, 4), (5, 257, 257), (9, 3, 1)):
             spread = torch.stack([torch.randperm(experts, generator=g) for _ in range(rows)] or [torch.empty(0)])

@@ -65,7 +65,8 @@ def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> No
     one of fp8 takes x / scale, with the head's own scale, limited to +-448.
     """
     shape = (-1, cache.num_kv_heads, cache.head_dim)
-    places = batch.of(cache).slot_mapping
+    places, size = batch.of(cache).slot_mapping, cache.tensors[0].shape[1]
+    blocks, offsets = places // size, places % size
     for index, (fresh, cached) in enumerate(zip((k, v), cache.tensors, strict=True)):
         rows = fresh.reshape(shape)
         if cached.dtype == torch.float8_e4m3fn:
@@ -74,8 +75,8 @@ def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> No
             rows, cached = scaled.view(torch.uint8), cached.view(torch.uint8)  # torch copies no rows of the former
         elif cache.scales is not None:
             rows, scale = quantized(rows)
-            cache.scales[index].view(-1, cache.num_kv_heads).index_copy_(0, places, scale)
-        cached.view(shape).index_copy_(0, places, rows.to(cached.dtype))
+            cache.scales[index][blocks, offsets] = scale
+        cached[blocks, offsets] = rows.to(cached.dtype)
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:

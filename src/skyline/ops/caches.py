@@ -56,6 +56,8 @@ class KVCache(LayerCache):
 
     k, v: [num_blocks, block_size, num_kv_heads, head_dim]; in int8 and fp8 (float8_e4m3fn) what is cached is
     k * k_scale and v * v_scale.
+    by_head: in a block's memory all tokens of a head lie side by side, which a core reads in order when it attends to
+    one head after the other; else all heads of a token do.
     k_scale, v_scale: [num_blocks, block_size, num_kv_heads] float32, only beside int8; beside fp8 [num_kv_heads], given
     by the checkpoint, else 1.
     window: how many tokens back a query looks, itself included; None is all of them.
@@ -69,6 +71,7 @@ class KVCache(LayerCache):
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     window: int | None = None
+    by_head: bool = False
 
     @property
     def kind(self) -> CacheKind:
@@ -76,12 +79,16 @@ class KVCache(LayerCache):
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         # On a CPU the pages are only committed as they are used. No kernel reads what was never written.
-        shape = (num_blocks, block_size, self.num_kv_heads, self.head_dim)
-        self.k = reserve(shape, self.dtype, device)
-        self.v = reserve(shape, self.dtype, device)
+        def block_by_block(dtype: torch.dtype, *inner: int) -> torch.Tensor:
+            outer = (self.num_kv_heads, block_size) if self.by_head else (block_size, self.num_kv_heads)
+            memory = reserve((num_blocks, *outer, *inner), dtype, device)
+            return memory.transpose(1, 2) if self.by_head else memory
+
+        self.k = block_by_block(self.dtype, self.head_dim)
+        self.v = block_by_block(self.dtype, self.head_dim)
         if self.dtype == torch.int8:
-            self.k_scale = reserve(shape[:3], torch.float32, device)
-            self.v_scale = reserve(shape[:3], torch.float32, device)
+            self.k_scale = block_by_block(torch.float32)
+            self.v_scale = block_by_block(torch.float32)
         elif self.dtype == torch.float8_e4m3fn:
             ones = torch.ones(self.num_kv_heads, device=device)
             self.k_scale = ones if self.k_scale is None else self.k_scale.to(device)

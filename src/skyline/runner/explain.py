@@ -26,7 +26,7 @@ from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import build_program, choose_dtype, compiled_kinds, why_call_by_call
-from skyline.runner.memory import KV_DTYPES, set_kv_dtype
+from skyline.runner.memory import KV_DTYPES, set_kv_format
 
 ISAS = (*REQUIRES, "none")
 _MIXERS = (
@@ -86,7 +86,7 @@ def explain(
     fused = [call.op.name for call in program.calls if not call.is_view]
     launches, per_layer = Counter(fused), _per_layer(fused)
     caches = kv_caches(model)
-    set_kv_dtype(config, caches)
+    set_kv_format(config, caches)
 
     memory = _memory(caches, config.block_size, model_config.max_position_embeddings)
 

@@ -32,7 +32,7 @@ from skyline.runner.memory import (
     group_caches,
     peak_activation_bytes,
     plan_memory,
-    set_kv_dtype,
+    set_kv_format,
 )
 from skyline.runner.model_runner import ModelRunner
 from skyline.runner.sampler import Sampler
@@ -163,7 +163,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     tokens = config.max_num_seqs * (config.max_model_len or model_config.max_position_embeddings) * 4
     predicted = peak_activation_bytes(program, config.max_num_batched_tokens, limit_rows)
     caches = kv_caches(model)
-    set_kv_dtype(config, caches)
+    set_kv_format(config, caches)
     scaled, stored = 0, ""
     if checkpoint is not None:
         scaled, stored = checkpoint.scale_keys_and_values(model), _stored(checkpoint, model, dtype)

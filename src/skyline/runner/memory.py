@@ -115,16 +115,15 @@ def peak_activation_bytes(program: Program, num_tokens: int, num_rows: int) -> i
     return peak + by_token * num_tokens + by_row * num_rows
 
 
-def set_kv_dtype(config: EngineConfig, caches: list[LayerCache]) -> None:
+def set_kv_format(config: EngineConfig, caches: list[LayerCache]) -> None:
     """Before caches are measured and allocated. What is no attention's memory stays as it is."""
     dtype = KV_DTYPES.get(config.kv_cache_dtype)
-    if dtype is None:
-        return
     for cache in caches:
         if isinstance(cache, KVCache):
-            cache.dtype = dtype
+            cache.by_head = torch.device(config.device).type == "cpu"
+            cache.dtype = dtype or cache.dtype
         elif isinstance(cache, LatentCache | IndexCache):
-            cache.quantized = dtype
+            cache.quantized = dtype or cache.quantized
 
 
 def plan_memory(

@@ -7,7 +7,9 @@
 #include "attention_avx2.h"
 #include "attention_dot.h"
 #include "attention_stream_amx.h"
+#include "attention_stream_dot.h"
 #include "attention_vector.h"
+#include "cache_shape.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -243,19 +245,10 @@ int64_t checked_requests(const TensorView& tables, const TensorView& starts, con
 void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, ffi::Optional<TensorView> k_scale,
                      ffi::Optional<TensorView> v_scale, TensorView tables, TensorView starts, TensorView contexts,
                      double scale, int64_t window, ffi::Optional<TensorView> sinks, double softcap) {
-  SKYLINE_CHECK(k.ndim() == 4 && v.ndim() == 4 && k.IsContiguous() && v.IsContiguous(), "takes a contiguous cache");
-  for (int i = 0; i < 4; i++) SKYLINE_CHECK(k.shape()[i] == v.shape()[i], "keys and values differ in shape");
-  const int64_t block_size = k.shape()[1], kv_heads = k.shape()[2], head_dim = k.shape()[3];
+  const CacheShape cache(k, v, k_scale, v_scale);
+  const int64_t block_size = cache.block_size, kv_heads = cache.kv_heads, head_dim = cache.head_dim;
   SKYLINE_CHECK(block_size > 0 && kv_heads > 0 && head_dim > 0, "takes a cache that is not empty");
   SKYLINE_CHECK(window >= 0 && softcap >= 0, "a window or a softcap is positive");
-  const bool int8 = is_int8(k) && is_int8(v);
-  SKYLINE_CHECK(int8 == k_scale.has_value() && int8 == v_scale.has_value(), "int8, and nothing else, has scales");
-  if (int8) {
-    for (const TensorView& s : {k_scale.value(), v_scale.value()}) {
-      SKYLINE_CHECK(is_float32(s) && s.ndim() == 3 && s.IsContiguous() && s.shape()[0] == k.shape()[0] &&
-                        s.shape()[1] == block_size && s.shape()[2] == kv_heads, "scales do not match the cache");
-    }
-  }
   dispatch_float(out, [&]<class T>(T*) {
     auto to = rows_of<T>(out), from = rows_of<const T>(q);
     SKYLINE_CHECK(is_bf16(q) == is_bf16(out) && (is_float32(q) || is_bf16(q)), "q and the output differ in dtype");
@@ -277,8 +270,8 @@ void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, f
     auto with = [&]<class KV>(KV*) {
       attention::Attention<T, KV> call{
           to.data, from.data, to.stride, from.stride, data<KV>(k), data<KV>(v),
-          int8 ? data<float>(k_scale.value()) : nullptr, int8 ? data<float>(v_scale.value()) : nullptr,
-          block_size, kv_heads, head_dim, group,
+          cache.int8 ? data<float>(k_scale.value()) : nullptr, cache.int8 ? data<float>(v_scale.value()) : nullptr,
+          block_size, kv_heads, head_dim, group, cache.token_stride, cache.head_stride,
           data<int32_t>(tables), data<int32_t>(starts), data<int32_t>(contexts),
           requests <= 1 ? tables.shape()[1] : tables.stride(0),
           static_cast<float>(scale), static_cast<float>(softcap), window == 0 ? int64_t{1} << 40 : window,
@@ -290,14 +283,14 @@ void paged_attention(TensorView out, TensorView q, TensorView k, TensorView v, f
 #if defined(__AMX_TILE__)
         attention::Run<attention::StreamAttention<KV>, attention::TileAttention<KV>, T, KV>(call, requests)();
 #else
-        attention::Run<attention::DotAttention<KV>, attention::DotAttention<KV>, T, KV>(call, requests)();
+        attention::Run<attention::DotStreamAttention<KV>, attention::DotAttention<KV>, T, KV>(call, requests)();
 #endif
       }
 #else
       attention::Run<attention::LaneAttention<T, KV>, attention::LaneAttention<T, KV>, T, KV>(call, requests)();
 #endif
     };
-    if (int8) {
+    if (cache.int8) {
       with(static_cast<int8_t*>(nullptr));
     } else {
       SKYLINE_CHECK(is_bf16(k) == is_bf16(q) && is_bf16(v) == is_bf16(q) && is_float32(k) == is_float32(q) &&

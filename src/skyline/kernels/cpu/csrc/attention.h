@@ -116,9 +116,10 @@ struct Attention {
   T* out;
   const T* q;
   int64_t out_stride, q_stride;
-  const KV *k, *v;                // [num_blocks, block_size, kv_heads, head_dim]
+  const KV *k, *v;                 // [num_blocks, block_size, kv_heads, head_dim]
   const float *k_scale, *v_scale;  // [num_blocks, block_size, kv_heads], of int8 only
   int64_t block_size, kv_heads, head_dim, group;
+  int64_t token_stride, head_stride;  // within a block, in units of a token's head: either may be the inner one
   const int32_t *tables, *starts, *contexts;
   int64_t table_stride;
   float scale, softcap;  // softcap 0: none
@@ -168,8 +169,14 @@ struct View {
     return {static_cast<int>(std::clamp<int64_t>(from - begin, 0, kSplit)),
             static_cast<int>(std::clamp<int64_t>(to - begin, 0, kSplit))};
   }
-  // Where the keys of `span` lie for the first head, in units of (block, offset, head): slots[key of the split]; outside of
-  // the span, -1.
+  // Where the key at this position lies, as below; -1 beyond the context.
+  int64_t slot(int64_t position) const {
+    if (position >= call.contexts[item.request]) return -1;
+    const int64_t block = call.tables[item.request * call.table_stride + position / call.block_size];
+    return block * call.block_size * call.kv_heads + position % call.block_size * call.token_stride + item.head * call.head_stride;
+  }
+  // Where the keys of `span` lie for the first head, in units of a token's head: slots[key of the split]; outside of the
+  // span, -1. The next head is head_stride further.
   void slots(int split, Span span, int64_t* slots) const {
     const int32_t* table = call.tables + item.request * call.table_stride;
     int64_t begin = static_cast<int64_t>(split) * kSplit;
@@ -177,9 +184,21 @@ struct View {
     for (int key = span.hi; key < span.last_chunk() * kChunk; key++) slots[key] = -1;
     int64_t block = (begin + span.lo) / call.block_size, offset = (begin + span.lo) % call.block_size;
     for (int key = span.lo; key < span.hi; block++, offset = 0) {
-      int64_t slot = (table[block] * call.block_size + offset) * call.kv_heads + item.head;
+      int64_t slot = table[block] * call.block_size * call.kv_heads + offset * call.token_stride + item.head * call.head_stride;
       int count = static_cast<int>(std::min<int64_t>(call.block_size - offset, span.hi - key));
-      for (int i = 0; i < count; i++) slots[key++] = slot + i * call.kv_heads;
+      for (int i = 0; i < count; i++) slots[key++] = slot + i * call.token_stride;
+    }
+  }
+  // [heads][kSplit]: the scales of an int8 cache; of keys that are not there, 0.
+  void scales(const int64_t* slots, Span span, float* k, float* v) const {
+    if constexpr (sizeof(KV) == 1) {
+      for (int head = 0; head < item.heads; head++, k += kSplit, v += kSplit) {
+        for (int key = span.first_chunk() * kChunk; key < span.last_chunk() * kChunk; key++) {
+          const int64_t slot = slots[key] + head * call.head_stride;
+          k[key] = slots[key] < 0 ? 0 : call.k_scale[slot];
+          v[key] = slots[key] < 0 ? 0 : call.v_scale[slot];
+        }
+      }
     }
   }
 };

@@ -40,6 +40,7 @@ class TileAttention {
     Span all = view_.visible(index, 0, view_.rows - 1);
     if (all.empty()) return;
     view_.slots(index, all, slots_);
+    view_.scales(slots_, all, k_scale_, v_scale_);
     pack_keys(all);
     pack_values(all);
     for (int head = 0; head < view_.item.heads; head++) {
@@ -91,7 +92,7 @@ class TileAttention {
   }
 
   const KV* row_of(const KV* cache, int64_t slot, int head) const {
-    return slot < 0 ? nothing_ : cache + (slot + head) * dim_;
+    return slot < 0 ? nothing_ : cache + (slot + head * view_.call.head_stride) * dim_;
   }
   // Tiles [16 pairs of dimensions][16 keys], for each 16 keys those of all dimensions.
   void pack_keys(Span all) {
@@ -102,13 +103,6 @@ class TileAttention {
         const KV* rows[16];
         for (int i = 0; i < 16; i++) rows[i] = row_of(call.k, slots_[key + i], head);
         pack_key_rows(rows, dim_, keys_ + (head * kSplit + key) * width_);
-        if constexpr (sizeof(KV) == 1) {
-          for (int i = 0; i < 16; i++) {
-            const int64_t slot = slots_[key + i], at = head * kSplit + key + i;
-            k_scale_[at] = slot < 0 ? 0 : call.k_scale[slot + head];
-            v_scale_[at] = slot < 0 ? 0 : call.v_scale[slot + head];
-          }
-        }
       }
     }
   }

@@ -45,7 +45,7 @@ class LaneAttention {
  public:
   using View = attention::View<T, KV>;
   static constexpr int kMaxRows = 96;
-  // Few rows take some heads together, whose keys lie next to each other: memory is fastest in long pieces.
+  // Few rows take some heads together, whose keys lie near each other: memory is fastest in long pieces.
   static constexpr int kHeadRows = 4, kHeadBytes = 1024;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 16); }
@@ -55,7 +55,7 @@ class LaneAttention {
         scoring_(view.call.scale, view.call.softcap, sizeof(KV) == 1) {
     void* memory = scratch.ensure(carve(nullptr));
     carve(memory);
-    std::memset(nothing_, 0, heads_ * width_ * sizeof(KV));
+    std::memset(nothing_, 0, width_ * sizeof(KV));
     for (int i = 0; i < heads_ * view.rows; i++) {
       const T* from = view.query(i / view.rows, i % view.rows);
       float* to = q_ + i * width_;
@@ -73,26 +73,17 @@ class LaneAttention {
     const Span all = view_.visible(index, 0, view_.rows - 1);
     if (all.empty()) return;
     view_.slots(index, all, slots_);
-    for (int key = all.first_chunk() * kChunk; key < all.last_chunk() * kChunk; key++) {
-      const int64_t slot = slots_[key];
-      keys_[key] = slot < 0 ? nothing_ : view_.call.k + slot * dim_;
-      values_[key] = slot < 0 ? nothing_ : view_.call.v + slot * dim_;
-      if (sizeof(KV) == 1)
-        for (int head = 0; head < heads_; head++) {
-          k_scale_[head * kSplit + key] = slot < 0 ? 0 : view_.call.k_scale[slot + head];
-          v_scale_[head * kSplit + key] = slot < 0 ? 0 : view_.call.v_scale[slot + head];
-        }
-    }
+    view_.scales(slots_, all, k_scale_, v_scale_);
     for (int row = 0; row < view_.rows; row++) spans_[row] = view_.visible(index, row, row);
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
       const bool last = chunk + 1 == all.last_chunk();
-      Ahead next(last ? values_ + all.first_chunk() * kChunk : keys_ + (chunk + 1) * kChunk, heads_ * dim_);
-      const KV* const* keys = keys_ + chunk * kChunk;
+      Ahead next = last ? Ahead(*this, view_.call.v, all.first_chunk()) : Ahead(*this, view_.call.k, chunk + 1);
       for (int head = 0; head < heads_; head++) {
+        point(view_.call.k, chunk, head);
         if (direct_) {
-          each_block<2>(head, chunk, [&]<int R>(int row) { products<R>(row, chunk, Cached{keys, head * dim_}, next); });
+          each_block<2>(head, chunk, [&]<int R>(int row) { products<R>(row, chunk, Cached{rows_}, next); });
         } else {
-          convert(keys, head);
+          convert();
           each_block<3>(head, chunk, [&]<int R>(int row) { products<R>(row, chunk, Converted{wide_, width_}, next); });
         }
       }
@@ -116,13 +107,13 @@ class LaneAttention {
     }
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
       const bool last = chunk + 1 == all.last_chunk();
-      Ahead next(last ? nullptr : values_ + (chunk + 1) * kChunk, heads_ * dim_);
-      const KV* const* values = values_ + chunk * kChunk;
+      Ahead next = last ? Ahead() : Ahead(*this, view_.call.v, chunk + 1);
       for (int head = 0; head < heads_; head++) {
+        point(view_.call.v, chunk, head);
         if (direct_) {
-          each_block<2>(head, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Cached{values, head * dim_}, next); });
+          each_block<2>(head, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Cached{rows_}, next); });
         } else {
-          convert(values, head);
+          convert();
           each_block<3>(head, chunk, [&]<int R>(int row) { mix<R>(row, chunk, Converted{wide_, width_}, next); });
         }
       }
@@ -150,23 +141,37 @@ class LaneAttention {
   }
 
  private:
-  // A chunk's keys or values that are needed soon: row by row, a cache line with every few instructions.
+  // A chunk's keys or values that are needed soon: head by head and row by row, a cache line with every few instructions.
   class Ahead {
    public:
-    Ahead(const KV* const* rows, int64_t dim) : row_(rows), end_(rows == nullptr ? rows : rows + kChunk), bytes_(dim * sizeof(KV)) {}
+    Ahead() = default;
+    Ahead(const LaneAttention& of, const KV* cache, int chunk)
+        : cache_(cache), slots_(of.slots_ + chunk * kChunk), dim_(of.dim_), head_rows_(of.view_.call.head_stride), heads_(of.heads_) {
+      begin();
+    }
     void ask() {
-      if (row_ == end_) return;
-      prefetch_l2(reinterpret_cast<const char*>(*row_) + at_);
-      at_ += 64;
-      if (at_ >= bytes_) {
-        at_ = 0;
-        row_++;
+      if (heads_ == 0) return;
+      prefetch_l2(line_);
+      line_ += 64;
+      if (line_ < end_) return;
+      if (++key_ == kChunk) {
+        key_ = 0;
+        if (--heads_ == 0) return;
+        cache_ += head_rows_ * dim_;
       }
+      begin();
     }
 
    private:
-    const KV *const *row_, *const *end_;
-    int64_t bytes_, at_ = 0;
+    void begin() {
+      line_ = reinterpret_cast<const char*>(cache_ + std::max<int64_t>(slots_[key_], 0) * dim_);
+      end_ = line_ + dim_ * sizeof(KV);
+    }
+    const KV* cache_ = nullptr;
+    const int64_t* slots_ = nullptr;
+    int64_t dim_ = 0, head_rows_ = 0, heads_ = 0;
+    int key_ = 0;
+    const char *line_ = nullptr, *end_ = nullptr;
   };
 
   // Where dimension i of a query, or of a sum of values, is kept.
@@ -180,13 +185,12 @@ class LaneAttention {
     scores_ = carver.take<float>(rows * kSplit);
     mixed_ = carver.take<float>(rows * width_);
     slots_ = carver.take<int64_t>(kSplit);
-    keys_ = carver.take<const KV*>(kSplit);
-    values_ = carver.take<const KV*>(kSplit);
+    rows_ = carver.take<const KV*>(kChunk);
     k_scale_ = carver.take<float>(heads_ * kSplit);
     v_scale_ = carver.take<float>(heads_ * kSplit);
     sums_ = carver.take<RowSum>(rows);
     spans_ = carver.take<Span>(view_.rows);
-    nothing_ = carver.take<KV>(heads_ * width_);
+    nothing_ = carver.take<KV>(width_);
     return carver.used();
   }
 
@@ -208,10 +212,19 @@ class LaneAttention {
     return !span.empty() && span.first_chunk() <= chunk && chunk < span.last_chunk();
   }
 
-  // The chunk's keys or values as float32, in the order of `place`.
-  void convert(const KV* const* rows, int head) {
+  // rows_: a head's keys or values of a chunk.
+  void point(const KV* cache, int chunk, int head) {
+    const int64_t above = head * view_.call.head_stride;
     for (int key = 0; key < kChunk; key++) {
-      const KV* from = rows[key] + head * dim_;
+      const int64_t slot = slots_[chunk * kChunk + key];
+      rows_[key] = slot < 0 ? nothing_ : cache + (slot + above) * dim_;
+    }
+  }
+
+  // rows_ as float32, in the order of `place`.
+  void convert() {
+    for (int key = 0; key < kChunk; key++) {
+      const KV* from = rows_[key];
       float* to = wide_ + key * width_;
       for (int64_t i = 0; i < width_; i += 16) {
         if (i + 16 <= dim_) {
@@ -228,8 +241,7 @@ class LaneAttention {
   // Rows of a chunk, by key: as they are in the cache, or converted.
   struct Cached {
     const KV* const* rows;
-    int64_t offset;  // of the head
-    const KV* operator()(int key) const { return rows[key] + offset; }
+    const KV* operator()(int key) const { return rows[key]; }
   };
   struct Converted {
     const float* wide;
@@ -307,7 +319,7 @@ class LaneAttention {
   const Scoring scoring_;
   float *q_, *wide_, *scores_, *mixed_, *k_scale_, *v_scale_;
   int64_t* slots_;
-  const KV **keys_, **values_;  // rows of the split
+  const KV** rows_;
   RowSum* sums_;
   Span* spans_;  // keys of the split that each row sees
   KV* nothing_;

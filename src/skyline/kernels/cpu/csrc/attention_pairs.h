@@ -62,6 +62,11 @@ struct Pairs;
 template <>
 struct Pairs<bf16> {
   static constexpr int kDims = 32;  // in 64 bytes
+  static constexpr int kVectors = kDims / 32;
+  // 64 bytes of a key as they are multiplied; n dimensions are there.
+  void line(const bf16* from, int64_t n, __m512i (&to)[kVectors]) const { to[0] = load_bytes(from, 2 * n); }
+  // Which pair of dimensions is in a lane of the v-th of a key's vectors.
+  static constexpr int64_t pair(int64_t v, int lane) { return 16 * v + lane; }
   // use(i, keys) for the i-th pair of a vector's dimensions, of 16 keys. rows: after transpose_pairs.
   template <class Use>
   __attribute__((always_inline)) void keys(const __m512i (&rows)[16], const Use& use) const {
@@ -78,6 +83,9 @@ struct Pairs<bf16> {
 template <>
 struct Pairs<int8_t> {
   static constexpr int kDims = 64;
+  static constexpr int kVectors = kDims / 32;
+  void line(const int8_t* from, int64_t n, __m512i (&to)[kVectors]) const { numbers_.widen(load_bytes(from, n), to[0], to[1]); }
+  static constexpr int64_t pair(int64_t v, int lane) { return v / 2 * 32 + (lane / 4 * 2 + v % 2) * 4 + lane % 4; }
   template <class Use>
   __attribute__((always_inline)) void keys(const __m512i (&rows)[16], const Use& use) const {
     const __m512i halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));

@@ -43,6 +43,7 @@ class StreamAttention {
     const Span all = view_.visible(index, 0, view_.rows - 1);
     if (all.empty()) return;
     view_.slots(index, all, slots_);
+    view_.scales(slots_, all, k_scale_, v_scale_);
     const int first = all.first_chunk(), last = all.last_chunk();
     ahead_.plan(*this, view_.call.k, first, 1);
     ahead_.step();
@@ -80,34 +81,31 @@ class StreamAttention {
   // Up to so many rows, vectors take no longer than packing for tiles, and reading goes on meanwhile.
   static constexpr int kVectorRows = 4;
 
-  // What will be read next, asked for in bursts of eight cache lines that are spread evenly over a number of steps.
+  // What will be read next, asked for head by head and row by row, in steps over which it is spread evenly.
   class Ahead {
    public:
     void plan(const StreamAttention& of, const KV* cache, int chunk, int64_t steps) {
-      const int64_t bytes = of.heads_ * of.dim_ * static_cast<int64_t>(sizeof(KV));
-      rows_ = row_ = 0;
-      for (int key = chunk * kChunk; key < (chunk + 1) * kChunk; key++) {
-        if (of.slots_[key] >= 0) row_of_[rows_++] = reinterpret_cast<const char*>(cache + of.slots_[key] * of.dim_);
-      }
-      row_bursts_ = (bytes + 511) / 512;
-      burst_ = 0;
+      cache_ = cache;
+      slots_ = of.slots_ + chunk * kChunk;
+      bytes_ = of.dim_ * static_cast<int64_t>(sizeof(KV));
+      head_bytes_ = of.view_.call.head_stride * bytes_;
+      rows_ = of.heads_ * kChunk;
+      row_ = credit_ = 0;
       steps_ = steps;
-      credit_ = 0;
     }
     void step() {
-      for (credit_ += rows_ * row_bursts_; credit_ >= steps_ && row_ < rows_; credit_ -= steps_) {
-        const char* line = row_of_[row_] + 512 * burst_;
-        for (int i = 0; i < 8; i++) prefetch_l2(line + 64 * i);
-        if (++burst_ == row_bursts_) {
-          burst_ = 0;
-          row_++;
-        }
+      for (credit_ += rows_; credit_ >= steps_ && row_ < rows_; credit_ -= steps_, row_++) {
+        const int64_t slot = slots_[row_ % kChunk];
+        if (slot < 0) continue;
+        const char* line = reinterpret_cast<const char*>(cache_) + slot * bytes_ + row_ / kChunk * head_bytes_;
+        for (int64_t byte = 0; byte < bytes_; byte += 64) prefetch_l2(line + byte);
       }
     }
 
    private:
-    const char* row_of_[kChunk];
-    int64_t rows_ = 0, row_ = 0, row_bursts_ = 0, burst_ = 0, steps_ = 1, credit_ = 0;
+    const KV* cache_ = nullptr;
+    const int64_t* slots_ = nullptr;
+    int64_t bytes_ = 0, head_bytes_ = 0, rows_ = 0, row_ = 0, steps_ = 1, credit_ = 0;
   };
 
   // Tiles 0 and 1: products, 2 and 7: keys, 3: queries; 2 and 3: values. Of `rows` rows 4 and 5: results, 6: weights.
@@ -136,7 +134,7 @@ class StreamAttention {
 
   float* scores(int head, int row) const { return scores_ + (head * view_.rows + row) * kStride; }
   const KV* row_of(const KV* cache, int64_t slot, int head) const {
-    return slot < 0 ? nothing_ : cache + (slot + head) * dim_;
+    return slot < 0 ? nothing_ : cache + (slot + head * view_.call.head_stride) * dim_;
   }
 
   // Tiles [16 pairs of dimensions][16 rows]; rows that do not exist are zero.
@@ -163,8 +161,8 @@ class StreamAttention {
     const int64_t* slot = slots_ + first;
     if constexpr (sizeof(KV) == 2) {
       bool in_place = width_ == dim_ && slot[0] >= 0;
-      for (int i = 1; in_place && i < 16; i++) in_place = slot[i] == slot[0] + i * call.kv_heads;
-      if (in_place) return {call.k + (slot[0] + head) * dim_, 2 * call.kv_heads * dim_};
+      for (int i = 1; in_place && i < 16; i++) in_place = slot[i] == slot[0] + i * call.token_stride;
+      if (in_place) return {row_of(call.k, slot[0], head), 2 * call.token_stride * dim_};
     }
     bf16* to = staged_ + first % kChunk * width_;
     for (int i = 0; i < 16; i++) {
@@ -176,7 +174,6 @@ class StreamAttention {
 
   // Products of a chunk's keys, which are the rows here and need no packing, with all queries, turned into rows of scores.
   void products(int head, int chunk) {
-    const auto& call = view_.call;
     const Rows first = keys(head, chunk * kChunk), second = keys(head, chunk * kChunk + 16);
     const bf16* q = q_ + head * 16 * width_;
     tile_fence();
@@ -198,13 +195,6 @@ class StreamAttention {
       for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(products_ + (16 * half + i) * 16);
       transpose_pairs(r);
       for (int row = 0; row < view_.rows; row++) _mm512_store_si512(scores(head, row) + chunk * kChunk + 16 * half, r[row]);
-    }
-    if constexpr (sizeof(KV) == 1) {
-      for (int key = chunk * kChunk; key < (chunk + 1) * kChunk; key++) {
-        const int64_t slot = slots_[key];
-        k_scale_[head * kSplit + key] = slot < 0 ? 0 : call.k_scale[slot + head];
-        v_scale_[head * kSplit + key] = slot < 0 ? 0 : call.v_scale[slot + head];
-      }
     }
   }
 

@@ -1,6 +1,7 @@
 // Writing keys and values to the paged cache.
 #include <algorithm>
 
+#include "cache_shape.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -35,20 +36,11 @@ void copy_head(int8_t* to, const T* from, int64_t n, float* scale) {
 
 }  // namespace
 
-// k, v [T, Hk * D]; cache [num_blocks, block_size, Hk, D] in their dtype or int8; scales [num_blocks, block_size, Hk].
+// k, v [T, Hk * D]; the cache in their dtype or int8.
 void kv_write(TensorView k, TensorView v, TensorView keys, TensorView values, ffi::Optional<TensorView> k_scale,
               ffi::Optional<TensorView> v_scale, TensorView slots) {
-  SKYLINE_CHECK(keys.ndim() == 4 && values.ndim() == 4 && keys.IsContiguous() && values.IsContiguous(),
-                "takes a contiguous cache");
-  for (int i = 0; i < 4; i++) SKYLINE_CHECK(keys.shape()[i] == values.shape()[i], "keys and values differ in shape");
-  const int64_t positions = keys.shape()[0] * keys.shape()[1], heads = keys.shape()[2], dim = keys.shape()[3];
-  const bool int8 = is_int8(keys) && is_int8(values);
-  SKYLINE_CHECK(int8 == k_scale.has_value() && int8 == v_scale.has_value(), "int8, and nothing else, has scales");
-  if (int8) {
-    for (const TensorView& s : {k_scale.value(), v_scale.value()}) {
-      SKYLINE_CHECK(is_float32(s) && s.IsContiguous() && s.numel() == positions * heads, "scales do not match the cache");
-    }
-  }
+  const CacheShape cache(keys, values, k_scale, v_scale);
+  const int64_t heads = cache.kv_heads, dim = cache.head_dim;
   dispatch_float(k, [&]<class T>(T*) {
     auto from_k = rows_of<const T>(k), from_v = rows_of<const T>(v);
     SKYLINE_CHECK(is_bf16(k) == is_bf16(v) && is_float32(k) == is_float32(v), "k and v differ in dtype");
@@ -58,23 +50,23 @@ void kv_write(TensorView k, TensorView v, TensorView keys, TensorView values, ff
                       (from_k.rows <= 1 || slots.stride(0) == 1), "takes one int64 slot for each token");
     const int64_t* slot = data<int64_t>(slots);
     for (int64_t row = 0; row < from_k.rows; row++) {
-      SKYLINE_CHECK(slot[row] >= 0 && slot[row] < positions, "slot " << slot[row] << " is not in the cache");
+      SKYLINE_CHECK(slot[row] >= 0 && slot[row] < cache.positions, "slot " << slot[row] << " is not in the cache");
     }
     auto write = [&]<class KV>(KV*) {
       KV *to_k = data<KV>(keys), *to_v = data<KV>(values);
-      float* scale_k = int8 ? data<float>(k_scale.value()) : nullptr;
-      float* scale_v = int8 ? data<float>(v_scale.value()) : nullptr;
+      float* scale_k = cache.int8 ? data<float>(k_scale.value()) : nullptr;
+      float* scale_v = cache.int8 ? data<float>(v_scale.value()) : nullptr;
       ThreadPool::get().run_ranges(from_k.rows, 1 + 16384 / (heads * dim + 1), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
           for (int64_t head = 0; head < heads; head++) {
-            const int64_t at = slot[row] * heads + head;
+            const int64_t at = cache.row(slot[row], head);
             copy_head(to_k + at * dim, from_k[row] + head * dim, dim, scale_k + at);
             copy_head(to_v + at * dim, from_v[row] + head * dim, dim, scale_v + at);
           }
         }
       });
     };
-    if (int8) {
+    if (cache.int8) {
       write(static_cast<int8_t*>(nullptr));
     } else {
       SKYLINE_CHECK(is_bf16(keys) == is_bf16(k) && is_bf16(values) == is_bf16(k) && is_float32(keys) == is_float32(k) &&

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cache_shape.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -96,37 +97,29 @@ void normalise_and_turn(const Rotation& rotation, T* to, const T* x, const T* we
   rotation.turn(to, normed, turns);
 }
 
-// Keys or values of the cache: of the activations' dtype, or int8 with a scale for each (slot, head).
+// Keys or values of the cache: of the activations' dtype, or int8 with a scale for each of a token's heads.
 struct CachePart {
-  CachePart(const TensorView& t, const ffi::Optional<TensorView>& s) : quantised(is_int8(t)) {
-    SKYLINE_CHECK(t.ndim() == 4 && t.IsContiguous(), "takes a contiguous cache of four dimensions");
-    slots = t.shape()[0] * t.shape()[1], heads = t.shape()[2], head_dim = t.shape()[3];
-    base = static_cast<char*>(t.data_ptr()) + t.byte_offset();
-    if (!quantised) return;
-    SKYLINE_CHECK(s.has_value() && is_float32(s.value()) && s.value().IsContiguous() && s.value().numel() == slots * heads,
-                  "an int8 cache has a float32 scale for each slot and head");
-    scales = data<float>(s.value());
-  }
+  CachePart(const CacheShape& shape, const TensorView& t, const ffi::Optional<TensorView>& s)
+      : base(data<char>(t)), scales(shape.int8 ? data<float>(s.value()) : nullptr), head_dim(shape.head_dim) {}
   template <class T>
-  T* at(int64_t slot, int64_t head) const {
-    return reinterpret_cast<T*>(base) + (slot * heads + head) * head_dim;
+  T* at(int64_t row) const {
+    return reinterpret_cast<T*>(base) + row * head_dim;
   }
   // Symmetric: the largest magnitude of the head becomes 127.
   template <class From>
-  void quantise(int64_t slot, int64_t head, const From* x) const {
+  void quantise(int64_t row, const From* x) const {
     Vec most = Vec::zero();
     sweep(head_dim, [&](int64_t i, auto n) { most = max(most, abs(Vec::load(x + i, n))); });
     float largest = most.max();
-    scales[slot * heads + head] = largest / 127.0f;
+    scales[row] = largest / 127.0f;
     Vec factor = Vec::all(largest > 0 ? 127.0f / largest : 0.0f);
-    int8_t* to = at<int8_t>(slot, head);
+    int8_t* to = at<int8_t>(row);
     sweep(head_dim, [&](int64_t i, auto n) { (Vec::load(x + i, n) * factor).store(to + i, n); });
   }
 
-  bool quantised;
   char* base;
-  float* scales = nullptr;
-  int64_t slots, heads, head_dim;
+  float* scales;
+  int64_t head_dim;
 };
 
 template <class T>
@@ -165,26 +158,24 @@ void rope(TensorView q_out, TensorView k_out, TensorView q, TensorView k, Tensor
 }
 
 // q_out [T, Hq * D], qkv [T, (Hq + 2 Hk) * D], q_norm, k_norm [D] or both None, positions int64 [T], table float32 [P, R],
-// k, v [blocks, block size, Hk, D] of qkv's dtype, or int8 with k_scale, v_scale float32 [blocks, block size, Hk], slots
-// int64 [T].
+// k, v of qkv's dtype or int8, slots int64 [T].
 void rope_kv_write(TensorView q_out, TensorView qkv, ffi::Optional<TensorView> q_norm, ffi::Optional<TensorView> k_norm,
                    double eps, TensorView positions, TensorView table, TensorView k, TensorView v,
                    ffi::Optional<TensorView> k_scale, ffi::Optional<TensorView> v_scale, TensorView slots) {
   dispatch_float(qkv, [&]<class T>(T*) {
     auto to = rows_of<T>(q_out), from = rows_of<T>(qkv);
-    CachePart keys(k, k_scale), values(v, v_scale);
-    int64_t head_dim = keys.head_dim, kv_heads = keys.heads, tokens = from.rows;
+    const CacheShape cache(k, v, k_scale, v_scale);
+    const CachePart keys(cache, k, k_scale), values(cache, v, v_scale);
+    const int64_t head_dim = cache.head_dim, kv_heads = cache.kv_heads, tokens = from.rows;
     SKYLINE_CHECK(q_out.dtype() == qkv.dtype(), "queries keep their dtype");
-    SKYLINE_CHECK(k.dtype() == v.dtype() && (keys.quantised || k.dtype() == qkv.dtype()),
+    SKYLINE_CHECK(k.dtype() == v.dtype() && (cache.int8 || k.dtype() == qkv.dtype()),
                   "the cache must hold the dtype of the activations or int8");
-    SKYLINE_CHECK(values.slots == keys.slots && values.heads == kv_heads && values.head_dim == head_dim,
-                  "shapes do not match");
     SKYLINE_CHECK(to.rows == tokens && to.cols + 2 * kv_heads * head_dim == from.cols && to.cols % head_dim == 0,
                   "shapes do not match");
     SKYLINE_CHECK(q_norm.has_value() == k_norm.has_value(), "both norms or none");
     Rotation rotation(table, head_dim);
     const int64_t* at = indices_of(positions, tokens, rotation.rows.rows);
-    const int64_t* slot_of = indices_of(slots, tokens, keys.slots);
+    const int64_t* slot_of = indices_of(slots, tokens, cache.positions);
     const T *q_weight = norm_of<T>(q_norm, head_dim), *k_weight = norm_of<T>(k_norm, head_dim);
     const float epsilon = static_cast<float>(eps);
 
@@ -196,19 +187,22 @@ void rope_kv_write(TensorView q_out, TensorView qkv, ffi::Optional<TensorView> q
       };
       for (int64_t token = begin; token < end; token++) {
         const T* x = from[token];
-        const int64_t slot = slot_of[token];
         rotation.read<T>(turns, at[token]);
         for (int64_t column = 0; column < to.cols; column += head_dim) turn(to[token] + column, x + column, q_weight);
         x += to.cols;
         for (int64_t head = 0; head < kv_heads; head++, x += head_dim) {
-          turn(keys.quantised ? rotated : keys.at<T>(slot, head), x, k_weight);
-          if (keys.quantised) keys.quantise(slot, head, rotated);
+          const int64_t row = cache.row(slot_of[token], head);
+          turn(cache.int8 ? rotated : keys.at<T>(row), x, k_weight);
+          if (cache.int8) keys.quantise(row, rotated);
         }
-        if (!keys.quantised) {
-          std::memcpy(values.at<T>(slot, 0), x, sizeof(T) * kv_heads * head_dim);
-          continue;
+        for (int64_t head = 0; head < kv_heads; head++, x += head_dim) {
+          const int64_t row = cache.row(slot_of[token], head);
+          if (cache.int8) {
+            values.quantise(row, x);
+          } else {
+            std::memcpy(values.at<T>(row), x, sizeof(T) * head_dim);
+          }
         }
-        for (int64_t head = 0; head < kv_heads; head++, x += head_dim) values.quantise(slot, head, x);
       }
     });
   });

@@ -169,8 +169,7 @@ class TileAttention {
   }
 
   RowSum weigh(float* s, int head, Span mine, Span span) const {
-    const float* scale = sizeof(KV) == 1 ? k_scale_ + head * kSplit : nullptr;
-    return weigh_row<sizeof(KV) == 1>(s, mine, span, scoring_, scale, v_scale_ + head * kSplit);
+    return weigh_row<sizeof(KV) == 1>(s, mine, span, scoring_, k_scale_ + head * kSplit, v_scale_ + head * kSplit);
   }
 
   // Weighted sums of the values of the span's chunks.

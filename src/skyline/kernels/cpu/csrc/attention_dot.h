@@ -48,8 +48,11 @@ class DotAttention {
         pack_keys(head, chunk);
         each_block<kKeyBlock>(index, chunk, [&]<int R>(int row) { products<R>(head, row, chunk); });
       }
-    for (int head = 0; head < heads_; head++)
-      for (int row = 0; row < view_.rows; row++) weigh(head, row, view_.visible(index, row, row), all);
+    for (int at = 0; at < heads_ * view_.rows; at++) {
+      const int scale = at / view_.rows * kSplit, row = at % view_.rows;
+      const Span mine = view_.visible(index, row, row);
+      sums_[at] = weigh_row<sizeof(KV) == 1>(scores_ + at * kStride, mine, all, scoring_, k_scale_ + scale, v_scale_ + scale);
+    }
     std::memset(mixed_, 0, heads_ * view_.rows * width_ * sizeof(float));
     for (int chunk = first; chunk < last; chunk++)
       for (int head = 0; head < heads_; head++) {
@@ -130,8 +133,6 @@ class DotAttention {
     }
   }
 
-  static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
   // Products of R queries and the chunk's keys, added up as they are where a vector holds one key: each of its lanes for itself
   // (Pairs::pair says what is in it), then the lanes of both halves, then these sums in order.
   template <int R>
@@ -164,17 +165,6 @@ class DotAttention {
     }
     float* to = scores(head, row) + chunk * kChunk;
     repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { _mm512_store_ps(to + r * kStride + 16 * t, total[r][t]); }); });
-  }
-
-  void weigh(int head, int row, Span mine, Span all) {
-    float* s = scores(head, row);
-    if (mine.empty()) {
-      std::memset(s, 0, kSplit * sizeof(bf16));
-    } else {
-      const float* k_scale = sizeof(KV) == 1 ? k_scale_ + head * kSplit : nullptr;
-      sums_[head * view_.rows + row] =
-          weigh_row<sizeof(KV) == 1>(s, mine, all, scoring_, k_scale, v_scale_ + head * kSplit);
-    }
   }
 
   // Adds the chunk's values, weighted, in the order of the keys.

@@ -41,11 +41,18 @@ inline void transpose_pairs(__m512i (&r)[16]) {
   }
 }
 
-// The softmax numerators of a row of scores, as bfloat16 and times their keys' v_scale, at the beginning of the row.
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// The softmax numerators of a row of scores, as bfloat16 and times their keys' v_scale, at the beginning of the row: zeros if it
+// sees nothing of the split.
 template <bool scaled>
 inline RowSum weigh_row(float* s, Span mine, Span all, const Scoring& scoring, const float* k_scale, const float* v_scale) {
   bf16* to = reinterpret_cast<bf16*>(s);
-  return softmax(s, mine, all, scoring, k_scale, [&](int key, const Vec* weights) {
+  if (mine.empty()) {
+    std::memset(to, 0, kSplit * sizeof(bf16));
+    return {0, 0};
+  }
+  return softmax(s, mine, all, scoring, scaled ? k_scale : nullptr, [&](int key, const Vec* weights) {
     __m512 low = weights[0].v, high = weights[1].v;
     if constexpr (scaled) {
       low = _mm512_mul_ps(low, _mm512_load_ps(v_scale + key));

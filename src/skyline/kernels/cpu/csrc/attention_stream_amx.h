@@ -200,16 +200,12 @@ class StreamAttention {
 
   void weigh(int index, Span all) {
     for (int head = 0; head < heads_; head++) {
-      const float *k_scale = sizeof(KV) == 1 ? k_scale_ + head * kSplit : nullptr, *v_scale = v_scale_ + head * kSplit;
+      const float *k_scale = k_scale_ + head * kSplit, *v_scale = v_scale_ + head * kSplit;
       for (int row = 0; row < view_.rows; row++) {
         const Span mine = view_.visible(index, row, row);
         const int64_t at = head * view_.rows + row;
         float* s = scores(head, row);
-        if (mine.empty()) {
-          std::memset(s, 0, kSplit * sizeof(bf16));
-        } else {
-          sums_[at] = weigh_row<sizeof(KV) == 1>(s, mine, all, scoring_, k_scale, v_scale);
-        }
+        sums_[at] = weigh_row<sizeof(KV) == 1>(s, mine, all, scoring_, k_scale, v_scale);
         const bf16* rounded = reinterpret_cast<const bf16*>(s);
         for (int key = 0; key < kSplit; key += 16) Vec::load(rounded + key).store(weights_ + at * kSplit + key);
       }

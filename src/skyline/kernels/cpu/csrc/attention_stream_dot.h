@@ -42,8 +42,11 @@ class DotStreamAttention {
       });
     });
     view_.scales(slots_, all, k_scale_, v_scale_);
-    for (int head = 0; head < heads_; head++)
-      for (int row = 0; row < view_.rows; row++) weigh(head, row, view_.visible(index, row, row), all);
+    for (int at = 0; at < heads_ * view_.rows; at++) {
+      const int scale = at / view_.rows * kSplit, row = at % view_.rows;
+      const Span mine = view_.visible(index, row, row);
+      sums_[at] = weigh_row<sizeof(KV) == 1>(scores_ + at * kStride, mine, all, scoring_, k_scale_ + scale, v_scale_ + scale);
+    }
     std::memset(mixed_, 0, heads_ * view_.rows * width_ * sizeof(float));
     rows([&]<int R>() {
       each_unit(all, [&](int key, int head) { mix<R>(head, key, unit(view_.call.v, key, head), *next++); });
@@ -167,8 +170,6 @@ class DotStreamAttention {
     }
   }
 
-  static __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
   template <int R>
   void products(int head, int key, Unit keys, const char* next) {
     const Pairs<KV> pairs{};
@@ -219,16 +220,6 @@ class DotStreamAttention {
     to[1] = (__m512)_mm512_unpackhi_pd(a, c);
     to[2] = (__m512)_mm512_unpacklo_pd(b, d);
     to[3] = (__m512)_mm512_unpackhi_pd(b, d);
-  }
-
-  void weigh(int head, int row, Span mine, Span all) {
-    float* s = scores(head, row);
-    if (mine.empty()) {
-      std::memset(s, 0, kSplit * sizeof(bf16));
-    } else {
-      const float* k_scale = sizeof(KV) == 1 ? k_scale_ + head * kSplit : nullptr;
-      sums_[head * view_.rows + row] = weigh_row<sizeof(KV) == 1>(s, mine, all, scoring_, k_scale, v_scale_ + head * kSplit);
-    }
   }
 
   // Adds the values, weighted, in the order of the keys.

@@ -51,7 +51,8 @@ class LaneAttention {
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 16); }
 
   LaneAttention(const View& view, Scratch& scratch)
-      : view_(view), dim_(view.call.head_dim), width_(padded(dim_)), heads_(view.item.heads), direct_(view.rows <= kHeadRows && dim_ == width_),
+      : view_(view), dim_(view.call.head_dim), width_(padded(dim_)), heads_(view.item.heads),
+        direct_(view.rows <= kHeadRows && dim_ == width_),
         scoring_(view.call.scale, view.call.softcap, sizeof(KV) == 1) {
     void* memory = scratch.ensure(carve(nullptr));
     carve(memory);
@@ -146,7 +147,8 @@ class LaneAttention {
    public:
     Ahead() = default;
     Ahead(const LaneAttention& of, const KV* cache, int chunk)
-        : cache_(cache), slots_(of.slots_ + chunk * kChunk), dim_(of.dim_), head_rows_(of.view_.call.head_stride), heads_(of.heads_) {
+        : cache_(cache), slots_(of.slots_ + chunk * kChunk), dim_(of.dim_), head_rows_(of.view_.call.head_stride),
+          heads_(of.heads_) {
       begin();
     }
     void ask() {

@@ -87,13 +87,17 @@ class DotStreamAttention {
 
   float* scores(int head, int row) const { return scores_ + (head * view_.rows + row) * kStride; }
 
-  // A query in the order in which a key's vectors come.
+  // A query in the order in which a key's vectors come: each four lanes are neighbours there, too.
   void arrange(const bf16* from, bf16* to) const {
+    std::memset(to, 0, 2 * q_width_);
     for (int64_t v = 0; v < q_width_ / 32; v++) {
-      for (int lane = 0; lane < 16; lane++, to += 2) {
-        const int64_t d = 2 * Pairs<KV>::pair(v, lane);
-        to[0] = d < dim_ ? from[d] : bf16{};
-        to[1] = d + 1 < dim_ ? from[d + 1] : bf16{};
+      for (int lane = 0; lane < 16; lane += 4, to += 8) {
+        const int64_t d = 2 * Pairs<KV>::pair(v, lane), left = dim_ - d;
+        if (left >= 8) {
+          std::memcpy(to, from + d, 16);
+        } else if (left > 0) {
+          std::memcpy(to, from + d, 2 * left);
+        }
       }
     }
   }
@@ -132,9 +136,7 @@ class DotStreamAttention {
   void list(int index, Span all) {
     const char** to = order_;
     for (const KV* cache : {view_.call.k, view_.call.v}) {
-      each_unit(all, [&](int key, int head) {
-        *to++ = address(cache, std::max<int64_t>(slots_[key], 0), head);
-      });
+      each_unit(all, [&](int key, int head) { *to++ = address(cache, std::max<int64_t>(slots_[key], 0), head); });
     }
     std::fill_n(to, ahead_, to[-1]);
     const int64_t slot = view_.slot((static_cast<int64_t>(index) + 1) * kSplit);
@@ -157,7 +159,7 @@ class DotStreamAttention {
     return {gathered_, dim_};
   }
 
-  // Asks for the p-th eighth of a unit.
+  // Asks for the p-th eighth of a unit, which is that only where a head's tokens lie together.
   void ask(const char* next, int p) const {
     for (int64_t line = lines_ * p / 8; line < lines_ * (p + 1) / 8; line++) prefetch_l2(next + 64 * line);
   }

@@ -296,7 +296,7 @@ def test_a_crowded_engine_preempts_and_still_answers_right(asynchronous: bool, e
 
 
 def test_what_the_cache_has_of_a_window_counts_as_room() -> None:
-    """Of the five blocks that "long" needs at once, it finds one in the cache: once, it waited for five others for ever."""
+    """Of five blocks that a request needs at once, one is in the cache. It used to wait for five others, for ever."""
     limits = Limits(0, 1, 1, 1, max_model_len=10, groups=(KVGroup(5, window=2),))
     arrivals = [Arrival(request("first", [3, 4], max_tokens=1)), Arrival(request("long", [3, 5, 6, 7, 8, 9]), step=8)]
     results, _, runner = run(limits, arrivals)

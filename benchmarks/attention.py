@@ -51,7 +51,7 @@ def measure(queries: int, context: int, requests: int, arguments: argparse.Names
     layers = max(1, min(28, int(arguments.cache_gib * 2**30 / read)))
     caches = []
     for _ in range(layers):
-        cache = KVCache(kv_heads, HEAD_DIM, kv_dtype, by_head=True)
+        cache = KVCache(kv_heads, HEAD_DIM, kv_dtype, by_head=not arguments.by_token)
         cache.allocate(requests * blocks, BLOCK, torch.device("cpu"))
         for part in cache.tensors:
             part.copy_(torch.randint(-99, 99, part.shape) if kv_dtype == torch.int8 else torch.randn(part.shape))
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--cache-gib", type=float, default=1.0)
+    parser.add_argument("--by-token", action="store_true", help="all heads of a token together, as on GPUs")
     parser.add_argument("--quick", action="store_true", help="without the torch reference and the largest cases")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()

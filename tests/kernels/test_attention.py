@@ -119,6 +119,8 @@ SHAPES = [
     Shape(8, 2, 128, 32, BF16),
     Shape(3, 4, 80, 48, BF16),
     Shape(2, 7, 96, 64, BF16, int8=True),
+    Shape(3, 2, 64, 4, BF16, int8=True),
+    Shape(7, 2, 256, 24, BF16),
     Shape(2, 5, 128, 16, BF16, by_head=False),
     Shape(3, 2, 64, 16, BF16, int8=True, by_head=False),
     Shape(3, 2, 64, 16, FLOAT, by_head=False),
@@ -182,7 +184,7 @@ def test_decoding_equals_prefill_on_denormal_values(instruction_set: str) -> Non
         assert torch.equal(one, whole[position : position + 1])
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7]], ids=str)
+@pytest.mark.parametrize("shape", [*(SHAPES[at] for at in (1, 5, 7)), Shape(7, 2, 128, 16, BF16)], ids=str)
 def test_bits_do_not_depend_on_the_threads(instruction_set: str, shape: Shape) -> None:
     requests = Requests(shape, [1030, 40, 300], seed=3)
     parts = [(0, 1029, 1), (1, 39, 1), (2, 0, 300)]
@@ -271,3 +273,26 @@ def test_bad_arguments_are_refused(instruction_set: str) -> None:
     ):
         with pytest.raises(ValueError):
             run(*arguments)
+
+
+def test_a_cache_lies_in_one_order(instruction_set: str) -> None:
+    requests = Requests(Shape(2, 2, 64, 16, BF16, int8=True), [20])
+    k, v = requests.cache.tensors
+    k_scale, v_scale = requests.cache.scales or (None, None)
+    assert k_scale is not None and v_scale is not None
+    by_token = {"k": k.contiguous(), "v": v.contiguous(), "k_scale": k_scale.contiguous()}
+    batch, q = requests.batch([(0, 0, 20)]), requests.q[0]
+    fresh = q[:, : 2 * 64]
+    assert not k.is_contiguous()
+    for wrong in (
+        {"k": by_token["k"]},
+        {"v": by_token["v"]},
+        {"k_scale": by_token["k_scale"]},
+        {"k": k[..., ::2], "v": v[..., ::2]},
+        {"k": k[::2], "v": v[::2], "k_scale": k_scale[::2], "v_scale": v_scale[::2]},
+    ):
+        cache = replace(requests.cache, **wrong)
+        with pytest.raises(ValueError, match=r"contiguous blocks|scales do not match"):
+            kernel("paged_attention")(q, cache, batch, 1.0)
+        with pytest.raises(ValueError, match=r"contiguous blocks|scales do not match"):
+            kernel("kv_write")(fresh, fresh, cache, batch)

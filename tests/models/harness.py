@@ -11,8 +11,10 @@ from torch import nn
 
 from skyline.checkpoint.config import load_config
 from skyline.checkpoint.weights import SafetensorsWeights, load
+from skyline.engine.config import EngineConfig
 from skyline.models import create_model, destinations, ignorable, kv_caches
 from skyline.ops import AttentionBatch
+from skyline.runner.memory import set_kv_format
 
 CPU = torch.device("cpu")
 
@@ -74,6 +76,7 @@ class PagedRunner:
         """`run`: a Program of the model, to be called in its place."""
         self.run = run or model
         self.block_size = block_size
+        set_kv_format(EngineConfig(model="", device="cpu"), kv_caches(model))
         for cache in kv_caches(model):
             cache.allocate(num_blocks, block_size, CPU)
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(7)) + 1

@@ -47,6 +47,16 @@ def test_caches_that_keep_the_same_share_a_group() -> None:
     assert full.block_bytes(16) == 2 * 2 * 2 * 16 * 4 * 16 and state.block_bytes(16) == (3 * 64 + 4 * 8 * 8) * 4
 
 
+def test_a_head_lies_together_on_cpus_alone() -> None:
+    """GPU kernels read all heads of a token together."""
+    for device in ("cpu", "cuda"):
+        cache = KVCache(2, 16, torch.float32)
+        memory.set_kv_format(EngineConfig(model="", device=device, kv_cache_dtype="int8"), [cache])
+        assert cache.by_head == (device == "cpu") and cache.dtype == torch.int8
+    with pytest.raises(AssertionError, match="GPU kernels"):
+        KVCache(2, 16, torch.float32, by_head=True).allocate(1, 16, torch.device("cuda"))
+
+
 @pytest.mark.parametrize("budget", [1 << 20, 3 << 20, 64 << 20, 1 << 32])
 @pytest.mark.parametrize("longest", [64, 1000, 20_000])
 def test_memory_is_shared_between_groups(budget: int, longest: int) -> None:

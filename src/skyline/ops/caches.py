@@ -79,6 +79,8 @@ class KVCache(LayerCache):
 
     def allocate(self, num_blocks: int, block_size: int, device: torch.device) -> None:
         # On a CPU the pages are only committed as they are used. No kernel reads what was never written.
+        assert not self.by_head or device.type in ("cpu", "meta"), "GPU kernels read all heads of a token together"
+
         def block_by_block(dtype: torch.dtype, *inner: int) -> torch.Tensor:
             outer = (self.num_kv_heads, block_size) if self.by_head else (block_size, self.num_kv_heads)
             memory = reserve((num_blocks, *outer, *inner), dtype, device)

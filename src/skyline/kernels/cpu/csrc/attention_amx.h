@@ -13,7 +13,7 @@ template <class KV>
 class TileAttention {
  public:
   using View = attention::View<bf16, KV>;
-  // So many bytes of a token are read at a time: the hardware fetches ahead well only where memory is read in order.
+  // Items of few rows take several heads, which lie next to each other in a block: so many bytes of each token.
   static constexpr int kMaxRows = 256, kHeadRows = 64, kHeadBytes = 2048;
 
   static int64_t padded(int64_t head_dim) { return round_up(head_dim, 32); }
@@ -110,11 +110,12 @@ class TileAttention {
   // Tiles [16 pairs of keys][16 dimensions], for each 32 keys those of all dimensions.
   void pack_values(Span all) {
     const auto& call = view_.call;
-    const int end = all.last_chunk() * kChunk;
-    for (int key = all.first_chunk() * kChunk; key < end; key += 2) {
+    for (int from = all.first_chunk() * kChunk; from < all.last_chunk() * kChunk; from += kChunk) {
       for (int head = 0; head < view_.item.heads; head++) {
-        const KV *even = row_of(call.v, slots_[key], head), *odd = row_of(call.v, slots_[key + 1], head);
-        pack_value_pair(even, odd, dim_, values_ + (head * kSplit + key / kChunk * kChunk) * width_ + key % kChunk * 16);
+        for (int key = from; key < from + kChunk; key += 2) {
+          const KV *even = row_of(call.v, slots_[key], head), *odd = row_of(call.v, slots_[key + 1], head);
+          pack_value_pair(even, odd, dim_, values_ + (head * kSplit + from) * width_ + (key - from) * 16);
+        }
       }
     }
   }

@@ -13,7 +13,7 @@ template <class KV>
 class DotAttention {
  public:
   using View = attention::View<bf16, KV>;
-  // Few rows, which DotStreamAttention is for, read so many bytes of a token at a time.
+  // Items of few rows take several heads, which lie next to each other in a block: so many bytes of each token.
   static constexpr int kMaxRows = 128, kHeadRows = 16, kHeadBytes = 2048;
   static constexpr int kStride = kSplit + 16;  // of rows of scores, which then do not all fall into the same sets of the cache
 

@@ -111,13 +111,15 @@ class DotStreamAttention {
     body.template operator()<R>();
   }
 
+  // Keys of a block, as far as they are whole units.
+  int run() const { return static_cast<int>(std::clamp<int64_t>(view_.call.block_size, kKeys, kSplit)) / kKeys * kKeys; }
+
   // body(key, head) in the order of the memory: of each block one head after the other.
   template <class Body>
   void each_unit(Span all, const Body& body) const {
     const int first = all.first_chunk() * kChunk, last = all.last_chunk() * kChunk;
-    const int run = static_cast<int>(std::clamp<int64_t>(view_.call.block_size, kKeys, kSplit)) / kKeys * kKeys;
     for (int from = first; from < last;) {
-      const int to = std::min(last, (from / run + 1) * run);
+      const int to = std::min(last, (from / run() + 1) * run());
       for (int head = 0; head < heads_; head++)
         for (int key = from; key < to; key += kKeys) body(key, head);
       from = to;
@@ -139,9 +141,13 @@ class DotStreamAttention {
       each_unit(all, [&](int key, int head) { *to++ = address(cache, std::max<int64_t>(slots_[key], 0), head); });
     }
     std::fill_n(to, ahead_, to[-1]);
-    const int64_t slot = view_.slot((static_cast<int64_t>(index) + 1) * kSplit);
-    if (slot < 0) return;
-    for (int head = 0; head < std::min(heads_, ahead_); head++) to[head] = address(view_.call.k, slot, head);
+    if (index + 1 == view_.item.first_split + view_.item.splits) return;
+    const int units = run() / kKeys;  // of a head, one after the other
+    for (int i = 0; i < ahead_; i++) {
+      const int head = i / units % heads_, key = (i / (units * heads_) * units + i % units) * kKeys;
+      const int64_t slot = view_.slot((static_cast<int64_t>(index) + 1) * kSplit + key);
+      if (slot >= 0) to[i] = address(view_.call.k, slot, head);
+    }
   }
 
   // The unit that begins with this key; keys that no row sees are zeros.

@@ -80,6 +80,7 @@ class VectorAttention {
     Span all = view_.visible(index, 0, view_.rows - 1);
     if (all.empty()) return;
     view_.slots(index, all, slots_);
+    view_.scales(slots_, all, k_scale_, v_scale_);
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
       pack_keys(chunk, all.last_chunk());
       each_block<kProductRows>(index, chunk, [&]<int R>(int row) { products<R>(row, chunk); });
@@ -178,13 +179,6 @@ class VectorAttention {
         for (int i = 0; i < W; i++) r[i] = load_some(rows[i] + d, dim_ - d);
         transpose(r);
         for (int i = 0; i < W; i++, to += W) r[i].store(to);
-      }
-      if constexpr (sizeof(KV) == 1) {
-        for (int i = 0; i < W; i++) {
-          int64_t slot = slots_[key + i];
-          k_scale_[key + i] = slot < 0 ? 0 : call.k_scale[slot];
-          v_scale_[key + i] = slot < 0 ? 0 : call.v_scale[slot];
-        }
       }
     }
   }

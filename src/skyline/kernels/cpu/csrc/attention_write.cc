@@ -58,8 +58,9 @@ void kv_write(TensorView k, TensorView v, TensorView keys, TensorView values, ff
       float* scale_v = cache.int8 ? data<float>(v_scale.value()) : nullptr;
       ThreadPool::get().run_ranges(from_k.rows, 1 + 16384 / (heads * dim + 1), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
+          const int64_t first = cache.row(slot[row]);
           for (int64_t head = 0; head < heads; head++) {
-            const int64_t at = cache.row(slot[row], head);
+            const int64_t at = first + head * cache.head_stride;
             copy_head(to_k + at * dim, from_k[row] + head * dim, dim, scale_k + at);
             copy_head(to_v + at * dim, from_v[row] + head * dim, dim, scale_v + at);
           }

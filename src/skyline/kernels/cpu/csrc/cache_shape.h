@@ -33,10 +33,8 @@ struct CacheShape {
     }
   }
 
-  // Counted in heads of tokens; where a scale is, too.
-  int64_t row(int64_t slot, int64_t head) const {
-    return slot / block_size * block_size * kv_heads + slot % block_size * token_stride + head * head_stride;
-  }
+  // The first head of a token, in the same units; where its scale is, too. The others are head_stride apart.
+  int64_t row(int64_t slot) const { return slot / block_size * block_size * kv_heads + slot % block_size * token_stride; }
 
  private:
   static bool lies(const TensorView& t, int64_t tokens, int64_t heads) {

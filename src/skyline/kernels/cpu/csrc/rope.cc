@@ -187,16 +187,17 @@ void rope_kv_write(TensorView q_out, TensorView qkv, ffi::Optional<TensorView> q
       };
       for (int64_t token = begin; token < end; token++) {
         const T* x = from[token];
+        const int64_t first = cache.row(slot_of[token]);
         rotation.read<T>(turns, at[token]);
         for (int64_t column = 0; column < to.cols; column += head_dim) turn(to[token] + column, x + column, q_weight);
         x += to.cols;
         for (int64_t head = 0; head < kv_heads; head++, x += head_dim) {
-          const int64_t row = cache.row(slot_of[token], head);
+          const int64_t row = first + head * cache.head_stride;
           turn(cache.int8 ? rotated : keys.at<T>(row), x, k_weight);
           if (cache.int8) keys.quantise(row, rotated);
         }
         for (int64_t head = 0; head < kv_heads; head++, x += head_dim) {
-          const int64_t row = cache.row(slot_of[token], head);
+          const int64_t row = first + head * cache.head_stride;
           if (cache.int8) {
             values.quantise(row, x);
           } else {

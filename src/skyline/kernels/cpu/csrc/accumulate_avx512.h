@@ -140,6 +140,15 @@ void add_scaled(const float* sums, int64_t rows, const float* scales, float* c, 
 
 #endif
 
+// Where the i-th of so many blocks of rows begins. As many as can be are whole: blocks of 11 rows are 6 % slower in int8 than of 12
+// (Zen 5), those of less than eight make little of the columns that they load.
+int64_t block_begin(int64_t i, int64_t blocks, int64_t rows) {
+  if (i == blocks) return rows;
+  const int64_t whole = std::max<int64_t>(blocks - 2, 0) * kRowBlock, rest = rows - whole;
+  if (i < blocks - 1 || blocks == 1) return i * kRowBlock;
+  return whole + (rest >= kRowBlock + 8 ? kRowBlock : ceil_div(rest, 2));
+}
+
 // c [rows][32] (+)= rows of A, at x, times `size` of K at b, and, if there are, times the scales of the columns. streamed: b comes
 // from memory itself, which AMX then asks for; ahead: what the others ask for.
 template <class Step>
@@ -160,7 +169,7 @@ void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, co
   }
 #else
   for (int64_t i = 0; i < blocks; i++) {
-    const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
+    const int64_t r = block_begin(i, blocks, rows), count = block_begin(i + 1, blocks, rows) - r;
     multiply<Step>(x + r * stride, stride, count, b, size / Step::k, c + r * kPanel, accumulate,
                    blocks > 1 ? ahead.part(i, blocks) : ahead, scales);
   }

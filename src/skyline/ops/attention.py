@@ -72,7 +72,7 @@ def _kv_write(k: Tensor, v: Tensor, cache: KVCache, batch: AttentionBatch) -> No
         if cached.dtype == torch.float8_e4m3fn:
             assert cache.scales is not None
             scaled = (rows.float() / cache.scales[index].view(-1, 1)).clamp(-FP8_MAX, FP8_MAX).to(cached.dtype)
-            rows, cached = scaled.view(torch.uint8), cached.view(torch.uint8)  # torch copies no rows of the former
+            rows, cached = scaled.view(torch.uint8), cached.view(torch.uint8)  # which every device assigns
         elif cache.scales is not None:
             rows, scale = quantized(rows)
             cache.scales[index][blocks, offsets] = scale

@@ -52,7 +52,7 @@ def _check(job: tuple[str, str, int, int]) -> dict[str, Any]:
         rtol, atol = op.tolerance[dtype]
         cases = list(op.cases(dtype, torch.Generator().manual_seed(seed)))
         for case in cases[:: max(1, len(cases) // most)]:
-            expected = _results(op.reference, tuple(_wide(value) for value in case.args))
+            expected = _results(op.reference, tuple(_wide(value, op.rounds) for value in case.args))
             actual = _results(kernel.run, tuple(_moved(value) for value in case.args))
             for want, got in zip(expected, actual, strict=True):
                 want, got = want.double(), got.double().cpu()
@@ -93,12 +93,12 @@ def _moved(value: Any) -> Any:
     return value if fields is None else type(value)(**{name: _moved(part) for name, part in fields.items()})
 
 
-def _wide(value: Any) -> Any:
-    """A copy, for kernels write into some arguments, whose plain floats are float32."""
+def _wide(value: Any, as_it_is: bool = False) -> Any:
+    """A copy, for kernels write into some arguments, whose plain floats are float32, or as they are."""
     from skyline.ops import LayerCache
 
     if isinstance(value, torch.Tensor):
-        plain = value.is_floating_point() and value.dtype.itemsize > 1
+        plain = value.is_floating_point() and value.dtype.itemsize > 1 and not as_it_is
         return value.to(torch.float32 if plain else value.dtype, copy=True)
     if isinstance(value, LayerCache):
         fields = _fields(value) or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from skyline.graph.passes import GPU_PASSES
 from skyline.kernels.gpu import GPUS
 from skyline.models import create_model
 from skyline.ops import IndexCache, LatentCache
+from skyline.ops.formats import IntegerFormat
 from skyline.ops.fp8 import quantize_fp8
 from tests.graph.test_passes import HIDDEN, VARIANTS, Body, _check, _count, _Hand, _logits, _run
 from tests.models.families import FAMILIES
@@ -69,6 +71,24 @@ def test_int4_does_not_quantize_activations_on_a_gpu(name: str, linears: int, ex
     assert "linear_int4" not in found and "moe_experts_int4" not in found
 
 
+@pytest.mark.parametrize("name,linears,experts", [("llama", 4, 0), ("qwen3-moe", 2, 1)])
+@pytest.mark.parametrize("device,fp4", [("cuda", True), ("cuda", False), ("cpu", False)])
+def test_activations_are_fp4_only_where_that_is_multiplied(
+    name: str, linears: int, experts: int, device: str, fp4: bool, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, VARIANTS[name][0], **VARIANTS[name][1], num_hidden_layers=3)
+    model = create_model(load_config(tmp_path), torch.bfloat16, "meta")
+    graph = capture(model)
+    both = IntegerFormat(4, 16, fp4=True, activations=True)
+    stored = {id(p): both for name, p in model.named_parameters() if "layers" in name and ".gate.w" not in name}
+    assert quantize_linears(graph, None, stored=stored)
+    counts = run_passes(graph, device, fp4=fp4)
+    assert counts.get("weight_only_fp4", 0) == (0 if fp4 else 3 * (linears + experts))
+    kind, fused = ("nvfp4" if fp4 else "fp4"), ("fused_" if device == "cuda" else "")
+    found = Counter({op: count for op, count in _count(graph).items() if "fp4" in op})
+    assert found == Counter({f"{fused}linear_{kind}": 3 * linears, f"moe_experts_{kind}": 3 * experts})
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path) -> None:
@@ -80,6 +100,7 @@ def test_matches_and_launches_on_a_gpu(variant: str, layers: int, tmp_path: Path
     found = run_passes(graph, "cuda")
     assert found == {
         "weight_only_int4": 0,
+        "weight_only_fp4": 0,
         "linear_silu_mul": dense,
         "experts_add": layers - dense,
         "linear_add": layers + dense,

@@ -92,7 +92,7 @@ def test_matches_and_launches(variant: str, layers: int, tmp_path: Path) -> None
     dense = 0 if experts else layers
     # The last sum of all is cut to the sampled rows before it is normed.
     expected = {"add_rms_norm": 2 * layers - 1, "rope_kv_write": layers, "linear_silu_mul": dense}
-    assert run_passes(graph) == expected
+    assert run_passes(graph) == {name: expected.get(name, 0) for name in PASSES}
     # The first layer has its own norm to begin with.
     assert _count(graph).total() == layers * after + 5
     assert _count(graph) == {
@@ -112,7 +112,8 @@ def test_matches_and_launches(variant: str, layers: int, tmp_path: Path) -> None
 def test_layers_with_and_without_experts(tmp_path: Path) -> None:
     save_tiny(tmp_path, "Qwen3Moe", **_MOE, mlp_only_layers=[1], num_hidden_layers=3)
     graph = capture(load_ours(tmp_path))
-    assert run_passes(graph) == {"add_rms_norm": 5, "rope_kv_write": 3, "linear_silu_mul": 1}
+    expected = {"add_rms_norm": 5, "rope_kv_write": 3, "linear_silu_mul": 1}
+    assert run_passes(graph) == {name: expected.get(name, 0) for name in PASSES}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -56,6 +56,7 @@ FORMATS: dict[str, Format] = {
     "int8 KV": Format({"kv_cache_dtype": "int8"}),
     "stored mxfp4": Format(stored=lambda gpu: IntegerFormat(4, 32, fp4=True)),
     "stored nvfp4": Format(stored=lambda gpu: IntegerFormat(4, 16, fp4=True)),
+    "stored nvfp4, activations too": Format(stored=lambda gpu: IntegerFormat(4, 16, fp4=True, activations=True)),
     "stored fp8": Format(stored=lambda gpu: IntegerFormat(8, fp8=True) if gpu.fp8 else None),
     "stored fp8 blocks": Format(stored=lambda gpu: IntegerFormat(8, 128, fp8=True) if gpu.fp8 else None),
     "stored int8": Format(stored=lambda gpu: IntegerFormat(8)),
@@ -128,7 +129,7 @@ def _programs(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Progra
         program: Program | str = ""
         before: Gpu | None = None
         for key, gpu in GPUS.items():
-            alike = before is not None and format.stored(before) == format.stored(gpu)
+            alike = before is not None and (before.fp4, format.stored(before)) == (gpu.fp4, format.stored(gpu))
             if isinstance(program, str) or not alike or _chosen(program, format, gpu) != _kernels(program):
                 try:
                     program = _program(model_config, format, gpu)

@@ -72,3 +72,48 @@ def _float(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> floa
     exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1)
     mantissa = (code & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
     return sign * (2.0 ** (exponent - bias) * (1 + mantissa) if exponent else 2.0 ** (1 - bias) * mantissa)
+
+
+@oracle
+def linear_nvfp4(x: Tensor, weight: Fp4Weight, bias: Tensor | None = None, activated: bool = False) -> list[Tensor]:
+    return linear_fp4(x if x.shape[0] <= 32 else _in_nvfp4(x), weight, bias, activated)
+
+
+@oracle
+def moe_experts_nvfp4(
+    x: Tensor, gate_up: Fp4Weight, down: Fp4Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+) -> list[Tensor]:
+    if x.shape[0] <= 32:
+        return moe_experts_fp4(x, gate_up, down, weights, ids, residual)
+    result, rows = torch.zeros(x.shape, dtype=torch.float64), _in_nvfp4(x)
+    for expert in ids.unique().tolist():
+        tokens, choices = (ids == expert).nonzero(as_tuple=True)
+        (hidden,) = linear_fp4(rows[tokens], _of(gate_up, expert), None, True)
+        (added,) = linear_fp4(_in_nvfp4(hidden.to(x.dtype)), _of(down, expert))
+        result[tokens] += weights[tokens, choices].double()[:, None] * added
+    return [result if residual is None else result + residual.double()]
+
+
+def _in_nvfp4(x: Tensor) -> Tensor:
+    """The numbers that rows become: a power of two for a row's scale, for a group's the nearest of E4M3, then of E2M1."""
+    values, result = x.double().numpy(), np.zeros(tuple(x.shape))
+    for row, line in enumerate(values):
+        largest = np.abs(line).max()
+        unit = 2.0 ** (np.floor(np.log2(largest)) - 10) if largest else 0.0
+        for first in range(0, len(line) if unit else 0, 16):
+            group = line[first : first + 16] / unit
+            scale = _nearest(np.abs(group).max() / 6, _E4M3)
+            if scale:
+                elements = [np.sign(value) * _nearest(abs(value) / scale, _E2M1) for value in group]
+                result[row, first : first + 16] = np.array(elements) * scale * unit
+    return torch.from_numpy(result)
+
+
+def _nearest(value: float, numbers: np.ndarray) -> float:
+    """Of numbers in ascending order; of two as near the one at an even place, whose last bit is 0."""
+    away = np.abs(numbers - value)
+    return float(numbers[min(np.flatnonzero(away == away.min()), key=lambda place: place % 2)])
+
+
+_E2M1 = np.array([_float(code, 2, 1, 1) for code in range(8)])
+_E4M3 = np.array([_float(code, 4, 3, 7) for code in range(127)])

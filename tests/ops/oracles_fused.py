@@ -41,6 +41,13 @@ def fused_linear_fp4(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
 
 
 @oracle
+def fused_linear_nvfp4(x: Tensor, weight: Any, bias: Any, activated: bool, norm: Any, eps: float, *rest: Any) -> Any:
+    # Rounded as the reference rounds: else other numbers would be quantized.
+    rows = x if norm is None else ORACLES["rms_norm"](x, torch.ones_like(norm), eps)[0].to(x.dtype) * norm
+    return _fused("linear_nvfp4", rows, weight, bias, activated, None, 0.0, *rest)
+
+
+@oracle
 def fused_linear_int4(x: Tensor, weight: Any, *rest: Any) -> list[Tensor]:
     return _fused("linear_int4_weight_only", x, weight, *rest)
 

@@ -117,14 +117,14 @@ def test_experts_in_blocks_of_fp8(inner: int, tmp_path: Path) -> None:
             torch.testing.assert_close(plain, wanted.detach(), rtol=1e-6, atol=0)
 
 
-def _on_h200(folder: Path) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+def _on_a_gpu(folder: Path, name: str = "h200") -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
     """As it is loaded for a GPU, into this machine's memory, and what is reported of the weights."""
     config = load_config(folder)
     model = create_model(config, torch.bfloat16, CPU, allocate=False)
     with Checkpoint(folder, config) as checkpoint:
-        stored = checkpoint.integers(model, GPUS["h200"])
+        stored = checkpoint.integers(model, GPUS[name])
         asked = EngineConfig(model=str(folder), device="cuda", dtype="bfloat16")
-        program = build_program(asked, model, torch.bfloat16, stored=stored, gpu=GPUS["h200"])
+        program = build_program(asked, model, torch.bfloat16, stored=stored, gpu=GPUS[name])
         checkpoint.load(model, WeightStore(model, program, CPU).write)
         return program, model, checkpoint.report(model, torch.bfloat16)
 
@@ -145,7 +145,7 @@ def test_gpt_oss_keeps_its_experts_in_mxfp4(tmp_path: Path) -> None:
     settings = {**_TEXT, **FAMILIES["GptOss"], "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     theirs = save_tiny(tmp_path / "plain", "GptOss", **settings)
     theirs = quantized.rewrite(tmp_path / "plain", theirs, quantized.mxfp4_experts, {"quant_method": "mxfp4"})
-    program, _, report = _on_h200(tmp_path / "small")
+    program, _, report = _on_a_gpu(tmp_path / "small")
     assert report == [{"format": "mxfp4, groups of 32", "becomes": "mxfp4, as stored", "weights": 6}]
     experts = [call for call in program.calls if "experts" in call.op.name]
     assert [call.op.name for call in experts] == ["moe_experts_clamped_fp4"] * 3
@@ -166,7 +166,7 @@ def test_linears_and_experts_stay_in_fp4(format: str, family: str, tmp_path: Pat
     mixture = {"moe_intermediate_size": 96, "num_experts": 3, "num_experts_per_tok": 2} if family == "Qwen3Moe" else {}
     settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **mixture}
     theirs = quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", family, **settings), format)
-    program, model, report = _on_h200(tmp_path / "small")
+    program, model, report = _on_a_gpu(tmp_path / "small")
     assert {entry["becomes"] for entry in report} == {f"{format}, as stored"}
     ops = Counter(call.op.name for call in program.calls if "fp4" in call.op.name)
     assert ops == ({"fused_linear_fp4": 12} if family == "Qwen3" else {"fused_linear_fp4": 6, "moe_experts_fp4": 3})
@@ -179,6 +179,34 @@ def test_linears_and_experts_stay_in_fp4(format: str, family: str, tmp_path: Pat
     )
     if format == "nvfp4":
         assert len(found["model.layers.1.self_attn.qkv_proj.weight"].row_scales.unique()) == 3
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
+def test_nvfp4_with_scales_of_inputs(family: str, tmp_path: Path) -> None:
+    """Its activations are quantized too, where a GPU multiplies FP4; in a fused weight all parts must say so."""
+    mixture = {"moe_intermediate_size": 96, "num_experts": 3, "num_experts_per_tok": 2} if family == "Qwen3Moe" else {}
+    settings = {**_TEXT, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **mixture}
+    quantized.compressed(tmp_path / "plain", save_tiny(tmp_path / "plain", family, **settings), "nvfp4")
+    file = tmp_path / "small" / "model.safetensors"
+    tensors = load_file(file)
+    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    inputs = {f"{module}.input_global_scale": torch.tensor([50.0]) for module in modules}
+    save_file({**tensors, **inputs}, file)
+
+    def ops(gpu: str = "b200") -> Counter[str]:
+        program, _, report = _on_a_gpu(tmp_path / "small", gpu)
+        assert all(entry["becomes"].startswith("nvfp4") for entry in report)
+        return Counter(call.op.name for call in program.calls if "fp4" in call.op.name)
+
+    linears, experts = (6, 3) if mixture else (12, 0)
+    both = Counter({"fused_linear_nvfp4": linears, "moe_experts_nvfp4": experts})
+    weights = Counter({"fused_linear_fp4": linears, "moe_experts_fp4": experts})
+    assert ops() == both and ops("rtx-blackwell") == both
+    assert ops("h200") == weights
+    del inputs["model.layers.0.self_attn.v_proj.input_global_scale"]
+    save_file({**tensors, **inputs}, file)
+    both.update(fused_linear_nvfp4=-1, fused_linear_fp4=1)
+    assert ops() == both
 
 
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")
@@ -265,7 +293,7 @@ def test_experts_of_gpt_oss_on_a_cpu(tmp_path: Path) -> None:
     assert (replayed.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("load", [_on_a_cpu, _on_h200], ids=["cpu", "h200"])
+@pytest.mark.parametrize("load", [_on_a_cpu, _on_a_gpu], ids=["cpu", "h200"])
 def test_experts_of_gpt_oss_from_gguf(load: Callable[..., Any], tmp_path: Path) -> None:
     """Where gate and up are two tensors, whose rows take turns in a checkpoint of transformers."""
     if load is _on_a_cpu and native.available() == "none":
@@ -347,7 +375,7 @@ def test_what_is_not_all_fp4_becomes_plain(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     config["quantization_config"]["ignore"] = [name.removesuffix(".weight")]
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
-    program, _, report = _on_h200(tmp_path / "small")
+    program, _, report = _on_a_gpu(tmp_path / "small")
     assert {entry["becomes"]: entry["weights"] for entry in report} == {
         "mxfp4, as stored": 18,
         "bfloat16, exactly": 2,

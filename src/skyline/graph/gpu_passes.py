@@ -25,6 +25,7 @@ WHOLE_LINEARS: dict[Op, Op] = {
     ops.linear_fp4: ops.fused_linear_fp4,
     ops.linear_fp8: ops.fused_linear_fp8,
     ops.linear_int4_weight_only: ops.fused_linear_int4,
+    ops.linear_nvfp4: ops.fused_linear_nvfp4,
 }
 
 # Experts whose kernels can add to the residual stream what they give.
@@ -33,19 +34,31 @@ WHOLE_EXPERTS: dict[Any, Op] = {
     ops.moe_experts_fp4: ops.moe_experts_fp4,
     ops.moe_experts_fp8: ops.moe_experts_fp8,
     ops.moe_experts_int4_weight_only: ops.moe_experts_int4_weight_only,
+    ops.moe_experts_nvfp4: ops.moe_experts_nvfp4,
 }
 
 # What multiplies integers of int4 on CPUs, and numbers on GPUs, whose matrix units have no use for groups of integers.
-_WEIGHT_ONLY: dict[Op, Op] = {
+_WEIGHT_ONLY_INT4: dict[Op, Op] = {
     ops.linear_int4: ops.linear_int4_weight_only,
     ops.moe_experts_int4: ops.moe_experts_int4_weight_only,
 }
+# What is made for matrix units that multiply FP4.
+_WEIGHT_ONLY_FP4: dict[Op, Op] = {ops.linear_nvfp4: ops.linear_fp4, ops.moe_experts_nvfp4: ops.moe_experts_fp4}
 
 
 def weight_only_int4(graph: fx.Graph) -> int:
     """linear_int4, moe_experts_int4 -> the same without quantizing activations."""
+    return _leave_activations(graph, _WEIGHT_ONLY_INT4)
+
+
+def weight_only_fp4(graph: fx.Graph) -> int:
+    """linear_nvfp4, moe_experts_nvfp4 -> the same without quantizing activations."""
+    return _leave_activations(graph, _WEIGHT_ONLY_FP4)
+
+
+def _leave_activations(graph: fx.Graph, plain_of: dict[Op, Op]) -> int:
     matches = 0
-    for op, plain in _WEIGHT_ONLY.items():
+    for op, plain in plain_of.items():
         for node in graph.find_nodes(op="call_function", target=op):
             bound = plain.signature.bind(*node.args)
             bound.apply_defaults()

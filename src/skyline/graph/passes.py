@@ -31,6 +31,7 @@ GATED_LINEARS = frozenset(
         "linear_int4_weight_only",
         "linear_int8",
         "linear_int8_weight_only",
+        "linear_nvfp4",
     }
 )
 
@@ -137,6 +138,7 @@ def fuse_linear_silu_mul(graph: fx.Graph) -> int:
 
 
 PASSES: dict[str, Pass] = {
+    "weight_only_fp4": gpu_passes.weight_only_fp4,
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,
     "linear_silu_mul": fuse_linear_silu_mul,
@@ -144,6 +146,7 @@ PASSES: dict[str, Pass] = {
 # What linears and experts can take in is taken from the other fusions, so they come after it.
 GPU_PASSES: dict[str, Pass] = {
     "weight_only_int4": gpu_passes.weight_only_int4,
+    "weight_only_fp4": gpu_passes.weight_only_fp4,
     "linear_silu_mul": fuse_linear_silu_mul,
     "experts_add": gpu_passes.fuse_experts_add,
     "linear_add": gpu_passes.fuse_linear_add,
@@ -160,14 +163,14 @@ GPU_PASSES: dict[str, Pass] = {
 _TAKE_FP8 = frozenset({"gated_mlp_fp8", "attention_linear_fp8"})
 
 
-def run_passes(graph: fx.Graph, device: str = "cpu", fp8: bool = True) -> dict[str, int]:
+def run_passes(graph: fx.Graph, device: str = "cpu", fp8: bool = True, fp4: bool = False) -> dict[str, int]:
     """Apply every pass for a device ("cpu" or "cuda") in order; the result is how often each one matched.
 
-    fp8: whether a GPU knows FP8. Where torch computes it, attention had better keep a kernel of its own.
+    fp8: whether a GPU knows FP8. Where torch computes it, attention had better keep a kernel of its own. fp4: whether
+    activations may be quantized to FP4.
     """
-    passes = GPU_PASSES if device == "cuda" else PASSES
-    if not fp8:
-        passes = {name: rewrite for name, rewrite in passes.items() if name not in _TAKE_FP8}
+    left_out = (frozenset() if fp8 else _TAKE_FP8) | ({"weight_only_fp4"} if fp4 else frozenset())
+    passes = {n: rewrite for n, rewrite in (GPU_PASSES if device == "cuda" else PASSES).items() if n not in left_out}
     counts = {name: rewrite(graph) for name, rewrite in passes.items()}
     graph.lint()
     return counts

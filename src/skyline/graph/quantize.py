@@ -23,6 +23,7 @@ _FP4: dict[Any, Op] = {
     ops.moe_experts: ops.moe_experts_fp4,
     ops.moe_experts_clamped: ops.moe_experts_clamped_fp4,
 }
+_NVFP4: dict[Any, Op] = {**_FP4, ops.linear: ops.linear_nvfp4, ops.moe_experts: ops.moe_experts_nvfp4}
 
 
 def quantize_linears(
@@ -95,13 +96,13 @@ def _as_stored(
         return node.target, [widened(format) for format in formats]
     if len(set(formats)) > 1:
         return None
-    op = _op_on(node, formats[0])
+    op = _op_on(node, formats[0], all(format.activations for format in formats))
     return None if op is None else (op, formats)
 
 
-def _op_on(node: fx.Node, format: IntegerFormat) -> Op | None:
+def _op_on(node: fx.Node, format: IntegerFormat, activations: bool) -> Op | None:
     if format.fp4:
-        return _FP4[node.target]
+        return (_NVFP4 if activations else _FP4)[node.target]
     if node.target is ops.moe_experts_clamped:
         return None
     experts = node.target is ops.moe_experts

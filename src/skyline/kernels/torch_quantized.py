@@ -23,6 +23,7 @@ from skyline.ops import (
     fused_linear_fp4,
     fused_linear_fp8,
     fused_linear_int4,
+    fused_linear_nvfp4,
     gated_mlp_fp8,
     linear_fp4,
     linear_fp8,
@@ -30,6 +31,7 @@ from skyline.ops import (
     linear_int4_weight_only,
     linear_int8,
     linear_int8_weight_only,
+    linear_nvfp4,
     moe_experts_clamped_fp4,
     moe_experts_fp4,
     moe_experts_fp8,
@@ -37,6 +39,7 @@ from skyline.ops import (
     moe_experts_int4_weight_only,
     moe_experts_int8,
     moe_experts_int8_weight_only,
+    moe_experts_nvfp4,
 )
 from skyline.ops.formats import DEFAULT_GROUP, IntegerFormat, integers_of
 from skyline.ops.quantized_moe import mixture
@@ -159,6 +162,9 @@ _BY_REFERENCE: tuple[tuple[Op, dict[int, Callable[[tuple[Any, ...]], Layout]]], 
     (moe_experts_fp8, {1: fp8_layout(1), 2: fp8_layout(2)}),
     (linear_fp4, {1: fp4_layout(1)}),
     (moe_experts_fp4, {1: fp4_layout(1), 2: fp4_layout(2)}),
+    (linear_nvfp4, {1: fp4_layout(1)}),
+    (fused_linear_nvfp4, {1: fp4_layout(1)}),
+    (moe_experts_nvfp4, {1: fp4_layout(1), 2: fp4_layout(2)}),
     (moe_experts_clamped_fp4, {1: fp4_layout(1), 3: fp4_layout(3)}),
 )
 for _op, _layouts in _BY_REFERENCE:

@@ -12,7 +12,13 @@ from skyline.ops.fp8 import Fp8Weight, linear_fp8
 from skyline.ops.fp8_moe import moe_experts_fp8
 from skyline.ops.fused import add_rms_norm, rope_attention, rope_kv_write
 from skyline.ops.fused_fp8 import attention_linear_fp8, gated_mlp_fp8
-from skyline.ops.fused_linear import fused_linear, fused_linear_fp4, fused_linear_fp8, fused_linear_int4
+from skyline.ops.fused_linear import (
+    fused_linear,
+    fused_linear_fp4,
+    fused_linear_fp8,
+    fused_linear_int4,
+    fused_linear_nvfp4,
+)
 from skyline.ops.gates import (
     gated_rms_norm,
     gelu_mul,
@@ -25,6 +31,7 @@ from skyline.ops.gates import (
 from skyline.ops.latent import index_topk, latent_attention, latent_rope_write
 from skyline.ops.moe import fused_experts, moe_experts, moe_experts_clamped, topk_router
 from skyline.ops.moe_layouts import moe_combine, moe_experts_padded, moe_experts_ragged, moe_sort
+from skyline.ops.nvfp4 import linear_nvfp4, moe_experts_nvfp4
 from skyline.ops.quantized import (
     QuantizedWeight,
     linear_int4,
@@ -64,6 +71,7 @@ __all__ = [
     "fused_linear_fp4",
     "fused_linear_fp8",
     "fused_linear_int4",
+    "fused_linear_nvfp4",
     "gated_delta_rule",
     "gated_mlp_fp8",
     "gated_rms_norm",
@@ -81,6 +89,7 @@ __all__ = [
     "linear_int4_weight_only",
     "linear_int8",
     "linear_int8_weight_only",
+    "linear_nvfp4",
     "moe_combine",
     "moe_experts",
     "moe_experts_clamped",
@@ -91,6 +100,7 @@ __all__ = [
     "moe_experts_int4_weight_only",
     "moe_experts_int8",
     "moe_experts_int8_weight_only",
+    "moe_experts_nvfp4",
     "moe_experts_padded",
     "moe_experts_ragged",
     "moe_sort",

@@ -59,6 +59,9 @@ class Op:
     # Result on the meta device. None: the reference itself, which must then not look at values, and only make views:
     # torch's rules for arithmetic on that device are Python, whose first use imports its compiler, a second of time.
     meta: Callable[..., Any] | None = None
+    # Whether kernels are held against the reference in their own dtype, not in float32: where a number that is rounded
+    # on the way is quantized to few bits then, another rounding gives quite another result.
+    rounds: bool = False
 
     def __post_init__(self) -> None:
         self.__name__ = self.name  # torch.fx names nodes by it

@@ -17,7 +17,8 @@ class IntegerFormat:
 
     bits 8: one scale a row. bits 4: a scale for each `group` neighbours of a row, with `zeros` also a zero point.
     fp8: no integers, but FP8 (skyline.ops.fp8), with a scale a row, or, with `group`, for each block of group x group.
-    fp4: no integers, but FP4 (skyline.ops.fp4), with a scale for each `group` neighbours of a row.
+    fp4: no integers, but FP4 (skyline.ops.fp4), with a scale for each `group` neighbours of a row. activations: made
+    for activations that are NVFP4 as well (skyline.ops.nvfp4).
     widened: bytes, or with bits 6 those (skyline.ops.quantized.ByteRows, `zeros`: with offsets), kept to be the
     activations' dtype wherever they are read: the ops are those of plain weights, and so is what they compute.
     blocks: from GGML's blocks of 256, whose groups' scales have a factor in common; as bytes they are groups of 16.
@@ -28,6 +29,7 @@ class IntegerFormat:
     zeros: bool = False
     fp8: bool = False
     fp4: bool = False
+    activations: bool = field(default=False, compare=False)
     widened: bool = False
     blocks: bool = field(default=False, compare=False)
 
@@ -47,8 +49,8 @@ def together(formats: Iterable[IntegerFormat | None]) -> IntegerFormat | None:
     so that they all are GGUF's, and either all or none in blocks of 256. None: as plain values."""
     known = list(formats)
     different = set(known)
-    if len(different) == 1:
-        return known[0]
+    if len(different) == 1 and (first := known[0]) is not None:
+        return replace(first, activations=all(format is not None and format.activations for format in known))
     if not any(format is not None and format.widened for format in different):
         return None
     levels = [widened(format) for format in known if format is not None and not format.fp4]

@@ -102,7 +102,9 @@ class _Described(NamedTuple):
     nbytes: int
 
 
-def _cost(x: Tensor, weight: Tensor | Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
+def linear_fp4_cost(
+    x: Tensor, weight: Tensor | Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False
+) -> Cost:
     return dense.linear_cost(x, _Described(tuple(weight.shape), fp4_weight_bytes(weight)), bias, silu_mul)
 
 
@@ -135,5 +137,5 @@ def _linear_fp4_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterato
 # The default tolerance: a number of FP4 times its group's scale has at most six significant bits, so that a kernel that
 # multiplies in bfloat16 loses nothing.
 linear_fp4 = register(
-    Op("linear_fp4", _linear_fp4, cost=_cost, cases=_linear_fp4_cases, meta=dense.linear_meta),
+    Op("linear_fp4", _linear_fp4, cost=linear_fp4_cost, cases=_linear_fp4_cases, meta=dense.linear_meta),
 )

@@ -60,7 +60,9 @@ def fp4_expert(weight: Fp4Weight, expert: int) -> Fp4Weight:
     return Fp4Weight(weight.values[expert], weight.scales[expert], weight.row_scales[expert], weight.group)
 
 
-def _cost(x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, residual: Tensor | None = None) -> Cost:
+def experts_fp4_cost(
+    x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+) -> Cost:
     pairs, (experts, n, h), i = ids.numel(), gate_up.shape, down.shape[-1]
     expert_bytes = (fp4_weight_bytes(gate_up) + fp4_weight_bytes(down)) // experts
     extra = Cost(nbytes(residual), 0 if residual is None else residual.numel())
@@ -78,23 +80,30 @@ def _stacked(matrices: list[Fp4Weight]) -> Fp4Weight:
     )
 
 
-def _cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
+def fp4_case_experts(
+    hidden: int, inner: int, group: int, tokens: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[Case]:
+    """Five experts of one size, and so many tokens that choose two of them: spread, and all the same two."""
     experts, top_k = 5, 2
+    gate_up = _stacked([fp4_case_weight(2 * inner, hidden, group, generator) for _ in range(experts)])
+    down = _stacked([fp4_case_weight(hidden, inner, group, generator) for _ in range(experts)])
+    for rows in tokens:
+        x, weights = randn((rows, hidden), dtype, generator), torch.rand((rows, top_k), generator=generator)
+        spread = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(rows)])
+        same = torch.tensor([[1, 4]]).expand(rows, top_k).contiguous()
+        for name, ids in (("spread", spread), ("same", same)):
+            label = f"T={rows} H={hidden} I={inner} group={group} {name}"
+            yield Case(label, (x, gate_up, down, weights, ids))
+
+
+def _cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:
     for hidden, inner, group in (
         (64, 32, MXFP4_GROUP),
         (72, 20, MXFP4_GROUP),
         (64, 48, NVFP4_GROUP),
         (136, 24, NVFP4_GROUP),
     ):
-        gate_up = _stacked([fp4_case_weight(2 * inner, hidden, group, generator) for _ in range(experts)])
-        down = _stacked([fp4_case_weight(hidden, inner, group, generator) for _ in range(experts)])
-        for rows in (1, 19):
-            x, weights = randn((rows, hidden), dtype, generator), torch.rand((rows, top_k), generator=generator)
-            spread = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(rows)])
-            same = torch.tensor([[1, 4]]).expand(rows, top_k).contiguous()
-            for name, ids in (("spread", spread), ("same", same)):
-                label = f"T={rows} H={hidden} I={inner} group={group} {name}"
-                yield Case(label, (x, gate_up, down, weights, ids))
+        yield from fp4_case_experts(hidden, inner, group, (1, 19), dtype, generator)
 
 
 # Two products behind each other: the hidden values are rounded, and each expert's result.
@@ -104,7 +113,7 @@ moe_experts_fp4 = register(
     Op(
         "moe_experts_fp4",
         _moe_experts_fp4,
-        cost=_cost,
+        cost=experts_fp4_cost,
         cases=with_residual(_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,
@@ -114,7 +123,7 @@ moe_experts_clamped_fp4 = register(
     Op(
         "moe_experts_clamped_fp4",
         _moe_experts_clamped_fp4,
-        cost=clamped_cost(_cost),
+        cost=clamped_cost(experts_fp4_cost),
         cases=clamped_cases(_cases),
         meta=lambda x, *_: x.new_empty(x.shape),
         tolerance=_TOLERANCE,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.ops import dense, fp4, fp8, quantized
+from skyline.ops import dense, fp4, fp8, nvfp4, quantized
 from skyline.ops.contract import DEFAULT_TOLERANCE, Case, Cost, Op, Tolerance, nbytes, randn, register
 from skyline.ops.fp4 import Fp4Weight
 from skyline.ops.fp8 import Fp8Weight
@@ -55,6 +55,19 @@ def _fused_linear_fp4(
 ) -> Tensor:
     """`fused_linear` by means of `linear_fp4`."""
     return _fused(fp4.linear_fp4, x, weight, bias, silu_mul, norm, eps, residual)
+
+
+def _fused_linear_nvfp4(
+    x: Tensor,
+    weight: Fp4Weight,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`fused_linear` by means of `linear_nvfp4`."""
+    return _fused(nvfp4.linear_nvfp4, x, weight, bias, silu_mul, norm, eps, residual)
 
 
 def _fused_linear_int4(
@@ -121,6 +134,7 @@ def _register(
     reference: Callable[..., Tensor],
     make: _MakeWeight,
     tolerance: Tolerance,
+    rounds: bool = False,
 ) -> Op:
     return register(
         Op(
@@ -130,6 +144,7 @@ def _register(
             cases=lambda dtype, generator: _cases(make, dtype, generator),
             meta=_meta,
             tolerance=tolerance,
+            rounds=rounds,
         )
     )
 
@@ -154,6 +169,13 @@ fused_linear_fp4 = _register(
     _fused_linear_fp4,
     lambda rows, n, k, dtype, generator: fp4.fp4_case_weight(n, k, 32 if rows % 3 else 16, generator),
     _TOLERANCE,
+)
+fused_linear_nvfp4 = _register(
+    nvfp4.linear_nvfp4,
+    _fused_linear_nvfp4,
+    lambda rows, n, k, dtype, generator: fp4.fp4_case_weight(n, k, fp4.NVFP4_GROUP, generator),
+    nvfp4.NVFP4_TOLERANCE,
+    rounds=True,
 )
 fused_linear_int4 = _register(
     quantized.linear_int4_weight_only,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from skyline.kernels.gpu import Gpu
 from skyline.models import destinations, ignorable
 from skyline.ops import Fp4Weight, KVCache
 from skyline.ops.formats import IntegerFormat, integers_of, together
-from skyline.ops.fp4 import MXFP4_GROUP
+from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeight, GGUFWeights
 from skyline.quantization.formats.scaled import ScaledWeight
@@ -44,6 +45,7 @@ class Checkpoint:
         self._stored: dict[str, Stored] = {}
         self._passed_over: set[str] = set()  # parts of stored weights, and what has no use here
         self._kv_scales: dict[str, KVScales] = {}
+        self._with_inputs: set[str] = set()  # weights that were quantized together with what they multiply
         source: Any
         if (folder / WEIGHTS_FILE).exists():
             source = GGUFWeights(folder)
@@ -55,6 +57,7 @@ class Checkpoint:
                 self.method = found.method
                 self._passed_over = {_renamed(name) for name in found.consumed | found.spare}
                 self._stored = {_renamed(name): stored for name, stored in found.stored.items()}
+                self._with_inputs = {_renamed(name) for name in found.input_scales}
                 self._kv_scales = {_renamed(name): scales for name, scales in found.kv_scales.items()}
         self._source = source
         self._weights = _Renamed(source)
@@ -103,6 +106,8 @@ class Checkpoint:
         for name, place in destinations(model).items():
             stored = self._stored.get(name)
             format = None if stored is None else _kept(stored, place, gpu, compiled)
+            if format is not None and format.fp4 and format.group == NVFP4_GROUP and name in self._with_inputs:
+                format = replace(format, activations=True)
             for tensor in (place.tensor, *place.others):
                 found.setdefault(id(_whole(tensor)), []).append(format)
         joined = {key: together(formats) for key, formats in found.items()}
@@ -259,7 +264,7 @@ def _whole_blocks(place: Destination, format: IntegerFormat) -> bool:
 
 def _described(format: IntegerFormat) -> str:
     if format.fp4:
-        return "mxfp4" if format.group == MXFP4_GROUP else "nvfp4"
+        return "mxfp4" if format.group == MXFP4_GROUP else f"nvfp4{' (activations too)' if format.activations else ''}"
     if format.widened:
         return f"int{format.bits} in groups of {format.group} for bfloat16"
     if format.fp8:

@@ -292,6 +292,8 @@ def _figures(costs: dict[str, Cost], gpu: Gpu | None) -> dict[str, Any]:
 def _peak(op: str, gpu: Gpu) -> float:
     """FLOP/s in the format that an op multiplies in. Integers of 8 bits go as fast as FP8, and were there before it."""
     plain = gpu.flops["bfloat16"]
+    if "nvfp4" in op:
+        return gpu.flops.get("float4", plain)
     return gpu.flops.get("float8", 2 * plain) if "fp8" in op or op.endswith("int8") else plain
 
 

@@ -89,7 +89,7 @@ def build_program(
     graph = capture(model)
     if config.quantization != "none":
         quantize_linears(graph, config.quantization, config.quantization_group, stored)
-    fusions = run_passes(graph, device.type, gpu is None or gpu.fp8)
+    fusions = run_passes(graph, device.type, gpu is None or gpu.fp8, gpu is not None and gpu.fp4)
     if isa is None:
         isa = native.available() if config.device == "cpu" else "none"
     program = lower(

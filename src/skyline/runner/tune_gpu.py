@@ -22,7 +22,9 @@ from skyline.runner.loader import LoadedModel, load_model
 SIZES = (1, 4, 16, 64, 256)
 CONTEXT = 1024  # tokens of each request in the steps that are timed, at most
 _STREAMED = frozenset({"moe_experts", "fused_experts", "moe_experts_clamped"})  # of one token, without tiles
-_IN_WORDS = frozenset({"moe_experts_fp4", "moe_experts_clamped_fp4", "moe_experts_int4_weight_only"})
+_IN_WORDS = frozenset(
+    {"moe_experts_fp4", "moe_experts_clamped_fp4", "moe_experts_int4_weight_only", "moe_experts_nvfp4"}
+)
 _MARGIN = 0.005  # what is not faster by so much is not worth another setting
 
 
@@ -116,7 +118,7 @@ def _names(size: int, ops: set[str]) -> list[str]:
         names += ["words_gated", "words_down"]
     elif experts:
         names += ["experts_band", "experts_rows", "experts_stages", "experts_warps"]
-    words = any(op.endswith(("linear_fp4", "linear_int4", "linear_int4_weight_only")) for op in ops)
+    words = any(op.endswith(("linear_fp4", "linear_int4", "linear_int4_weight_only", "linear_nvfp4")) for op in ops)
     if size == 1 and words:
         names += ["words"] if "words_gated" in names else ["words", "words_gated"]
         names += ["vector"] * any(op in ("linear", "fused_linear") for op in ops)  # the head

@@ -85,6 +85,7 @@ def install(capability: int) -> OfflineDriver:
     devices.shared_memory = lambda device: SHARED_MEMORY[capability]
     devices.overlaps = lambda device: capability >= 90
     devices.has_assembly = lambda device: True
+    devices.multiplies_fp4 = lambda device: capability >= 100
     driver = OfflineDriver(capability)
     triton.runtime.driver.set_active(driver)
     return driver

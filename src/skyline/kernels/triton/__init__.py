@@ -73,6 +73,13 @@ def supports_fp8(request: Request) -> str | None:
     return None if request.gpu.fp8 else f"{request.gpu.name} does not know FP8, which takes compute capability 8.9"
 
 
+def supports_fp4(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    return None if request.gpu.fp4 else f"the matrix units of {request.gpu.name} do not multiply FP4, as Blackwell's do"
+
+
 class DeviceOnlyError(RuntimeError):
     """A kernel does not compile in a step of which only the device knows the numbers: no reference can replace it."""
 
@@ -188,6 +195,9 @@ for _op in ("linear_int4_weight_only", "fused_linear_int4"):
     provide(_op, "quantized", {1: int4_layout(1)})
 for _op in ("linear_fp4", "fused_linear_fp4"):
     provide(_op, "quantized", {1: fp4_words_layout(1)})
+for _op in ("linear_nvfp4", "fused_linear_nvfp4"):
+    provide(_op, "nvfp4", {1: fp4_words_layout(1)}, supports_fp4)
+provide("moe_experts_nvfp4", "nvfp4", {1: fp4_words_layout(1), 2: fp4_words_layout(2)}, supports_fp4)
 provide("moe_experts_fp4", "moe", {1: fp4_words_layout(1), 2: fp4_words_layout(2)})
 provide("moe_experts_clamped_fp4", "moe", {1: fp4_words_layout(1), 3: fp4_words_layout(3)})
 provide("moe_experts_int8", "moe_bytes", {1: INT8, 2: INT8})

@@ -35,6 +35,11 @@ def has_assembly(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def multiplies_fp4(device: torch.device) -> bool:
+    """Whether there are matrix units for FP4; elsewhere its kernels multiply in float32."""
+    return device.type == "cuda" and capability(device) >= (10, 0)
+
+
 def reads_whole(count: int, *rows: torch.Tensor) -> bool:
     """Whether threads may load `count` bfloat16 numbers of these rows [.., K] at once, in PTX.
 

@@ -29,6 +29,7 @@ from skyline.kernels.triton.thresholds import (
 )
 from skyline.ops import AttentionBatch, KVCache, LatentCache, StateCache
 from skyline.ops.fp8 import Fp8Weight
+from skyline.ops.nvfp4 import FEW_ROWS
 
 
 def _fused_linear(
@@ -120,6 +121,22 @@ def _attention_linear_fp8(
     return attends + product - quantizes_attention(q.shape[0], weight, cache.head_dim)
 
 
+def _fused_nvfp4(
+    gpu: Gpu,
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    silu_mul: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> int:
+    """Many rows are normed where they are quantized."""
+    if x.shape[0] > FEW_ROWS:
+        return 2
+    return _fused_words(gpu, x, weight, bias, silu_mul, norm, eps, residual)
+
+
 def _two(gpu: Gpu, *arguments: Any) -> int:
     return 2
 
@@ -161,6 +178,13 @@ def _moe_experts_fp8(
 
 def _moe_experts_quantized(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor) -> int:
     return 5 + (ids.numel() > FEW_PAIRS)
+
+
+def _moe_experts_nvfp4(
+    gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, *_: Any
+) -> int:
+    """Of many tokens rows are quantized before each product."""
+    return _experts(gpu, ids) + 2 * (x.shape[0] > FEW_ROWS)
 
 
 def _paged_attention(gpu: Gpu, q: Tensor, cache: Any, batch: AttentionBatch, *_: Any) -> int:
@@ -271,6 +295,8 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "linear_int4_weight_only": _fused_words,
     "fused_linear_fp4": _fused_words,
     "fused_linear_int4": _fused_words,
+    "linear_nvfp4": _fused_nvfp4,
+    "fused_linear_nvfp4": _fused_nvfp4,
     "router": _two,
     "norm_router": _two,
     "moe_sort": _two,
@@ -285,6 +311,7 @@ LAUNCHES: dict[str, Callable[..., int]] = {
     "moe_experts_int8": _moe_experts_quantized,
     "moe_experts_int8_weight_only": _moe_experts_grouped,
     "moe_experts_int4_weight_only": _moe_experts,
+    "moe_experts_nvfp4": _moe_experts_nvfp4,
     "paged_attention": _paged_attention,
     "rope_attention": _rope_attention,
     "latent_attention": _latent_attention,

@@ -137,7 +137,7 @@ class Int4Layout:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Int4Weight:
         *lead, n, k = shape
-        values = torch.empty((*lead, n, _row_words(k)), dtype=torch.int32, device=device)
+        values = torch.empty((*lead, n, row_words(k)), dtype=torch.int32, device=device)
         scales = torch.empty((*lead, -(-k // self.group), n), dtype=torch.float16, device=device)
         return Int4Weight(values, scales, torch.empty_like(scales) if self.zeros else None, self.group, k)
 
@@ -168,8 +168,8 @@ class Fp4WordsLayout:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Fp4Words:
         *lead, n, k = shape
-        values = torch.empty((*lead, n, _row_words(k)), dtype=torch.int32, device=device)
-        scales = torch.empty((*lead, n, _aligned(-(-k // self.group))), dtype=torch.uint8, device=device)
+        values = torch.empty((*lead, n, row_words(k)), dtype=torch.int32, device=device)
+        scales = torch.empty((*lead, n, row_scales_of(k, self.group)), dtype=torch.uint8, device=device)
         return Fp4Words(values, scales, torch.empty((*lead, n), device=device), self.group, k)
 
     def write(self, target: Fp4Words, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
@@ -188,14 +188,20 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
 
 
-def _row_words(k: int) -> int:
+def row_words(k: int) -> int:
+    """That a row of k columns has in memory."""
     return _aligned(-(-k // WORD))
+
+
+def row_scales_of(k: int, group: int) -> int:
+    """Of `Fp4Words`, likewise."""
+    return _aligned(-(-k // group))
 
 
 def pack_words(nibbles: Tensor) -> Tensor:
     """int8 or uint8 [.., K] of 0..15 -> int32 [.., words of a row], the last ones filled up with 0."""
     k = nibbles.shape[-1]
-    padded = F.pad(nibbles, (0, _row_words(k) * WORD - k)).unflatten(-1, (-1, WORD))
+    padded = F.pad(nibbles, (0, row_words(k) * WORD - k)).unflatten(-1, (-1, WORD))
     words = torch.zeros(padded.shape[:-1], dtype=torch.int32, device=nibbles.device)
     for column, shift in enumerate(_SHIFTS):
         words |= padded[..., column].int() << shift
@@ -230,7 +236,7 @@ def unpack_int4(weight: Int4Weight) -> QuantizedWeight:
 def pack_fp4(weight: Fp4Weight) -> Fp4Words:
     """The same numbers [.., N, K], on the same device."""
     # Of a word's four bytes, the even columns of the first two, those of the last two, and then the odd ones.
-    padded = F.pad(weight.values, (0, 4 * _row_words(weight.shape[-1]) - weight.values.shape[-1]))
+    padded = F.pad(weight.values, (0, 4 * row_words(weight.shape[-1]) - weight.values.shape[-1]))
     first, second = padded.unflatten(-1, (-1, 2, 2)).unbind(-1)
     octets = torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 240)), -2)
     values = octets.flatten(-3).view(torch.int32)

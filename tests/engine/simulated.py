@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from skyline.engine.messages import AdmittedRequest, DecodeCounts, EngineRequest, StepOutput, StepPlan, TokenLogprobs
+from skyline.engine.messages import AdmittedRequest, EngineRequest, StepCounts, StepOutput, StepPlan, TokenLogprobs
 from skyline.engine.scheduler import Limits
 
 VOCAB = 11
@@ -132,8 +132,8 @@ class SimulatedRunner:
     def idle(self) -> bool:
         return False
 
-    def decode_counts(self) -> DecodeCounts:
-        return DecodeCounts()
+    def step_counts(self) -> StepCounts:
+        return StepCounts()
 
     def close(self) -> None:
         pass

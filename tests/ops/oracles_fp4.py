@@ -95,7 +95,7 @@ def moe_experts_nvfp4(
 
 
 def _in_nvfp4(x: Tensor) -> Tensor:
-    """The numbers that rows become: a power of two for a row's scale, for a group's the nearest of E4M3, then of E2M1."""
+    """What rows become: a row's scale is a power of two, a group's the nearest E4M3, elements the nearest E2M1."""
     values, result = x.double().numpy(), np.zeros(tuple(x.shape))
     for row, line in enumerate(values):
         largest = np.abs(line).max()

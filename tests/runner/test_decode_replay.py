@@ -84,7 +84,7 @@ def test_the_same_tokens_as_call_by_call(folder: Path, settings: dict[str, str])
     assert loaded.runner.recorded_sizes == []
     for _ in range(3):  # watched, compared, replayed
         assert run(loaded, replayed=True) == expected
-    counts = loaded.runner.decode_counts()
+    counts = loaded.runner.step_counts()
     assert {1, 3} <= set(loaded.runner.recorded_sizes) and counts.replayed
     assert counts.eager >= 2 * counts.recorded, "the first two runs of a size go through Python"
     loaded.runner.close()

@@ -37,7 +37,7 @@ def test_steps_are_as_large_as_they_get(family: str, tmp_path: Path, monkeypatch
         return logits
 
     monkeypatch.setattr(type(program), "__call__", counted)
-    peaks = iter([1000, 10])
+    peaks = iter([1000, 10, 400])
 
     def peak(run: Callable[[], object]) -> int:
         run()
@@ -45,10 +45,10 @@ def test_steps_are_as_large_as_they_get(family: str, tmp_path: Path, monkeypatch
 
     caches = kv_caches(model)
     found = dry_run.measure(
-        program, caches, CPU, tokens=44, requests=3, rows=7, max_model_len=16, block_size=4, peak=peak
+        program, caches, CPU, tokens=44, recorded=20, requests=3, rows=7, max_model_len=16, block_size=4, peak=peak
     )
-    assert found == dry_run.Measured(largest=1000, decode=10)
-    assert seen == [([16, 16, 12], [16, 16, 16], 7), ([1, 1, 1], [16, 16, 16], 3)]
+    assert found == dry_run.Measured(largest=1000, decode=10, prompts=400)
+    assert seen == [([16, 16, 12], [16, 16, 16], 7), ([1, 1, 1], [16, 16, 16], 3), ([16, 4], [16, 16], 1)]
     assert all(part.numel() == 0 for cache in caches for part in cache.tensors), "memory for the real ones"
 
 

@@ -106,8 +106,14 @@ def explain(
         _show(facts)
 
 
-def _decoding(call_by_call: str | None) -> dict[str, str]:
-    return {} if call_by_call is None else {"decode steps": call_by_call or "recorded as CUDA graphs"}
+def _steps(facts: dict[str, Any]) -> dict[str, str]:
+    """How they run on a GPU."""
+    if facts["other_steps"] is None:
+        return {}
+    return {
+        "decode steps": facts["decode_call_by_call"] or "recorded as CUDA graphs",
+        "other steps": facts["other_steps"],
+    }
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -124,7 +130,7 @@ def _show(facts: dict[str, Any]) -> None:
         "parameters": f"{facts['parameters']:,}, {_size(facts['parameter_bytes'])} in {facts['dtype']}",
         "KV cache": f"{_size(facts['kv_bytes_per_token'])} a token, "
         f"{_size(facts['kv_bytes_per_request'])} for a context of {facts['max_model_len']:,}",
-        **_decoding(facts["decode_call_by_call"]),
+        **_steps(facts),
         "calls of kernels": f"{facts['launches']['step']} a step, {facts['launches']['layer']} a layer",
         "device": facts["device"] + (f", instruction set {facts['isa']}" if facts["isa"] else ""),
     }.items():

@@ -136,8 +136,9 @@ class EngineCore:
         stats.preemptions = scheduler.num_preemptions
         stats.prefix_queried_tokens = scheduler.prefix_queried_tokens
         stats.prefix_hit_tokens = scheduler.prefix_hit_tokens
-        counts = self._runner.decode_counts()
-        stats.decode_recorded, stats.decode_replayed = counts.recorded, counts.replayed
-        stats.decode_eager = counts.eager
+        counts = self._runner.step_counts()
+        stats.decode_recorded, stats.prompts_recorded = counts.decode_recorded, counts.prompts_recorded
+        stats.decode_replayed, stats.prompts_replayed = counts.decode_replayed, counts.prompts_replayed
+        stats.decode_eager, stats.prompts_eager = counts.decode_eager, counts.prompts_eager
         stats.step_in_flight_s = 0.0 if waiting is None else time.perf_counter() - waiting
         return stats

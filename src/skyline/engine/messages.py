@@ -94,6 +94,9 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     decode_recorded: int = 0  # numbers of requests whose decode steps are recorded
     decode_replayed: int = 0  # decode steps that were replayed, and those that ran call by call
     decode_eager: int = 0
+    prompts_recorded: int = 0  # likewise of all other steps: numbers of tokens
+    prompts_replayed: int = 0
+    prompts_eager: int = 0
 
 
 class StepOutputs(msgspec.Struct, tag="outputs"):
@@ -191,12 +194,15 @@ class StepHandle(Protocol):
 
 
 @dataclass(slots=True)
-class DecodeCounts:
-    """As in EngineStats; of steps that are `StepPlan.is_decode`."""
+class StepCounts:
+    """As in EngineStats. Steps are of decodes if they are `StepPlan.is_decode`."""
 
-    recorded: int = 0
-    replayed: int = 0
-    eager: int = 0
+    decode_recorded: int = 0
+    decode_replayed: int = 0
+    decode_eager: int = 0
+    prompts_recorded: int = 0
+    prompts_replayed: int = 0
+    prompts_eager: int = 0
 
 
 class Runner(Protocol):
@@ -208,7 +214,7 @@ class Runner(Protocol):
     def idle(self) -> bool:
         """Do a bit of what saves time later; called while there is no work. False if there is nothing left to do."""
 
-    def decode_counts(self) -> DecodeCounts:
+    def step_counts(self) -> StepCounts:
         """May be called from any thread."""
 
     def close(self) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skyline.engine.messages import DecodeCounts, StepOutput, StepPlan
+from skyline.engine.messages import StepCounts, StepOutput, StepPlan
 
 
 @dataclass(slots=True)
@@ -25,8 +25,8 @@ class NullRunner:
     def idle(self) -> bool:
         return False
 
-    def decode_counts(self) -> DecodeCounts:
-        return DecodeCounts()
+    def step_counts(self) -> StepCounts:
+        return StepCounts()
 
     def close(self) -> None:
         pass

@@ -116,6 +116,12 @@ class Program:
         self._tunings = tunings
         self._forget_bindings()
 
+    def slots(self, inputs: tuple[Any, ...] = ()) -> list[Any]:
+        """By slot, what is there when a step begins: its inputs, and what is the same in every step."""
+        values = self._constants.copy()
+        values[: len(inputs)] = inputs
+        return values
+
     def constant(self, slot: int) -> Any:
         """What is in this slot in every step: a weight, a cache, a number. None if it is not the same in every step."""
         return self._constants[slot]

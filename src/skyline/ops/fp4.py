@@ -102,9 +102,7 @@ class _Described(NamedTuple):
     nbytes: int
 
 
-def linear_fp4_cost(
-    x: Tensor, weight: Tensor | Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False
-) -> Cost:
+def linear_fp4_cost(x: Tensor, weight: Tensor | Fp4Weight, bias: Tensor | None = None, silu_mul: bool = False) -> Cost:
     return dense.linear_cost(x, _Described(tuple(weight.shape), fp4_weight_bytes(weight)), bias, silu_mul)
 
 

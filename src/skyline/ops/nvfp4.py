@@ -37,7 +37,7 @@ def quantize_nvfp4(x: Tensor) -> Fp4Weight:
     power = (wide.abs().amax(1).view(torch.int32) & 0x7F800000).view(torch.float32)
     raised = _UP / power
     raised = torch.where(raised.isfinite(), raised, 0.0)
-    groups = (wide * raised[:, None]).unflatten(1, (-1, NVFP4_GROUP))
+    groups = (wide * raised[:, None]).view(x.shape[0], -1, NVFP4_GROUP)
     scales = (groups.abs().amax(2) / 6).to(torch.float8_e4m3fn)
     numbers = (groups / scales.float().unsqueeze(2)).flatten(1)
     size = numbers.abs()

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skyline.engine.messages import StepPlan
-from skyline.graph import Program
+from skyline.graph import Call, Program
 from skyline.kernels.triton import DeviceOnlyError
 from skyline.kernels.triton.knobs import Knobs, using
 from skyline.ops import AttentionBatch
@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 _SLOTS, _POSITIONS, _CONTEXTS, _STATE_READS, _STATE_WRITES, _PLACES = range(6)
 
 # Steps of a size after which it is recorded: by then call by call has lost about as much time as recording takes.
-_WORTH = 4
+WORTH = 4
 
 # Ops whose references in torch look at no value of a tensor; others do, or go by the host's numbers.
 _PLAIN = frozenset(
@@ -54,10 +54,15 @@ _PLAIN = frozenset(
 _RECORDABLE = frozenset({"triton", "flashinfer"})
 
 
+def recordable(call: Call) -> bool:
+    """Whether what a call launches goes by no value that the device has."""
+    return call.kernel.provider in _RECORDABLE or call.op.name in _PLAIN
+
+
 def why_not_recorded(program: Program) -> str | None:
     """None if every call of a decode step can be recorded, else the reason."""
     for call in program.calls:
-        if call.kernel.provider not in _RECORDABLE and call.op.name not in _PLAIN:
+        if not recordable(call):
             return f"{call.op.name} runs in {call.kernel.provider}, which looks at values on the host"
     return None
 
@@ -169,7 +174,7 @@ class DecodeGraphs:
             known.inputs.copy_(staged.pin_memory() if self._device.type == "cuda" else staged, non_blocking=True)
             if known.recording is None:
                 known.uses += 1
-                if known.uses == _WORTH and self._record:
+                if known.uses == WORTH and self._record:
                     self._due.append(size)
                 return self._step(known.inputs)
         except DeviceOnlyError as error:

@@ -16,10 +16,12 @@ _LONGEST = 32_768
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Bytes at once of a step of as many tokens as there can be, and of one in which as many requests decode."""
+    """Bytes at once of a step of as many tokens as there can be, of one in which as many requests decode, and of one of
+    as many tokens as steps with prompts are recorded with."""
 
     largest: int
     decode: int
+    prompts: int
 
 
 def measure(
@@ -28,20 +30,19 @@ def measure(
     device: torch.device,
     *,
     tokens: int,
+    recorded: int,
     requests: int,
     rows: int,
     max_model_len: int,
     block_size: int,
     peak: Callable[[Callable[[], object]], int] | None = None,
 ) -> Measured:
-    """Compute both steps of a model that has its weights, but no caches yet; those are empty afterwards.
+    """Compute these steps of a model that has its weights, but no caches yet; those are empty afterwards.
 
-    rows: of logits, of the largest step. peak: what tells the bytes that a call takes at once, by default CUDA's
-    allocator. Raises torch.OutOfMemoryError.
+    tokens, recorded: of the first and of the last step. rows: of logits, of the first. peak: what tells the bytes that
+    a call takes at once, by default CUDA's allocator. Raises torch.OutOfMemoryError.
     """
     context = min(max_model_len, _LONGEST)
-    tokens = min(tokens, requests * context)
-    lengths = [context] * (tokens // context) + [tokens % context] * (tokens % context > 0)
     for cache in caches:  # of one block, which is all that the tables name
         cache.allocate(1, block_size, device)
         for part in cache.tensors:
@@ -53,9 +54,17 @@ def measure(
         ids = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
         program(ids, ids, batch, torch.arange(rows, device=device) % len(ids))
 
+    def lengths(tokens: int) -> list[int]:
+        tokens = min(tokens, requests * context)
+        return [context] * (tokens // context) + [tokens % context] * (tokens % context > 0)
+
     of = peak or (lambda run: _peak(run, device))
     with torch.inference_mode():
-        found = Measured(of(lambda: step(lengths, rows)), of(lambda: step([1] * requests, requests)))
+        found = Measured(
+            of(lambda: step(lengths(tokens), rows)),
+            of(lambda: step([1] * requests, requests)),
+            of(lambda: step(lengths(recorded), 1)),
+        )
     for cache in caches:
         cache.allocate(0, block_size, device)
     return found

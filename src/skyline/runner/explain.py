@@ -25,7 +25,7 @@ from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, AttentionBatch, Cost, KVCache, LayerCache, Op
 from skyline.ops import split as view
 from skyline.runner.checkpoint import Checkpoint
-from skyline.runner.loader import build_program, choose_dtype, compiled_kinds, why_call_by_call
+from skyline.runner.loader import build_program, choose_dtype, compiled_kinds, how_other_steps_run, why_call_by_call
 from skyline.runner.memory import KV_DTYPES, set_kv_format
 
 ISAS = (*REQUIRES, "none")
@@ -130,6 +130,7 @@ def explain(
         else {"method": checkpoint.method, "weights": checkpoint.report(model, dtype)},
         "fusions": program.fusions,
         "decode_call_by_call": None if device_type == "cpu" else why_call_by_call(config, program),
+        "other_steps": None if device_type == "cpu" else how_other_steps_run(config, program),
         "launches": {
             "step": len(fused),
             "layer": _rounded(sum(per_layer.values())),

@@ -35,6 +35,7 @@ from skyline.runner.memory import (
     set_kv_format,
 )
 from skyline.runner.model_runner import ModelRunner
+from skyline.runner.prompt_graphs import MOST_TOKENS, PromptGraphs, cut, why_not_in_pieces
 from skyline.runner.sampler import Sampler
 from skyline.runner.weight_cache import WeightCache
 from skyline.runner.weight_store import WeightStore
@@ -170,11 +171,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
         checkpoint.close()
     groups = group_caches(caches)
     call_by_call = why_call_by_call(config, program)
-    largest, recorded = predicted, 0
+    largest, recorded, prompts = predicted, 0, None
+    most = min(MOST_TOKENS, config.max_num_batched_tokens)
     if device.type == "cuda":
-        found = _dry_run(config, model_config, program, caches, device, limit_rows + MAX_LOGIT_ROWS)
-        # Graphs share a memory of their own.
+        found = _dry_run(config, model_config, program, caches, device, limit_rows + MAX_LOGIT_ROWS, most)
+        # Graphs share a memory of their own, those of decode steps one and all others another.
         largest, recorded = found.largest, 0 if call_by_call else found.decode
+        if config.cuda_graphs:
+            prompts = PromptGraphs(program, device, most, found.prompts)
+            recorded += found.prompts if prompts.why_not is None else 0
     activations = largest + recorded + 4 * logits + tokens
     memory = plan_memory(config, model_config.max_position_embeddings, groups, activations, available_bytes(device))
     for cache in caches:
@@ -205,6 +210,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         table_groups=sum(not group.state for group in memory.groups),
         graphs=config.cuda_graphs if device.type == "cuda" and why_not_recorded(program) is None else None,
         knobs=decode_knobs.kept(config, model_config)[1] if device.type == "cuda" else None,
+        prompts=prompts,
     )
     limits = Limits(
         num_blocks=memory.groups[0].num_blocks,
@@ -221,6 +227,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
             f"; the largest step took {largest / 2**20:,.0f} MiB, {predicted / 2**20:,.0f} were predicted"
         )
         report["decode steps"] = call_by_call or "recorded as CUDA graphs while there is nothing else to do"
+        report["other steps"] = how_other_steps_run(config, program)
     if stored:
         report["stored"] = stored
     if config.kv_cache_dtype == "fp8" and any(isinstance(cache, KVCache) for cache in caches):
@@ -259,6 +266,18 @@ def why_call_by_call(config: EngineConfig, program: Program) -> str:
     return f"call by call: {why_not}" if why_not else ""
 
 
+def how_other_steps_run(config: EngineConfig, program: Program) -> str:
+    """Those on a GPU that are not of decodes alone."""
+    pieces = cut(program)
+    why_not = why_not_in_pieces(program, pieces) if config.cuda_graphs else "CUDA graphs are switched off"
+    if why_not is not None:
+        return f"call by call: {why_not}"
+    recorded = sum(piece.recorded for piece in pieces)
+    launched = sum(not call.is_view for piece in pieces if not piece.recorded for call in piece.calls)
+    most = min(MOST_TOKENS, config.max_num_batched_tokens)
+    return f"up to {most:,} tokens as {recorded} recorded pieces and {launched} calls between them, else call by call"
+
+
 def _dry_run(
     config: EngineConfig,
     model: ModelConfig,
@@ -266,6 +285,7 @@ def _dry_run(
     caches: list[LayerCache],
     device: torch.device,
     rows: int,
+    recorded: int,
 ) -> dry_run.Measured:
     try:
         return dry_run.measure(
@@ -273,6 +293,7 @@ def _dry_run(
             caches,
             device,
             tokens=config.max_num_batched_tokens,
+            recorded=recorded,
             requests=config.max_num_seqs,
             rows=rows,
             max_model_len=config.max_model_len or model.max_position_embeddings,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skyline.engine.messages import AdmittedRequest, DecodeCounts, StepOutput, StepPlan, TokenLogprobs
+from skyline.engine.messages import AdmittedRequest, StepCounts, StepOutput, StepPlan, TokenLogprobs
 from skyline.graph import Program
 from skyline.kernels.cpu import native
 from skyline.ops import AttentionBatch
@@ -27,6 +27,7 @@ from skyline.ops.batch import to_device, token_positions
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.decode_replay import DecodeReplay
+from skyline.runner.prompt_graphs import PromptGraphs
 from skyline.runner.sampler import Sampler, SampleResult
 
 T = TypeVar("T")
@@ -83,12 +84,14 @@ class ModelRunner:
         table_groups: int = 1,
         graphs: bool | None = None,
         knobs: DecodeKnobs | None = None,
+        prompts: PromptGraphs | None = None,
     ) -> None:
         """token_ids [max_num_seqs + 1, max_model_len + 1] int32 on the device, shared with the sampler; the last row is
         that of padding.
 
         table_groups: of caches that go by block tables (skyline.engine.kv_memory). graphs: record decode steps as CUDA
-        graphs; False runs the same steps call by call, None has none of it. knobs: for these steps.
+        graphs; False runs the same steps call by call, None has none of it. knobs: for these steps. prompts: what
+        computes all other steps, if not the program itself.
         threads: of the CPU kernels; None is one for each physical core that this process may use.
         """
         self._program = program
@@ -109,7 +112,8 @@ class ModelRunner:
                 record=graphs,
                 knobs=knobs,
             )
-        self._decode_counts = DecodeCounts()
+        self.prompts = prompts
+        self._counts = StepCounts()
         self._replay: DecodeReplay | None = None
         native_only = _all_native(program)
         if native_only:
@@ -126,12 +130,15 @@ class ModelRunner:
         return _Handle(self._worker.submit(self._execute, plan))
 
     def idle(self) -> bool:
-        """Record the decode steps of one more number of requests, if they are recorded here; False if none is left."""
-        return self.graphs is not None and self.between_steps(self.graphs.record_next)
+        """Record one more size of steps, if they are recorded here; False if none is left."""
+        if self.graphs is not None and self.between_steps(self.graphs.record_next):
+            return True
+        return self.prompts is not None and self.between_steps(self.prompts.record_next)
 
-    def decode_counts(self) -> DecodeCounts:
+    def step_counts(self) -> StepCounts:
         """Any thread may ask."""
-        return replace(self._decode_counts, recorded=len(self.recorded_sizes))
+        prompts = 0 if self.prompts is None else len(self.prompts.recorded)
+        return replace(self._counts, decode_recorded=len(self.recorded_sizes), prompts_recorded=prompts)
 
     def between_steps(self, function: Callable[[], T]) -> T:
         """Call it on the thread that computes, and wait for what it returns."""
@@ -143,9 +150,10 @@ class ModelRunner:
     def _execute(self, plan: StepPlan) -> _Computed:
         with torch.inference_mode(), native.step():
             computed = self._compute(plan)
-        if self.graphs is not None and self.graphs.due:
-            with suppress(RuntimeError):  # the runner is being closed
-                self._worker.submit(self.graphs.record_due)
+        for recorder in (self.graphs, self.prompts):
+            if recorder is not None and recorder.due:
+                with suppress(RuntimeError):  # the runner is being closed
+                    self._worker.submit(recorder.record_due)
         return computed
 
     def _compute(self, plan: StepPlan) -> _Computed:
@@ -155,8 +163,6 @@ class ModelRunner:
             decoded = self._decode(plan)
             if decoded is not None:
                 return decoded
-        if plan.is_decode:
-            self._decode_counts.eager += 1
         longest = max(max(self._slots[slot].num_blocks) for slot in plan.slots)
         tables = [table[plan.slots, :longest] for table in self._block_tables]  # copies
         states = (plan.state_reads, plan.state_writes) if plan.state_writes else None
@@ -172,7 +178,13 @@ class ModelRunner:
         for row in scored:
             logit_rows += range(ends[row] - plan.lengths[row], ends[row])
         wanted = to_device(np.array(logit_rows, np.int64), self._device)
-        logits = self._program(input_ids, positions, batch, wanted)
+        logits = (self.prompts or self._program)(input_ids, positions, batch, wanted)
+        if plan.is_decode:
+            self._counts.decode_eager += 1
+        elif self.prompts is not None and self.prompts.replayed:
+            self._counts.prompts_replayed += 1
+        else:
+            self._counts.prompts_eager += 1
 
         prompt_logprobs = {}
         offset = len(sampling)
@@ -196,9 +208,9 @@ class ModelRunner:
             assert self._replay is not None
             done, replayed = self._replay.step(plan, greedy), self._replay.replayed
         if replayed:
-            self._decode_counts.replayed += 1
+            self._counts.decode_replayed += 1
         else:
-            self._decode_counts.eager += 1
+            self._counts.decode_eager += 1
         if greedy:
             return _Computed(plan, self._sampler.sample_greedy(done.tokens[:count], done.tops[:count], plan.slots), {})
         return _Computed(plan, self._sample(done.logits[:count], plan.slots, [start + 1 for start in plan.starts]), {})

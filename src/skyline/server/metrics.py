@@ -72,6 +72,15 @@ class _EngineCollector(Collector):
         decode.add_metric(["replayed"], stats.decode_replayed)
         decode.add_metric(["call by call"], stats.decode_eager)
         yield decode
+        yield GaugeMetricFamily(
+            "skyline_prompt_sizes_recorded",
+            "Numbers of tokens for which all other steps are recorded, in pieces",
+            value=stats.prompts_recorded,
+        )
+        prompts = CounterMetricFamily("skyline_prompt_steps", "All other steps, by how they ran", labels=["mode"])
+        prompts.add_metric(["replayed"], stats.prompts_replayed)
+        prompts.add_metric(["call by call"], stats.prompts_eager)
+        yield prompts
         for name, help_text, value in (
             ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache", stats.prefix_queried_tokens),
             ("prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache", stats.prefix_hit_tokens),

@@ -180,9 +180,7 @@ def _moe_experts_quantized(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights
     return 5 + (ids.numel() > FEW_PAIRS)
 
 
-def _moe_experts_nvfp4(
-    gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, *_: Any
-) -> int:
+def _moe_experts_nvfp4(gpu: Gpu, x: Tensor, gate_up: Any, down: Any, weights: Tensor, ids: Tensor, *_: Any) -> int:
     """Of many tokens rows are quantized before each product."""
     return _experts(gpu, ids) + 2 * (x.shape[0] > FEW_ROWS)
 

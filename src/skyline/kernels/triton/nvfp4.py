@@ -315,9 +315,7 @@ def fused_linear_nvfp4(
     return _product(rows, fp4_words(weight), _tile(x.shape[0]), silu_mul, x.dtype, bias, residual)
 
 
-def linear_nvfp4(
-    x: Tensor, weight: Fp4Weight | Fp4Words, bias: Tensor | None = None, silu_mul: bool = False
-) -> Tensor:
+def linear_nvfp4(x: Tensor, weight: Fp4Weight | Fp4Words, bias: Tensor | None = None, silu_mul: bool = False) -> Tensor:
     return fused_linear_nvfp4(x, weight, bias, silu_mul)
 
 
@@ -335,8 +333,6 @@ def moe_experts_nvfp4(
     weights, ids = weights.contiguous(), ids.contiguous()
     tile = _tile(max(1.0, tokens * top_k / experts))
     groups = groups_of(ids, experts, tile)
-    hidden = _product(
-        quantize_rows(x), fp4_words(gate_up), tile, True, x.dtype, groups=groups, divisor=top_k
-    )
+    hidden = _product(quantize_rows(x), fp4_words(gate_up), tile, True, x.dtype, groups=groups, divisor=top_k)
     rows = _product(quantize_rows(hidden), fp4_words(down), tile, False, x.dtype, groups=groups)
     return combine(rows, None, weights, residual)

@@ -1,0 +1,285 @@
+"""Steps with prompts as recorded pieces: what is cut, and that replaying it computes what the Program does.
+
+Without a GPU kernels run in Triton's interpreter, and what is replayed is computed again, into the same memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skyline.checkpoint.config import load_config
+from skyline.engine.config import EngineConfig
+from skyline.engine.sampling_params import SamplingParams
+from skyline.graph import Program
+from skyline.kernels.gpu import GPUS
+from skyline.kernels.triton import norms
+from skyline.models import create_model, kv_caches, randomize
+from skyline.ops import AttentionBatch
+from skyline.runner import prompt_graphs
+from skyline.runner.loader import build_program, how_other_steps_run
+from skyline.runner.prompt_graphs import PromptGraphs, cut, padded, why_not_in_pieces
+from skyline.runner.recording import Recording, borrowed, record_part
+from tests.models.families import FAMILIES
+from tests.models.harness import save_tiny
+from tests.runner.test_decode_graphs import DEVICE, engine, run
+from tests.tiny import make_tiny_checkpoint
+
+BLOCK = 4
+_MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3": ("Qwen3", {"head_dim": 16}),
+    "Qwen3Moe": ("Qwen3Moe", _MOE),
+    **{name: (name, FAMILIES[name]) for name in ("DeepseekV3", "DeepseekV32", "GptOss", "Qwen3Next")},
+}
+
+
+class _Graph:
+    """Computes anew what was recorded, and puts it where the recording's results are."""
+
+    def __init__(self, run: Callable[[], Any], result: Any) -> None:
+        self._run, self._result = run, result
+
+    def replay(self) -> None:
+        for old, new in zip(self._result, self._run(), strict=True):
+            old.copy_(new.clone())
+
+    def pool(self) -> str:
+        return "the pool"
+
+
+@pytest.fixture(autouse=True)
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """That recordings were given. On a GPU they are CUDA's."""
+    found: list[Any] = []
+
+    def part(run: Callable[[], Any], pool: Any = None) -> Recording[Any]:
+        found.append(pool)
+        if DEVICE.type == "cuda":
+            return record_part(run, pool)
+        result = run()
+        return Recording(_Graph(run, result), result)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prompt_graphs, "record_part", part)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(prompt_graphs, "recording_stream", lambda device: contextlib.nullcontext())
+    return found
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the order of things is looked at: the interpreter takes seconds."""
+    monkeypatch.setattr(type(norms._norm_kernel), "run", lambda *_, **__: None)
+
+
+def _program(folder: Path, name: str, **options: Any) -> tuple[Program, list[Any]]:
+    family, settings = MODELS[name]
+    save_tiny(folder, family, **settings)
+    model = create_model(load_config(folder), torch.float32, DEVICE)
+    randomize(model, 1)
+    gpu = GPUS["h200"] if DEVICE.type == "cpu" else None
+    program = build_program(EngineConfig(model="", device="cuda", **options), model, torch.float32, gpu=gpu)
+    caches = kv_caches(model)
+    for cache in caches:
+        cache.allocate(40, BLOCK, DEVICE)
+        for part in cache.tensors:
+            part.zero_()
+    return program, caches
+
+
+def _steps(lengths: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor, AttentionBatch, Tensor]]:
+    """By step, (start, length) of each request; each has ten blocks of its own, and one recurrent state."""
+    generator = torch.Generator().manual_seed(4)
+    for step in lengths:
+        tables = [[10 * request + block for block in range(10)] for request in range(len(step))]
+        starts, counts = [start for start, _ in step], [count for _, count in step]
+        states = list(range(len(step)))
+        reads = [state if start else -1 for state, start in zip(states, starts, strict=True)]
+        batch = AttentionBatch.build(tables, starts, counts, BLOCK, DEVICE, (reads, states))
+        positions = torch.tensor([start + place for start, count in step for place in range(count)], device=DEVICE)
+        ids = torch.randint(0, 90, positions.shape, generator=generator).to(DEVICE)
+        yield ids, positions, batch, torch.tensor(counts, device=DEVICE).cumsum(0) - 1
+
+
+# Of 14 and 8 tokens, so that padding has rows of the other step; the second goes on with what the first began.
+_STEPS = [[(0, 10), (0, 4)], [(10, 1), (4, 6), (0, 1)]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_replaying_computes_what_the_program_does(name: str, tmp_path: Path) -> None:
+    program, caches = _program(tmp_path, name)
+    graphs = PromptGraphs(program, DEVICE, 64)
+    assert graphs.why_not is None
+    graphs._known[16] = prompt_graphs._Recorded(uses=1)
+    assert not graphs.record_next() and graphs.recorded == [16]
+    for inputs in _steps(_STEPS):
+        before = copy.deepcopy([cache.tensors for cache in caches])
+        expected = program(*inputs).clone()
+        after = copy.deepcopy([cache.tensors for cache in caches])
+        for cache, tensors in zip(caches, before, strict=True):
+            for part, old in zip(cache.tensors, tensors, strict=True):
+                part.copy_(old)
+        got = graphs(*inputs)
+        assert graphs.replayed
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for cache, tensors in zip(caches, after, strict=True):
+            for part, wanted in zip(cache.tensors, tensors, strict=True):
+                torch.testing.assert_close(part.float(), wanted.float(), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_what_sees_the_requests_is_launched(name: str, tmp_path: Path) -> None:
+    program, _ = _program(tmp_path, name)
+    pieces = cut(program)
+    assert [call for piece in pieces for call in piece.calls] == program.calls
+    assert all(first.recorded != second.recorded for first, second in pairwise(pieces))
+    for piece in pieces:
+        assert not piece.recorded or all(2 not in call.arguments for call in piece.calls)
+        assert not piece.recorded or any(not call.is_view for call in piece.calls)
+    launched = [call for piece in pieces if not piece.recorded for call in piece.calls if not call.is_view]
+    assert launched[-1].results == (program.output,), "logits have a row for each that is sampled"
+    behind = [call.op.name for call in launched if 2 not in call.arguments]
+    assert behind[0] == "select_rows" and len(behind) <= 3, "what computes logits, and nothing else"
+    assert f"{sum(piece.recorded for piece in pieces)} recorded pieces" in how_other_steps_run(
+        EngineConfig(model="", device="cuda"), program
+    )
+
+
+def test_buffers_are_used_again_by_later_layers(tmp_path: Path) -> None:
+    program, _ = _program(tmp_path, "Qwen3")
+    buffers = PromptGraphs(program, DEVICE, 64)._make_buffers()
+    layers = sum(call.op.name == "rope_attention" for call in program.calls)
+    assert len(buffers) == layers > 1 and len({buffer.data_ptr() for buffer in buffers.values()}) == 1
+    program, _ = _program(tmp_path / "other", "Qwen3Next")
+    graphs = PromptGraphs(program, DEVICE, 64)
+    buffers = graphs._make_buffers()
+    for index, piece in enumerate(graphs._pieces):
+        live = [slot for slot in buffers if _made(graphs, slot) < index and _last(graphs, slot) >= index]
+        assert len({buffers[slot].data_ptr() for slot in live}) == len(live), piece
+
+
+def _made(graphs: PromptGraphs, slot: int) -> int:
+    return next(i for i, piece in enumerate(graphs._pieces) if slot in piece.results)
+
+
+def _last(graphs: PromptGraphs, slot: int) -> int:
+    return max(i for i, piece in enumerate(graphs._pieces) if slot in piece.reads)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 128, 129, 256, 257, 300, 1000, 1025, 2048, 8192])
+def test_sizes_leave_little_padding(tokens: int) -> None:
+    size = padded(tokens)
+    assert size >= tokens and size - tokens < max(16, tokens / 8) and padded(size) == size
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_when_it_records(tmp_path: Path, pools: list[Any]) -> None:
+    program, _ = _program(tmp_path, "Qwen3")
+    graphs = PromptGraphs(program, DEVICE, 32, reserve=1000)
+    small, large = next(_steps([[(0, 20)]])), next(_steps([[(0, 33)]]))
+    assert not graphs.record_next(), "nothing has occurred"
+    for use in range(1, 5):
+        graphs(*small)
+        assert graphs.due == (use == 4) and not graphs.replayed and graphs.recorded == []
+        graphs(*large)
+    graphs.record_due()
+    pieces = sum(piece.recorded for piece in cut(program))
+    assert graphs.recorded == [32] and not graphs.due
+    assert pools[0] is None and len(pools) == 1 + pieces and len(set(pools[1:])) == 1, "all share one memory"
+    graphs(*small)
+    assert graphs.replayed
+    graphs(*large)
+    assert not graphs.replayed, "more tokens than are recorded"
+    assert not graphs.record_next()
+    program.observe(lambda call, run: run)
+    graphs(*small)
+    assert not graphs.replayed, "every call is to be seen"
+    program.observe(None)
+    graphs(*small)
+    assert graphs.replayed
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_recording_that_fails_leaves_steps_call_by_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program, _ = _program(tmp_path, "Qwen3")
+    graphs = PromptGraphs(program, DEVICE, 64)
+    inputs = next(_steps([[(0, 20)]]))
+    graphs(*inputs)
+
+    def fails(run: Callable[[], Any], pool: Any = None) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(prompt_graphs, "record_part", fails)
+    with caplog.at_level(logging.WARNING):
+        assert not graphs.record_next() and not graphs.record_next()
+    assert len(caplog.records) == 1 and "of 32 tokens, that failed: out of memory" in caplog.text
+    for _ in range(6):
+        assert graphs(*inputs).shape[0] == 1 and not graphs.due and not graphs.replayed
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_the_oldest_recordings_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_graphs, "_KEPT", 2)
+    program, _ = _program(tmp_path, "Qwen3")
+    graphs = PromptGraphs(program, DEVICE, 64)
+    for tokens in (10, 20, 40):
+        graphs(*next(_steps([[(0, tokens)]])))
+        if tokens == 40:
+            graphs(*next(_steps([[(0, 10)]])))
+        graphs.record_next()
+    assert graphs.recorded == [16, 48]
+
+
+def test_what_has_not_a_row_for_each_token_is_told(tmp_path: Path) -> None:
+    program, _ = _program(tmp_path, "Qwen3")
+    pieces = cut(program)
+    pieces[0].crossing = [slot for call in program.calls if call.op.name == "select_rows" for slot in call.results]
+    assert "(1, " in (why_not_in_pieces(program, pieces) or "")
+    assert why_not_in_pieces(program, []) == "no call goes by the number of tokens alone"
+    config = EngineConfig(model="", device="cuda", cuda_graphs=False)
+    assert how_other_steps_run(config, program) == "call by call: CUDA graphs are switched off"
+
+
+def test_the_same_tokens_as_on_the_cpu(tmp_path: Path) -> None:
+    """While the engine runs: two sizes are recorded as the load asks for them."""
+    folder = make_tiny_checkpoint(tmp_path / "tiny", "qwen3")
+    requests = {
+        str(number): ([(number * 37 + place) % 500 + 1 for place in range(9 + number)], SamplingParams(max_tokens=3))
+        for number in range(9)
+    }
+    core, runner = engine(folder, None, "cuda")
+    runner.prompts = PromptGraphs(runner._program, DEVICE, 64)
+    got = run(core, requests)
+    counts = core.stats()
+    assert counts.prompts_replayed and counts.prompts_eager >= 4 and counts.prompts_recorded >= 1
+    assert not runner.idle() and core.stats().prompts_recorded == len(runner.prompts.recorded)
+    runner.close()
+    other, plain = engine(folder, None, "cpu")
+    assert got == run(other, requests)
+    assert other.stats().prompts_eager and not other.stats().prompts_replayed
+    plain.close()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there it is the tensor itself")
+def test_borrowed_memory_is_the_same() -> None:
+    base = torch.arange(60, device=DEVICE, dtype=torch.bfloat16).view(5, 12)
+    for tensor in (base, base[:, 3:7], base[2:].t()):
+        alias = borrowed(tensor)
+        assert torch.equal(alias, tensor) and alias.data_ptr() == tensor.data_ptr()
+    base.zero_()
+    assert not alias.any()

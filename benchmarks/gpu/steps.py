@@ -122,7 +122,7 @@ def _cell(
         "share_of_matrix_peak": math_s / seconds,
         "share_of_larger_floor": max(memory_s, math_s) / seconds,
         "host_ms": steps.host_seconds() * 1e3,
-        **(_replayed(model, requests, seconds) if length == 1 else {}),
+        **(_replayed(model, requests, seconds) if length == 1 else _call_by_call(model, steps, count)),
         **_traced(steps, 8 if length == 1 else 3),
     }
 
@@ -138,6 +138,19 @@ def _replayed(model: Any, requests: int, seconds: float) -> dict[str, float]:
     with torch.inference_mode():
         alone = model.runner.between_steps(lambda: graphs.time_replay(requests))
     return {"replay_ms": alone * 1e3, "between_share": 1 - alone / seconds}
+
+
+def _call_by_call(model: Any, steps: _Steps, count: int) -> dict[str, float]:
+    """What a step with prompts takes that is not replayed in pieces, if it was."""
+    prompts = model.runner.prompts
+    if prompts is None or not prompts.replayed:
+        return {}
+    model.runner.prompts = None
+    try:
+        steps.run(2)
+        return {"call_by_call_ms": statistics.median(steps.run(count) for _ in range(3)) * 1e3}
+    finally:
+        model.runner.prompts = prompts
 
 
 class _Steps:

@@ -79,7 +79,8 @@ def test_it_refuses_what_the_model_cannot_do(tiny_checkpoint: Path) -> None:
 def test_fusions_and_launches(tiny_checkpoint: Path) -> None:
     """Qwen3 of two layers: 14 launches a layer become 8; around them 4, and then 5, for the first norm is its own."""
     facts = explain(EngineConfig(model=str(tiny_checkpoint)))
-    assert facts["fusions"] == {"add_rms_norm": 2 * LAYERS - 1, "rope_kv_write": LAYERS, "linear_silu_mul": LAYERS}
+    fused = {"add_rms_norm": 2 * LAYERS - 1, "rope_kv_write": LAYERS, "linear_silu_mul": LAYERS}
+    assert facts["fusions"] == {"weight_only_fp4": 0, **fused}
     assert facts["launches"] == {
         "step": 8 * LAYERS + 5,
         "layer": 8,

@@ -85,8 +85,8 @@ def test_the_same_tokens_as_call_by_call(folder: Path, settings: dict[str, str])
     for _ in range(3):  # watched, compared, replayed
         assert run(loaded, replayed=True) == expected
     counts = loaded.runner.step_counts()
-    assert {1, 3} <= set(loaded.runner.recorded_sizes) and counts.replayed
-    assert counts.eager >= 2 * counts.recorded, "the first two runs of a size go through Python"
+    assert {1, 3} <= set(loaded.runner.recorded_sizes) and counts.decode_replayed
+    assert counts.decode_eager >= 2 * counts.decode_recorded, "the first two runs of a size go through Python"
     loaded.runner.close()
 
 

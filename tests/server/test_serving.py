@@ -199,6 +199,7 @@ async def test_metrics(client: httpx.AsyncClient, engine: FakeEngine) -> None:
         running=3, waiting=2, blocks_total=64, blocks_held=10, blocks_cached=4, preemptions=5, aborted=6,
         prefix_queried_tokens=100, prefix_hit_tokens=40, prompt_tokens=70, generated_tokens=80, steps=9,
         step_seconds=1.5, decode_recorded=7, decode_replayed=30, decode_eager=4,
+        prompts_recorded=3, prompts_replayed=20, prompts_eager=9,
     )  # fmt: skip
     await client.post(CHAT, json=HI)
     await client.post(CHAT, json={**HI, "n": 0})
@@ -220,6 +221,9 @@ async def test_metrics(client: httpx.AsyncClient, engine: FakeEngine) -> None:
         "skyline_decode_sizes_recorded 7.0",
         'skyline_decode_steps_total{mode="replayed"} 30.0',
         'skyline_decode_steps_total{mode="call by call"} 4.0',
+        "skyline_prompt_sizes_recorded 3.0",
+        'skyline_prompt_steps_total{mode="replayed"} 20.0',
+        'skyline_prompt_steps_total{mode="call by call"} 9.0',
         "skyline_engine_step_seconds_total 1.5",
         'skyline_requests_finished_total{finish_reason="stop"} 1.0',
         'skyline_request_errors_total{code="400"} 1.0',

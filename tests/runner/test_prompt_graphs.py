@@ -25,7 +25,7 @@ from skyline.kernels.gpu import GPUS
 from skyline.kernels.triton import norms
 from skyline.models import create_model, kv_caches, randomize
 from skyline.ops import AttentionBatch
-from skyline.runner import prompt_graphs
+from skyline.runner import prompt_graphs, recording
 from skyline.runner.loader import build_program, how_other_steps_run
 from skyline.runner.prompt_graphs import PromptGraphs, cut, padded, why_not_in_pieces
 from skyline.runner.recording import Recording, borrowed, record_part
@@ -283,3 +283,33 @@ def test_borrowed_memory_is_the_same() -> None:
         assert torch.equal(alias, tensor) and alias.data_ptr() == tensor.data_ptr()
     base.zero_()
     assert not alias.any()
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_part_ends_and_torch_is_on_its_stream(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens while it is recorded."""
+    seen: list[str] = []
+
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            seen.append(f"begin in {pool}, {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            seen.append("end")
+
+    def run() -> str:
+        if fails:
+            raise torch.OutOfMemoryError("out of memory")
+        return "what it returns"
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "of recordings")
+    monkeypatch.setattr(torch.cuda, "set_stream", seen.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    recording._stream.cache_clear()
+    with contextlib.suppress(torch.OutOfMemoryError), recording.recording_stream(torch.device("cuda")):
+        assert record_part(run, "the pool").result == "what it returns"
+    recording._stream.cache_clear()
+    assert seen == ["wait", "of recordings", "begin in the pool, thread_local", "end", "main"]

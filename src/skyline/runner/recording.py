@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,14 +38,20 @@ def record(run: Callable[[], T], pool: Any = None) -> Recording[T]:
     return Recording(graph, result)
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same one: cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def recording_stream(device: torch.device) -> Iterator[None]:
     """For many calls of `record_part`, one after the other; waits for the device once."""
-    before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    before = torch.cuda.current_stream(device)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     try:
-        torch.cuda.set_stream(stream)
+        torch.cuda.set_stream(_stream(device))
         yield
     finally:
         torch.cuda.set_stream(before)

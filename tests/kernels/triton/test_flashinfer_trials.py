@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,14 +15,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from skyline.kernels.flashinfer import trials
+from skyline.kernels.flashinfer import layouts, trials, tuning
 from skyline.ops import OPS, KVCache
 from skyline.ops.attention import make_batch
-from skyline.ops.fp8 import BLOCK, Fp8Weight, fp8_case_weight
+from skyline.ops.contract import randn
+from skyline.ops.fp4 import fp4_case_weight, unpack_e2m1
+from skyline.ops.fp8 import BLOCK, Fp8Rows, Fp8Weight, fp8_case_weight
 
 PACKAGE = "skyline.kernels.flashinfer"
 NAME = f"{PACKAGE}.linear"
-MODULES = [f"{PACKAGE}.{part}" for part in ("attention", "dense", "linear", "step")]
+MODULES = [f"{PACKAGE}.{part}" for part in ("attention", "dense", "fp4", "linear", "moe", "step")]
+
+
+PLACES = {
+    "flashinfer": ("rmsnorm", "silu_and_mul", "autotune"),
+    "flashinfer.gemm": ("fp8_blockscale_gemm_sm90", "gemm_fp8_nt_groupwise", "mm_fp4"),
+    "flashinfer.decode": ("trtllm_batch_decode_with_kv_cache",),
+    "flashinfer.fused_moe": ("cutlass_fused_moe",),
+}
 
 
 class Library:
@@ -74,20 +86,78 @@ class Library:
         assert out.shape == (a.shape[0], b.shape[0])
         return self._product(a.float() * a_scale.repeat_interleave(BLOCK, 1), b, b_scale, out)
 
+    def mm_fp4(
+        self,
+        *,
+        a: Tensor,
+        b: Tensor,
+        a_descale: Tensor,
+        b_descale: Tensor,
+        alpha: Tensor,
+        out_dtype: torch.dtype,
+        out: Tensor,
+        block_size: int,
+    ) -> Tensor:
+        """Scales in tiles of 128 x 4."""
+        self.calls.append("fp4")
+        assert out_dtype == out.dtype == torch.bfloat16 and alpha.tolist() == [1.0] and block_size == 16
+        groups = a_descale.shape[1]
+        assert a_descale.shape[0] % 128 == b_descale.shape[1] % 128 == 0 and 8 * groups == a.shape[1] == b.shape[0]
+
+        def numbers(packed: Tensor, swizzled: Tensor) -> Tensor:
+            scales = swizzled.flatten()[layouts.swizzled_places(torch.arange(len(packed)), groups)]
+            if self.wrong:
+                scales = swizzled.flatten()[: len(packed) * groups].view(len(packed), groups)
+            return unpack_e2m1(packed) * scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+
+        wide = numbers(a, a_descale) @ numbers(b.t(), b_descale.t().contiguous()).t()
+        return self._unless_broken(out.copy_(wide))
+
+    def cutlass_fused_moe(
+        self,
+        *,
+        input: Tensor,
+        token_selected_experts: Tensor,
+        token_final_scales: Tensor,
+        fc1_expert_weights: Tensor,
+        fc2_expert_weights: Tensor,
+        output_dtype: torch.dtype,
+        quant_scales: list[Tensor] | None,
+        output: Tensor,
+        use_deepseek_fp8_block_scale: bool,
+        use_fused_finalize: bool,
+    ) -> list[Tensor]:
+        """The second half of the first matrices is gate's."""
+        self.calls.append("mixture")
+        assert token_selected_experts.dtype == torch.int32 and token_final_scales.dtype == torch.float32
+        assert output_dtype == output.dtype and (quant_scales is not None) == use_deepseek_fp8_block_scale
+        assert not use_fused_finalize
+        up, gate = fc1_expert_weights.view(torch.uint8).chunk(2, 1)
+        first = torch.cat([up, gate] if self.wrong else [gate, up], 1).view(fc1_expert_weights.dtype)
+        arguments: list[Any] = [input, first, fc2_expert_weights, token_final_scales, token_selected_experts.long()]
+        if quant_scales is None:
+            return [self._unless_broken(output.copy_(OPS["moe_experts"].reference(*arguments)))]
+        scales = torch.cat(quant_scales[0].chunk(2, 1)[::-1], 1)
+        arguments[1:3] = Fp8Weight(first, scales), Fp8Weight(fc2_expert_weights, quant_scales[1])
+        return [self._unless_broken(output.copy_(OPS["moe_experts_fp8"].reference(*arguments)))]
+
+    @contextmanager
+    def autotune(self, *, tune_mode: bool, cache: str) -> Iterator[None]:
+        self.calls.append(f"tune {tune_mode}")
+        yield
+        if tune_mode:
+            Path(cache).write_text("{}")
+
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
-    modules = {name: ModuleType(name) for name in ("flashinfer", "flashinfer.gemm", "flashinfer.decode")}
-    for place, names in (
-        ("flashinfer", ("rmsnorm", "silu_and_mul")),
-        ("flashinfer.gemm", ("fp8_blockscale_gemm_sm90", "gemm_fp8_nt_groupwise")),
-        ("flashinfer.decode", ("trtllm_batch_decode_with_kv_cache",)),
-    ):
+    modules = {name: ModuleType(name) for name in PLACES}
+    for place, names in PLACES.items():
         for name in names:
             setattr(modules[place], name, getattr(found, name))
         monkeypatch.setitem(sys.modules, place, modules[place])
-    for part in ("gemm", "decode"):
+    for part in ("gemm", "decode", "fused_moe"):
         setattr(modules["flashinfer"], part, modules[f"flashinfer.{part}"])
     # Those that are imported already hold the real library, and shall again afterwards.
     ours = import_module(PACKAGE)
@@ -250,3 +320,91 @@ def test_zeros_are_no_trial() -> None:
 def test_what_is_served(n: int, k: int, rows: int, blocks: bool, major: int, expected: bool, library: Library) -> None:
     weight = fp8_case_weight(n, k, blocks, torch.Generator().manual_seed(0))
     assert import_module(NAME).serves(torch.zeros((rows, k), dtype=torch.bfloat16), weight, major) == expected
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_products_of_fp4(wrong: bool, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of rows, bias, activation and residual come behind the library's product."""
+    module = import_module(f"{PACKAGE}.fp4")
+    generator = torch.Generator().manual_seed(0)
+    x, norm = randn((150, 200), torch.bfloat16, generator), 1 + randn((200,), torch.bfloat16, generator, 0.1)
+    plain = fp4_case_weight(128, 200, 16, generator)
+    weight = layouts.SWIZZLED_FP4.allocate((128, 200), torch.bfloat16)
+    layouts.SWIZZLED_FP4.write(weight, 0, plain)
+    bias, residual = randn((128,), torch.bfloat16, generator), randn((150, 128), torch.bfloat16, generator)
+    library.wrong = wrong
+    op = OPS["fused_linear_nvfp4"]
+    for arguments in (
+        (bias, False, norm, 1e-6, residual),
+        (bias, True, None, 0.0, None),
+        (None, False, None, 0.0, None),
+    ):
+        expected = op.reference(x, plain, *arguments)
+        torch.testing.assert_close(module.fused_linear_nvfp4(x, weight, *arguments), expected, rtol=3e-2, atol=3e-2)
+    assert library.calls == ["fp4"] * (1 if wrong else 3)
+    for rows, n in ((32, 128), (150, 120)):  # few of them, or of the weight's not a multiple
+        part = layouts.SWIZZLED_FP4.allocate((n, 200), torch.bfloat16)
+        layouts.SWIZZLED_FP4.write(part, 0, plain.rows_at(torch.arange(n)))
+        expected = OPS["linear_nvfp4"].reference(x[:rows], plain.rows_at(torch.arange(n)))
+        torch.testing.assert_close(module.linear_nvfp4(x[:rows], part), expected, rtol=3e-2, atol=3e-2)
+    assert library.calls == ["fp4"] * (1 if wrong else 3)
+
+
+@pytest.mark.parametrize("fault", ["", "wrong", "broken"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_mixtures(blocks: bool, fault: str, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows the library's, of few Triton's, both on weights with up first."""
+    module = import_module(f"{PACKAGE}.moe")
+    monkeypatch.setattr(module, "capability", lambda device: (9, 0))
+    experts, half, h, generator = 3, 128 if blocks else 16, 256 if blocks else 32, torch.Generator().manual_seed(0)
+    op = OPS["moe_experts_fp8" if blocks else "fused_experts"]
+    gate_up: Any
+    down: Any
+    if blocks:
+        gate_up, down = (_stacked(n, k, experts, generator) for n, k in ((2 * half, h), (h, half)))
+        ours = layouts.UP_FIRST_BLOCKS.allocate(gate_up.shape, torch.bfloat16)
+        rows = Fp8Rows(gate_up.values.flatten(0, 1), gate_up.scales.repeat_interleave(BLOCK, 1).flatten(0, 1))
+        layouts.UP_FIRST_BLOCKS.write(ours, 0, rows)
+    else:
+        gate_up = randn((experts, 2 * half, h), torch.bfloat16, generator, h**-0.5)
+        down = randn((experts, h, half), torch.bfloat16, generator, half**-0.5)
+        ours = layouts.UP_FIRST.allocate(gate_up.shape, torch.bfloat16)
+        layouts.UP_FIRST.write(ours, 0, gate_up.flatten(0, 1))
+    if fault:
+        setattr(library, fault, True)
+    for tokens in (30, 24, 1, 5):
+        x, residual = randn((tokens, h), torch.bfloat16, generator), randn((tokens, h), torch.bfloat16, generator)
+        weights = torch.rand((tokens, 2), generator=generator)
+        ids = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(tokens)])
+        expected = op.reference(x, gate_up, down, weights, ids, residual)
+        got = getattr(module, op.name)(x, ours, down, weights, ids, residual)
+        rtol, atol = (0.1, 0.25) if blocks else (2e-2, 3e-2)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    assert library.calls == ["mixture"] * (1 if fault else 2)
+
+
+def _stacked(n: int, k: int, experts: int, generator: torch.Generator) -> Fp8Weight:
+    parts = [fp8_case_weight(n, k, True, generator) for _ in range(experts)]
+    values = torch.stack([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    return Fp8Weight(values, torch.stack([part.scales for part in parts]))
+
+
+def test_mixtures_that_are_served() -> None:
+    module = pytest.importorskip("skyline.kernels.flashinfer.moe", reason="needs FlashInfer")
+    for tokens, shape, blocks, major, wanted in (
+        (1024, (128, 1536, 2048), False, 9, True),
+        (255, (128, 1536, 2048), False, 9, False),  # of experts that have fewer than 16 rows
+        (1024, (128, 1536, 2048), True, 10, False),
+        (1024, (128, 1472, 2048), True, 9, False),
+        (1024, (128, 1472, 2048), False, 12, True),
+        (1024, (128, 1536, 2048), False, 8, False),
+    ):
+        assert module.serves(tokens, 8, shape, blocks, major) == wanted, (tokens, shape, blocks, major)
+
+
+def test_what_the_autotuner_found_is_read(library: Library, tmp_path: Path) -> None:
+    file = tmp_path / "tactics.json"
+    assert not tuning.read(file) and library.calls == []
+    with tuning.tuning(file):
+        library.calls.append("a step")
+    assert tuning.read(file) and library.calls == ["tune True", "a step", "tune False"]

@@ -14,10 +14,13 @@ while decode steps take the kernels that read lengths and block tables on the de
 
 Each call is tried out before it is used: trials.py says how.
 
+Products and mixtures have tactics, which the library's own autotuner compares: tuning.py.
+
 Not taken: fused_add_rmsnorm writes over both of its inputs, which are still needed here, so that it would take two
 copies where Triton takes one launch. Sampling draws its numbers by the place in the batch, so that a request's seed
-would not fix its tokens. mm_fp4 quantizes activations to FP4, which no op here allows. CUTLASS's and TensorRT-LLM's
-mixtures want experts' rows in another order than checkpoints have. Importing this package imports no FlashInfer.
+would not fix its tokens. Mixtures in NVFP4 and MXFP4 have one scale for the activations of all rows, which only a
+calibration knows. All-reduces have no use before there is tensor parallelism. Importing this package imports no
+FlashInfer.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from typing import Any
 
 import torch
 
+from skyline.kernels.flashinfer.layouts import SwizzledFp4, UpFirst, swizzled_fp4, up_first, up_first_fp8
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Request, register
-from skyline.kernels.triton import LayoutOf, by_reference, does_not_compile, supports_fp8
+from skyline.kernels.triton import LayoutOf, by_reference, does_not_compile, supports_fp4, supports_fp8
 from skyline.kernels.triton.launches import LAUNCHES
 
 PROVIDER = "flashinfer"
@@ -88,6 +92,28 @@ def _supports_attention_linear(request: Request) -> str | None:
     return _supports_attention(request) or supports_fp8(request)  # the product may be Triton's
 
 
+def _supports_mixture(request: Request) -> str | None:
+    if (why_not := supports(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    if request.gpu.capability[0] not in (9, 10, 12):
+        return f"its mixtures are made for Hopper and Blackwell, {request.gpu.name} is neither"
+    return None
+
+
+def _supports_mixture_fp8(request: Request) -> str | None:
+    if (why_not := _supports_mixture(request) or supports_fp8(request)) is not None:
+        return why_not
+    assert request.gpu is not None
+    if request.gpu.capability[0] != 9:
+        return f"its mixtures in FP8 blocks are made for Hopper, which {request.gpu.name} is not"
+    return None if request.dtype == torch.bfloat16 else "its mixtures in FP8 blocks take bfloat16"
+
+
+def _supports_fp4(request: Request) -> str | None:
+    return supports(request) or supports_fp4(request)
+
+
 def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, LayoutOf] | None = None) -> None:
     def run(*arguments: Any) -> Any:
         try:
@@ -95,11 +121,18 @@ def _provide(op: str, module: str, check: Any = supports, layouts: Mapping[int, 
         except Exception as error:  # of one of Triton's kernels
             if not does_not_compile(op, error):
                 raise
-            return by_reference(op, arguments, error)
+            return by_reference(op, tuple(map(_as_it_was, arguments)), error)
 
     # Few rows, what is not served, and what surrounds a product or attention, are Triton's.
-    launches = LAUNCHES.get(op) if module in ("attention", "linear") else None
+    launches = LAUNCHES.get(op) if module in ("attention", "fp4", "linear", "moe") else None
     register(Kernel(op, PROVIDER, run, check, layouts=layouts or {}, launches=launches))
+
+
+def _as_it_was(argument: Any) -> Any:
+    """A weight as Triton's provider knows it."""
+    if isinstance(argument, UpFirst):
+        return argument.turned()
+    return argument.words if isinstance(argument, SwizzledFp4) else argument
 
 
 _provide("rms_norm", "dense", _supports_dense)
@@ -111,3 +144,8 @@ _provide("fused_linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
 _provide("gated_mlp_fp8", "linear", _supports_fp8, {1: fp8_layout(1), 2: fp8_layout(2)})
 _provide("attention_linear_fp8", "attention", _supports_attention_linear, {1: fp8_layout(1)})
 _provide("latent_attention", "latent", _supports_latent)
+_provide("linear_nvfp4", "fp4", _supports_fp4, {1: swizzled_fp4(1)})
+_provide("fused_linear_nvfp4", "fp4", _supports_fp4, {1: swizzled_fp4(1)})
+_provide("moe_experts", "moe", _supports_mixture, {1: up_first(1)})
+_provide("fused_experts", "moe", _supports_mixture, {1: up_first(1)})
+_provide("moe_experts_fp8", "moe", _supports_mixture_fp8, {1: up_first_fp8(1), 2: fp8_layout(2)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,54 @@ def fp8_of_fp8(values: Tensor, scales: Tensor, weight: Fp8Weight, out: Tensor) -
         "out": out,
         "backend": "cutlass",
     }
+
+
+def fp4_of_fp4(x: Tensor, x_scales: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> Arguments:
+    """x [T, K / 8] and weight [N, K / 8] in words, as bytes of two elements; swizzled scales [.., K / 16] of both."""
+    groups = x.shape[1] // 2
+    return {
+        "a": x.view(torch.uint8),
+        "b": weight.view(torch.uint8).t(),
+        "a_descale": x_scales.view(-1, groups),
+        "b_descale": scales.view(-1, groups).t(),
+        "alpha": _one(x.device),
+        "out_dtype": out.dtype,
+        "out": out,
+        "block_size": 16,
+    }
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)
+
+
+def mixture(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    matrices: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+) -> Arguments:
+    """x [T, H]; ids int32 and weights float32 [T, k]; matrices up and gate [E, 2 I, H], and down [E, H, I]; scales of
+    blocks of 128 x 128 of each, if they are FP8."""
+    return {
+        "input": x,
+        "token_selected_experts": ids,
+        "token_final_scales": weights,
+        "fc1_expert_weights": matrices[0],
+        "fc2_expert_weights": matrices[1],
+        "output_dtype": out.dtype,
+        "quant_scales": None if scales is None else list(scales),
+        "output": out,
+        "use_deepseek_fp8_block_scale": scales is not None,
+        "use_fused_finalize": False,
+    }
+
+
+def autotune(tunes: bool, file: Path) -> Arguments:
+    return {"tune_mode": tunes, "cache": str(file)}
 
 
 def prefill_wrapper(workspace: Tensor, backend: str) -> Arguments:

@@ -199,6 +199,7 @@ def _experts(
     alpha: float = 0.0,
     limit: float = 0.0,
     residual: Tensor | None = None,
+    up_first: bool = False,
 ) -> Tensor:
     (tokens, top_k), experts = ids.shape, gate_up.shape[0]
     weights, ids = weights.contiguous(), ids.contiguous()
@@ -207,11 +208,11 @@ def _experts(
     kind: Kind = "plain" if isinstance(gate_up, Tensor) else "fp4" if isinstance(gate_up, Fp4Words) else "int4"
     if tokens <= _STREAM_TOKENS:
         if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-            return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
+            return stream(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual, up_first)
         if not isinstance(gate_up, Tensor) and not isinstance(down, Tensor):
             return few_experts(x, gate_up, gate_up_bias, down, down_bias, weights, ids, alpha, limit, residual)
     groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
-    rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit)
+    rows = grouped_experts(x, groups, gate_up, down, top_k, gate_up_bias, down_bias, alpha, limit, up_first)
     return combine(rows, None, weights, residual)
 
 
@@ -219,8 +220,17 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: 
     return _experts(x, gate_up, None, down, None, weights, ids)
 
 
-def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
-    return _experts(x, gate_up, None, down, None, weights, ids, residual=residual)
+def fused_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None,
+    up_first: bool = False,
+) -> Tensor:
+    """up_first: of gate_up the rows of gate are the last ones, as CUTLASS's mixtures have them."""
+    return _experts(x, gate_up, None, down, None, weights, ids, residual=residual, up_first=up_first)
 
 
 def moe_experts_clamped(

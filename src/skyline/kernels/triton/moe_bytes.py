@@ -32,7 +32,7 @@ from skyline.ops.fp8 import Fp8Weight
 @triton.jit
 def _gate_up_kernel(
     x,  # [T, H]
-    weight,  # [E, 2 I, H / 4] int32, of float8_e4m3fn, gate rows first
+    weight,  # [E, 2 I, H / 4] int32, of float8_e4m3fn, gate rows first or last
     scales,  # [E, 2 I], or [E, ceil(2 I / 128), ceil(H / 128)]
     ids,  # [T * TOP_K]
     y,  # [T * TOP_K, I]
@@ -42,6 +42,7 @@ def _gate_up_kernel(
     scale_columns,
     x_stride,
     TOP_K: tl.constexpr,
+    UP_FIRST: tl.constexpr,
     BLOCKS: tl.constexpr,  # then BAND divides n and 128
     BAND: tl.constexpr,
     STEP: tl.constexpr,
@@ -58,8 +59,9 @@ def _gate_up_kernel(
     safe = tl.where(own < n, own, 0)
     steps = tl.arange(0, STEP)
     expert = tl.load(ids + pair)
-    gate_at = weight + (expert * 2 * n + safe)[:, None] * words + steps[None, :]
-    up_at = gate_at + n.to(tl.int64) * words
+    gates_at, ups_at = (n, 0) if UP_FIRST else (0, n)
+    gate_at = weight + (expert * 2 * n + gates_at + safe)[:, None] * words + steps[None, :]
+    up_at = weight + (expert * 2 * n + ups_at + safe)[:, None] * words + steps[None, :]
     x_at = x + (pair // TOP_K).to(tl.int64) * x_stride
     own_scales = scales + expert * scale_rows * scale_columns
     gate = tl.zeros((BAND, STEP), tl.float32)
@@ -74,10 +76,10 @@ def _gate_up_kernel(
         if BLOCKS:
             at = own_scales + (first + steps) // 32
             there = first + steps < words
-            scale = tl.load(at + first_row // 128 * scale_columns, mask=there, other=0.0)
+            scale = tl.load(at + (gates_at + first_row) // 128 * scale_columns, mask=there, other=0.0)
             gate += times_word(part, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
             part = tl.load(gate_at + first + STEP, mask=left, other=0)
-            scale = tl.load(at + (n + first_row) // 128 * scale_columns, mask=there, other=0.0)
+            scale = tl.load(at + (ups_at + first_row) // 128 * scale_columns, mask=there, other=0.0)
             up += times_word(other, x0, x1, x2, x3, nothing, NATIVE) * scale[None, :]
         else:
             gate = times_word(part, x0, x1, x2, x3, gate, NATIVE)
@@ -86,8 +88,8 @@ def _gate_up_kernel(
         other = tl.load(up_at + first + STEP, mask=left, other=0)
     gates, ups = tl.sum(gate, 1), tl.sum(up, 1)
     if not BLOCKS:
-        gates *= tl.load(own_scales + safe)
-        ups *= tl.load(own_scales + n + safe)
+        gates *= tl.load(own_scales + gates_at + safe)
+        ups *= tl.load(own_scales + ups_at + safe)
     result = gates * tl.sigmoid(gates) * ups
     tl.store(y + pair.to(tl.int64) * n + own, result.to(y.dtype.element_ty), mask=own < n)
 
@@ -161,7 +163,13 @@ def _grid(weight: Fp8Weight) -> tuple[int, int]:
 
 
 def _stream(
-    x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, weights: Tensor, ids: Tensor, residual: Tensor | None
+    x: Tensor,
+    gate_up: Fp8Weight,
+    down: Fp8Weight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None,
+    up_first: bool,
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early, native = overlaps(x.device), has_assembly(x.device)
@@ -178,6 +186,7 @@ def _stream(
         *_grid(gate_up),
         x.stride(0),
         TOP_K=top_k,
+        UP_FIRST=up_first,
         BLOCKS=gate_up.blocks,
         BAND=gate_up_band,
         STEP=_step(h, columns),
@@ -223,6 +232,7 @@ def _grouped(
     kind: Kind,
     quantize: Callable[[Tensor, Weight], Tensor | Quantized],
     residual: Tensor | None = None,
+    up_first: bool = False,
 ) -> Tensor:
     """quantize: the rows that a weight is multiplied by, as it wants them."""
     weights, ids = weights.contiguous(), ids.contiguous()
@@ -230,22 +240,29 @@ def _grouped(
     if tokens == 0:
         return torch.empty_like(x)
     groups = groups_of(ids, experts, tile_for(tokens * top_k, experts, x, kind))
-    hidden = product(quantize(x, gate_up), gate_up, groups, top_k, True, x.dtype)
+    hidden = product(quantize(x, gate_up), gate_up, groups, top_k, True, x.dtype, up_first=up_first)
     rows = product(quantize(hidden, down), down, groups, 1, False, x.dtype)
     return combine(rows, None, weights, residual)
 
 
 def moe_experts_fp8(
-    x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, weights: Tensor, ids: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    gate_up: Fp8Weight,
+    down: Fp8Weight,
+    weights: Tensor,
+    ids: Tensor,
+    residual: Tensor | None = None,
+    up_first: bool = False,
 ) -> Tensor:
+    """up_first: as of `fused_experts`."""
     if x.shape[0] == 1 and experts_in_words(gate_up, down):
-        return _stream(x, gate_up, down, weights.contiguous(), ids.contiguous(), residual)
+        return _stream(x, gate_up, down, weights.contiguous(), ids.contiguous(), residual, up_first)
 
     def quantize(rows: Tensor, weight: Weight) -> Quantized:
         assert isinstance(weight, Fp8Weight)
         return Quantized(*quantize_rows(rows, weight.blocks))
 
-    return _grouped(x, gate_up, down, weights, ids, "bytes", quantize, residual)
+    return _grouped(x, gate_up, down, weights, ids, "bytes", quantize, residual, up_first)
 
 
 def moe_experts_int8(

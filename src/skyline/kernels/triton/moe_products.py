@@ -45,7 +45,7 @@ def activated(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 @triton.jit
 def _grouped_kernel(
     x,  # [rows // DIVISOR, K]
-    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first; words of eight, if they have four bits
+    weight,  # [E, N, K], or [E, 2 N, K] if GATED, gate rows first or last; words of eight, if they have four bits
     bias,  # [E, N or 2 N], contiguous, or unused
     x_scales,  # as KIND says
     scales,
@@ -70,6 +70,7 @@ def _grouped_kernel(
     INDEX: tl.constexpr,  # pairs of the layout "ids", else experts, padded
     DIVISOR: tl.constexpr,  # so many rows of y belong to one of x
     GATED: tl.constexpr,  # the result is the activation, clamped if there is a bias
+    UP_FIRST: tl.constexpr,
     BIAS: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,  # neighbours that share a scale, of FP4 and int4
@@ -106,7 +107,7 @@ def _grouped_kernel(
     own = band * WIDTH + each // 2 if GATED else band * WIDTH + each
     safe = tl.where(own < n, own, 0)
     if GATED:
-        safe += each % 2 * n
+        safe += (1 - each % 2 if UP_FIRST else each % 2) * n
     steps = tl.arange(0, STEP)
     x_row = (row // DIVISOR).to(tl.int64)
     x_at = x + x_row[:, None] * x_stride + steps[None, :]
@@ -204,11 +205,12 @@ def product(
     bias: Tensor | None = None,
     alpha: float = 0.0,
     limit: float = 0.0,
+    up_first: bool = False,
 ) -> Tensor:
     """Each row's expert's matrix [N, K], or [2 N, K] if gated, times the row, activated if gated: [groups.rows, N].
 
     x [rows // divisor, K], weight [E, N, K]. FP8 and int8 want x quantized by rows, or as the weight has its scales;
-    int8 also takes it as it is. dtype: of the result.
+    int8 also takes it as it is. dtype: of the result. up_first: if gated, gate's rows are the last ones.
     """
     rows, mine = (x.values, x.scales) if isinstance(x, Quantized) else (x, None)
     values = weight if isinstance(weight, Tensor) else weight.values
@@ -260,6 +262,7 @@ def product(
         INDEX=next_power_of_2(groups.rows if groups.layout == "ids" else groups.experts),
         DIVISOR=divisor,
         GATED=gated,
+        UP_FIRST=up_first,
         BIAS=bias is not None,
         KIND=kind,
         GROUP=group,
@@ -290,7 +293,8 @@ def grouped_experts(
     down_bias: Tensor | None = None,
     alpha: float = 0.0,
     limit: float = 0.0,
+    up_first: bool = False,
 ) -> Tensor:
     """The experts on their rows, [groups.rows, H]. Row r is of x's row r // divisor."""
-    hidden = product(x, gate_up, groups, divisor, True, x.dtype, gate_up_bias, alpha, limit)
+    hidden = product(x, gate_up, groups, divisor, True, x.dtype, gate_up_bias, alpha, limit, up_first)
     return product(hidden, down, groups, 1, False, x.dtype, down_bias)

@@ -20,7 +20,7 @@ from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 @triton.jit
 def _gate_up_kernel(
     x,  # [T, H]
-    weight,  # [E, 2 I, H], gate rows first
+    weight,  # [E, 2 I, H], gate rows first or last
     bias,  # [E, 2 I], contiguous, or unused
     ids,  # [T * TOP_K]
     y,  # [T * TOP_K, I]
@@ -32,6 +32,7 @@ def _gate_up_kernel(
     alpha,
     limit,
     TOP_K: tl.constexpr,
+    UP_FIRST: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BAND: tl.constexpr,
@@ -48,8 +49,10 @@ def _gate_up_kernel(
     steps = tl.arange(0, STEP)
     expert = tl.load(ids + pair)
     band_at = weight + expert * expert_stride + steps[None, :]
-    gate_at = band_at + safe.to(tl.int64)[:, None] * weight_stride
-    up_at = band_at + (safe + n).to(tl.int64)[:, None] * weight_stride
+    gate_row = safe + n if UP_FIRST else safe
+    up_row = safe if UP_FIRST else safe + n
+    gate_at = band_at + gate_row.to(tl.int64)[:, None] * weight_stride
+    up_at = band_at + up_row.to(tl.int64)[:, None] * weight_stride
     x_at = x + (pair // TOP_K).to(tl.int64) * x_stride + steps
     gates = tl.zeros((BAND, STEP), tl.float32)
     ups = tl.zeros((BAND, STEP), tl.float32)
@@ -68,8 +71,8 @@ def _gate_up_kernel(
     gate, up = tl.sum(gates, 1), tl.sum(ups, 1)
     if BIAS:
         biases = bias + expert * 2 * n
-        gate += tl.load(biases + safe).to(tl.float32)
-        up += tl.load(biases + n + safe).to(tl.float32)
+        gate += tl.load(biases + gate_row).to(tl.float32)
+        up += tl.load(biases + up_row).to(tl.float32)
     result = activated(gate, up, alpha, limit, BIAS)
     tl.store(y + pair.to(tl.int64) * n + own, result.to(y.dtype.element_ty), mask=own < n)
 
@@ -139,6 +142,7 @@ def stream(
     alpha: float,
     limit: float,
     residual: Tensor | None,
+    up_first: bool = False,
 ) -> Tensor:
     (tokens, top_k), (_, h, i) = ids.shape, down.shape
     early = overlaps(x.device)
@@ -159,6 +163,7 @@ def stream(
         alpha,
         limit,
         TOP_K=top_k,
+        UP_FIRST=up_first,
         BIAS=gate_up_bias is not None,
         EVEN_K=h % step == 0,
         BAND=gate_up_band,

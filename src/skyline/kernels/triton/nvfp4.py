@@ -45,6 +45,7 @@ def _quantize_kernel(
     eps,
     NORM: tl.constexpr,
     GROUPS: tl.constexpr,  # of 16 columns that a row has, a power of two
+    SWIZZLED: tl.constexpr,  # how scales lie: as skyline.kernels.flashinfer.layouts.swizzled_places has them
     EARLY: tl.constexpr,
 ):
     """`skyline.ops.nvfp4.quantize_nvfp4` to the bit; what is behind a row's own columns becomes 0."""
@@ -80,12 +81,18 @@ def _quantize_kernel(
     at = tl.arange(0, 2 * GROUPS)
     tl.store(words + row * word_stride + at, word, mask=at < word_stride)
     at = tl.arange(0, GROUPS)
-    tl.store(scales + row * scale_stride + at, scale.to(tl.uint8, bitcast=True), mask=at < scale_stride)
+    if SWIZZLED:
+        place = (row // 128 * (scale_stride // 4) + at // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + at % 4
+    else:
+        place = row * scale_stride + at
+    tl.store(scales + place, scale.to(tl.uint8, bitcast=True), mask=at < scale_stride)
     tl.store(row_scales + row, power / 1024.0)
 
 
 class Rows(NamedTuple):
-    """Rows [T, k] in NVFP4: words int32 [T, row_words(k)], scales uint8 and row_scales float32 as of `Fp4Words`."""
+    """Rows [T, k] in NVFP4: words int32 [T, row_words(k)], scales uint8 as of `Fp4Words`, or swizzled; row_scales [T]
+    float32 times elements and groups' scales are the numbers.
+    """
 
     words: Tensor
     scales: Tensor
@@ -93,13 +100,17 @@ class Rows(NamedTuple):
     k: int
 
 
-def quantize_rows(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Rows:
-    """x [T, K], normed as by rms_norm if there is `norm` [K]."""
+def quantize_rows(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, swizzled: Tensor | None = None) -> Rows:
+    """x [T, K], normed as by rms_norm if there is `norm` [K]. swizzled: where scales are put, if not in rows."""
     rows, k = x.shape
     words = torch.empty((rows, row_words(k)), dtype=torch.int32, device=x.device)
-    scales = torch.empty((rows, row_scales_of(k, NVFP4_GROUP)), dtype=torch.uint8, device=x.device)
+    # Swizzled, there are as many groups as words.
+    columns = row_scales_of(k, NVFP4_GROUP) if swizzled is None else words.shape[1] // 2
+    scales = swizzled
+    if scales is None:
+        scales = torch.empty((rows, columns), dtype=torch.uint8, device=x.device)
     row_scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    groups = next_power_of_2(max(cdiv(words.shape[1], 2), scales.shape[1]))
+    groups = next_power_of_2(max(cdiv(words.shape[1], 2), columns))
     early = overlaps(x.device)
     _quantize_kernel[(rows,)](
         x,
@@ -110,10 +121,11 @@ def quantize_rows(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Ro
         k,
         x.stride(0),
         words.stride(0),
-        scales.stride(0),
+        columns,
         eps,
         NORM=norm is not None,
         GROUPS=groups,
+        SWIZZLED=swizzled is not None,
         EARLY=early,
         num_warps=max(1, min(16, groups // 32)),
         launch_pdl=early,
@@ -227,6 +239,78 @@ def _product_kernel(
         at = row.to(tl.int64)[:, None] * residual_stride + column[None, :]
         result += tl.load(residual + at, mask=writes, other=0.0).to(tl.float32)
     tl.store(y + row.to(tl.int64)[:, None] * n + column[None, :], result.to(y.dtype.element_ty), mask=writes)
+
+
+@triton.jit
+def _finish_kernel(
+    product,  # [T, N], contiguous
+    x_row_scales,  # [T]
+    row_scales,  # [N]
+    bias,  # [N], or unused
+    residual,  # [T, n], or unused
+    y,  # [T, n], contiguous
+    n,  # N, or N / 2
+    outputs,  # N
+    residual_stride,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < n
+    factor = tl.load(x_row_scales + row)
+    result = tl.load(product + row * outputs + column, mask=inside, other=0.0).to(tl.float32)
+    result *= factor * tl.load(row_scales + column, mask=inside, other=0.0)
+    if BIAS:
+        result += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(product + row * outputs + n + column, mask=inside, other=0.0).to(tl.float32)
+        up *= factor * tl.load(row_scales + n + column, mask=inside, other=0.0)
+        if BIAS:
+            up += tl.load(bias + n + column, mask=inside, other=0.0).to(tl.float32)
+        result = result * tl.sigmoid(result) * up
+    if RESIDUAL:
+        result += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * n + column, result.to(y.dtype.element_ty), mask=inside)
+
+
+def finish(
+    product: Tensor,
+    x_row_scales: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    silu_mul: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """What comes behind a product [T, N] of elements and groups' scales alone: scales of both rows, and the rest."""
+    rows, outputs = product.shape
+    n = outputs // 2 if silu_mul else outputs
+    y = product.new_empty((rows, n))
+    block, early = min(1024, next_power_of_2(n)), overlaps(product.device)
+    _finish_kernel[(rows, cdiv(n, block))](
+        product,
+        x_row_scales,
+        row_scales,
+        product if bias is None else bias,
+        product if residual is None else residual,
+        y,
+        n,
+        outputs,
+        0 if residual is None else residual.stride(0),
+        GATED=silu_mul,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        BLOCK=block,
+        EARLY=early,
+        launch_pdl=early,
+    )
+    return y
 
 
 def _tile(rows: float) -> Tile:

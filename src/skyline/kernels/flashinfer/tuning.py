@@ -1,0 +1,35 @@
+"""FlashInfer's own autotuner: it times the tactics of its products and mixtures on the shapes that it is shown.
+
+`skyline tune` shows it a model's steps and keeps what it found; a start reads that. Without, its kernels take the
+tactics that the library thinks best, so nothing is timed before a first token. The library checks by itself that what
+it reads was found on this GPU with these versions.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from skyline.kernels.flashinfer import calls
+
+TUNED = frozenset({"moe_experts", "fused_experts", "linear_nvfp4", "fused_linear_nvfp4"})  # ops with tactics
+
+
+def tuning(file: Path) -> AbstractContextManager[Any]:
+    """What runs inside is timed with every tactic, and the fastest ones are kept in the file."""
+    import flashinfer
+
+    context: AbstractContextManager[Any] = flashinfer.autotune(**calls.autotune(True, file))
+    return context
+
+
+def read(file: Path) -> bool:
+    """Use what is kept, from now on; False if nothing is."""
+    if not file.exists():
+        return False
+    import flashinfer
+
+    with flashinfer.autotune(**calls.autotune(False, file)):
+        pass  # what was read stays
+    return True

@@ -95,10 +95,11 @@ def _step(program: Any, caches: list[Any], kind: str, size: int, changes: dict[s
     from skyline.kernels.triton.knobs import Knobs, using
     from skyline.ops import AttentionBatch
     from skyline.runner import decode_graphs, dry_run
+    from skyline.runner.prompt_graphs import MOST_TOKENS
 
     cpu = torch.device("cpu")
     if kind == "dry":
-        sizes = {"tokens": TOKENS, "requests": REQUESTS, "rows": REQUESTS + MAX_LOGIT_ROWS}
+        sizes = {"tokens": TOKENS, "requests": REQUESTS, "rows": REQUESTS + MAX_LOGIT_ROWS, "recorded": MOST_TOKENS}
         dry_run.measure(
             program, caches, cpu, **sizes, max_model_len=LONGEST, block_size=BLOCK, peak=lambda step: int(bool(step()))
         )

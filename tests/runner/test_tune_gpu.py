@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+from torch import Tensor
 
 from skyline.checkpoint.config import load_config
 from skyline.engine.config import EngineConfig
-from skyline.kernels import gpu, tuning
+from skyline.kernels import candidates, gpu, tuning
 from skyline.kernels.triton.knobs import CANDIDATES, Knobs, current, using
-from skyline.runner import decode_knobs
+from skyline.ops import AttentionBatch
+from skyline.runner import decode_knobs, tune_gpu
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.tune_gpu import _names, _Search
 
@@ -85,3 +91,33 @@ def test_knobs_hold_for_a_block() -> None:
         assert current().splits == 8
         raise ZeroDivisionError
     assert current() is before
+
+
+@pytest.mark.parametrize("op, shown", [("fused_experts", True), ("paged_attention", False)])
+def test_flashinfer_s_autotuner_is_shown_the_largest_step(
+    op: str, shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the model has something that it tunes: once as it is, for what is still to be tried out, once to be timed."""
+    kernel = next(kernel for kernel in candidates(op) if kernel.provider == "flashinfer")
+    seen: list[str] = []
+
+    class Program:
+        calls = (SimpleNamespace(kernel=kernel),)
+
+        def __call__(self, ids: Tensor, positions: Tensor, batch: AttentionBatch, rows: Tensor) -> None:
+            assert batch.host_query_lens == [len(ids)] and rows.tolist() == [len(ids) - 1]
+            seen.append(f"{len(ids)} tokens")
+
+    @contextmanager
+    def timed(file: Path) -> Iterator[None]:
+        assert file.parent.is_dir()
+        seen.append("timed:")
+        yield
+
+    monkeypatch.setattr(tune_gpu.flashinfer, "tuning", timed)
+    runner = SimpleNamespace(between_steps=lambda run: run())
+    loaded: Any = SimpleNamespace(program=Program(), runner=runner, limits=SimpleNamespace(max_model_len=100))
+    config = EngineConfig(model="", max_num_batched_tokens=512)
+    assert tune_gpu._tune_flashinfer(loaded, config, tmp_path / "new" / "flashinfer-1.json") == shown
+    assert seen == (["100 tokens", "timed:", "100 tokens"] if shown else [])
+    assert decode_knobs.tactics_file(tmp_path / "decode-1f.json").name == "flashinfer-1f.json"

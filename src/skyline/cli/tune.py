@@ -23,11 +23,13 @@ def tune(
     threads: options.Threads = None,
     device: options.Device = "cpu",
     kv_cache_dtype: options.KVCacheDtype = "auto",
+    prefer_kernels: options.PreferKernels = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time what kernels can choose from, on a model's weights; later starts use the fastest.
 
-    On a CPU that are the tactics of each product; on a GPU settings of decode steps, for numbers of requests up to 256.
+    On a CPU that are the tactics of each product; on a GPU settings of decode steps, for numbers of requests up to 256,
+    and with --prefer-kernels flashinfer what that library's own autotuner times.
     """
     import msgspec
 
@@ -46,6 +48,7 @@ def tune(
         threads=threads,
         device=device,
         kv_cache_dtype=kv_cache_dtype,
+        prefer_kernels=prefer_kernels,
     )
     # By name, so that the import checker sees that nothing else of the CLI can reach torch.
     tuner = importlib.import_module("skyline.runner.tune_gpu" if on_gpu else "skyline.runner.tune")
@@ -95,4 +98,5 @@ def _show_steps(facts: dict[str, Any]) -> None:
         settings = ", ".join(f"{name} {value}" for name, value in row["knobs"].items())
         table.add_row(str(row["requests"]), f"{row['default_s'] * 1e3:.3f}", f"{row['seconds'] * 1e3:.3f}", settings)
     out.print(table)
-    out.print(f"kept in {facts['file']}", highlight=False, soft_wrap=True)
+    files = facts["file"] if facts["flashinfer"] is None else f"{facts['file']} and {facts['flashinfer']}"
+    out.print(f"kept in {files}", highlight=False, soft_wrap=True)

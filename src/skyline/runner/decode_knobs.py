@@ -45,6 +45,11 @@ def kept(config: EngineConfig, model: ModelConfig) -> tuple[Path, DecodeKnobs]:
     return file, found if found.measured_on == nothing.measured_on else nothing
 
 
+def tactics_file(file: Path) -> Path:
+    """Where FlashInfer's autotuner keeps what it found for the model whose knobs are in `file`."""
+    return file.with_name(file.name.replace("decode-", "flashinfer-"))
+
+
 def _version(library: str) -> str:
     try:
         return version(library)

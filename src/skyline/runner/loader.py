@@ -16,6 +16,7 @@ from skyline.engine.scheduler import MAX_LOGIT_ROWS, Limits
 from skyline.graph import Program, capture, lower, quantize_linears, run_passes
 from skyline.kernels import Request, choose, tuning
 from skyline.kernels.cpu import native
+from skyline.kernels.flashinfer import tuning as flashinfer
 from skyline.kernels.gpu import Gpu, detect
 from skyline.models import create_model, kv_caches
 from skyline.ops import OPS, KVCache, LayerCache
@@ -228,6 +229,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
         report["decode steps"] = call_by_call or "recorded as CUDA graphs while there is nothing else to do"
         report["other steps"] = how_other_steps_run(config, program)
+        if any(flashinfer.has_tactics(call.kernel) for call in program.calls):
+            tactics = decode_knobs.tactics_file(decode_knobs.kept(config, model_config)[0])
+            found_tactics = flashinfer.read(tactics)
+            report["FlashInfer"] = (
+                "tactics measured by `skyline tune`" if found_tactics else "its own choice of tactics"
+            )
     if stored:
         report["stored"] = stored
     if config.kv_cache_dtype == "fp8" and any(isinstance(cache, KVCache) for cache in caches):

@@ -14,7 +14,9 @@ import torch
 from skyline.checkpoint.config import load_config
 from skyline.engine.config import EngineConfig
 from skyline.kernels import tuning
+from skyline.kernels.flashinfer import tuning as flashinfer
 from skyline.kernels.triton.knobs import CANDIDATES, Knobs
+from skyline.ops import AttentionBatch
 from skyline.runner import decode_knobs
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.loader import LoadedModel, load_model
@@ -86,17 +88,44 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
         kept.sizes[size] = found["knobs"]
         results.append({"requests": size, **found, "knobs": msgspec.structs.asdict(found["knobs"])})
     graphs.set_knobs(kept)
+    tactics = decode_knobs.tactics_file(file)
     try:
         tuning.save(file, kept)
+        tuned = _tune_flashinfer(loaded, config, tactics)
     except OSError as error:
         raise ValueError(f"the measurements cannot be kept in {file}: {error.strerror}") from error
     return {
         "model": config.model,
         "measured_on": kept.measured_on,
         "file": str(file),
+        "flashinfer": str(tactics) if tuned else None,
         "context": context,
         "sizes": results,
     }
+
+
+def _tune_flashinfer(loaded: LoadedModel, config: EngineConfig, file: Path) -> bool:
+    """Show its autotuner a step with as many tokens as there can be; False if the model has nothing that it tunes.
+
+    It times tactics for all smaller numbers of tokens at once, for as long as it takes. Raises OSError.
+    """
+    program = loaded.program
+    if not any(flashinfer.has_tactics(call.kernel) for call in program.calls):
+        return False
+    device, block_size = torch.device(config.device), config.block_size
+    tokens = min(config.max_num_batched_tokens, loaded.limits.max_model_len)
+
+    def step() -> None:
+        batch = AttentionBatch.build([[0] * -(-tokens // block_size)], [0], [tokens], block_size, device)
+        positions = torch.arange(tokens, device=device)
+        with torch.inference_mode():
+            program(torch.zeros_like(positions), positions, batch, positions[-1:])  # tries out what it has not yet
+            with flashinfer.tuning(file):
+                program(torch.zeros_like(positions), positions, batch, positions[-1:])
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    loaded.runner.between_steps(step)
+    return True
 
 
 def _tune_size(graphs: DecodeGraphs, context: int, size: int, ops: set[str], seconds: float) -> dict[str, Any]:

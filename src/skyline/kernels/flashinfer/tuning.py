@@ -11,9 +11,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from skyline.kernels.flashinfer import calls
+from skyline.kernels.flashinfer import PROVIDER, calls
+from skyline.kernels.registry import Kernel
 
-TUNED = frozenset({"moe_experts", "fused_experts", "linear_nvfp4", "fused_linear_nvfp4"})  # ops with tactics
+_TUNED = frozenset({"moe_experts", "fused_experts", "linear_nvfp4", "fused_linear_nvfp4"})
+
+
+def has_tactics(kernel: Kernel) -> bool:
+    return kernel.provider == PROVIDER and kernel.op in _TUNED
 
 
 def tuning(file: Path) -> AbstractContextManager[Any]:

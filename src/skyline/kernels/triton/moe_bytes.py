@@ -262,7 +262,8 @@ def moe_experts_fp8(
         assert isinstance(weight, Fp8Weight)
         return Quantized(*quantize_rows(rows, weight.blocks))
 
-    return _grouped(x, gate_up, down, weights, ids, "bytes", quantize, residual, up_first)
+    kind: Kind = "blocks" if gate_up.blocks else "bytes"
+    return _grouped(x, gate_up, down, weights, ids, kind, quantize, residual, up_first)
 
 
 def moe_experts_int8(

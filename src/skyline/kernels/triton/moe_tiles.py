@@ -51,6 +51,12 @@ _BYTE_TILES: tuple[tuple[float, Tile], ...] = (
     (64, Tile(64, 128, 128, 4, 4)),
     (float("inf"), Tile(128, 128, 128, 8, 4)),
 )
+# With a scale a block, each block's products are scaled before they are added: a second sum in registers.
+_BLOCK_TILES: tuple[tuple[float, Tile], ...] = (
+    *_BYTE_TILES[:2],
+    (64, Tile(64, 128, 128, 8, 4)),  # with four warps 440 bytes a thread did not fit (counted in the machine code)
+    _BYTE_TILES[3],
+)
 # Those of four bits by what benchmarks/gpu/experts.py found of FP4 on an H200.
 _WORD_TILES: tuple[tuple[float, Tile], ...] = (
     (8, Tile(16, 128, 128, 4, 4)),
@@ -71,20 +77,24 @@ class Groups(NamedTuple):
     capacity: int = 0
 
 
-# Of products: plain ones of x as it is, with weights that may be int8; of bytes; of x with words of FP4, and of int4.
-Kind = Literal["plain", "bytes", "fp4", "int4"]
+# Of products: plain ones of x as it is, with weights that may be int8; of bytes, and of those whose scales belong to
+# blocks; of x with words of FP4, and of int4.
+Kind = Literal["plain", "bytes", "blocks", "fp4", "int4"]
 
 
 def tile_for(rows: int, experts: int, x: Tensor, kind: Kind = "plain") -> Tile:
     """For so many rows of x's device and dtype in all."""
-    if kind == "bytes":
-        tiles = _BYTE_TILES
+    if kind in ("bytes", "blocks"):
+        tiles = _BYTE_TILES if kind == "bytes" else _BLOCK_TILES
     elif (x.dtype == torch.bfloat16 and kind == "fp4") or (x.dtype != torch.float32 and kind == "int4"):
         tiles = _WORD_TILES
     else:
         tiles = _TILES if kind == "plain" and x.dtype != torch.float32 else _FLOAT32_TILES
     tile = next(tile for most, tile in tiles if rows <= most * experts)
-    if capability(x.device)[0] not in (9, 10):
+    major = capability(x.device)[0]
+    if major == 10 and kind == "blocks":
+        tile = tile._replace(rows=min(tile.rows, 64))  # of 128, 400 bytes a thread did not fit
+    if major not in (9, 10):
         tile = tile._replace(band=min(tile.band, 128))  # matrix units whose operands take registers as well
     knobs = current()
     return Tile(

@@ -29,8 +29,9 @@ def compare() -> list[dict[str, Any]]:
         before = set(trials.refused())
         try:
             for provider in ("triton", "flashinfer", "triton", "flashinfer"):
+                given = tuple(each[provider] if isinstance(each, _Laid) else each for each in arguments)
 
-                def run(kernel: Any = kernels[provider], given: Any = arguments) -> Any:
+                def run(kernel: Any = kernels[provider], given: Any = given) -> Any:
                     return kernel.run(*given)
 
                 seconds = _recorded_seconds(run) if recorded else median_seconds(run)
@@ -43,8 +44,13 @@ def compare() -> list[dict[str, Any]]:
     return rows
 
 
+class _Laid(dict[str, Any]):
+    """One weight as each provider has it."""
+
+
 def _cases() -> Iterator[tuple[str, str, tuple[Any, ...], bool]]:
     """Name, op, arguments, and whether decode steps record it."""
+    from skyline.kernels.gpu import detect
     from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
 
     def random(*shape: int) -> torch.Tensor:
@@ -67,6 +73,54 @@ def _cases() -> Iterator[tuple[str, str, tuple[Any, ...], bool]]:
         for count in (128, 1024, 8192):
             label = f"FP8 blocks {count} x {n} x {k}"
             yield label, "fused_linear_fp8", (random(count, k), Fp8Weight(values, scales)), False
+    yield from _mixtures()
+    if detect().fp4:
+        yield from _fp4()
+
+
+def _mixtures() -> Iterator[tuple[str, str, tuple[Any, ...], bool]]:
+    """Those of Qwen3-30B-A3B, and in FP8 blocks of DeepSeek-V3 with a quarter of its experts."""
+    from skyline.kernels.flashinfer.layouts import UpFirst
+    from skyline.ops.fp8 import BLOCK, FP8, Fp8Weight
+
+    def choices(tokens: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.rand((tokens, experts), device=CUDA).topk(8).indices
+        return torch.rand((tokens, 8), device=CUDA) / 8, chosen
+
+    experts, inner, hidden = 128, 768, 2048
+    gate_up = torch.randn((experts, 2 * inner, hidden), dtype=torch.bfloat16, device=CUDA) * hidden**-0.5
+    down = torch.randn((experts, hidden, inner), dtype=torch.bfloat16, device=CUDA) * inner**-0.5
+    both = _Laid(triton=gate_up, flashinfer=UpFirst(gate_up.roll(inner, 1)))
+    for tokens in (256, 1024, 8192):
+        x = torch.randn((tokens, hidden), dtype=torch.bfloat16, device=CUDA)
+        yield f"experts {tokens} x 8 of {experts}", "moe_experts", (x, both, down, *choices(tokens, experts)), False
+    experts, inner, hidden = 64, 2048, 7168
+
+    def weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.randint(0, 120, (experts, n, k), dtype=torch.uint8, device=CUDA)
+        return values, torch.rand((experts, n // BLOCK, k // BLOCK), device=CUDA) / 3000
+
+    (values, scales), (others, other_scales) = weight(2 * inner, hidden), weight(hidden, inner)
+    up_first = UpFirst(values.roll(inner, 1).view(FP8), scales.roll(inner // BLOCK, 1))
+    both = _Laid(triton=Fp8Weight(values.view(FP8), scales), flashinfer=up_first)
+    second = Fp8Weight(others.view(FP8), other_scales)
+    for tokens in (128, 1024, 8192):
+        x = torch.randn((tokens, hidden), dtype=torch.bfloat16, device=CUDA)
+        label = f"experts in FP8 blocks {tokens} x 8 of {experts}"
+        yield label, "moe_experts_fp8", (x, both, second, *choices(tokens, experts)), False
+
+
+def _fp4() -> Iterator[tuple[str, str, tuple[Any, ...], bool]]:
+    from skyline.kernels.flashinfer.layouts import SWIZZLED_FP4
+    from skyline.ops.fp4 import NVFP4_GROUP, fp4_case_weight
+
+    for n, k in ((6144, 4096), (4096, 14336)):
+        laid = SWIZZLED_FP4.allocate((n, k), torch.bfloat16, CUDA)
+        SWIZZLED_FP4.write(laid, 0, fp4_case_weight(n, k, NVFP4_GROUP, torch.Generator().manual_seed(0)))
+        both = _Laid(triton=laid.words, flashinfer=laid)
+        for count in (64, 256, 1024, 8192):
+            x = torch.randn((count, k), dtype=torch.bfloat16, device=CUDA)
+            yield f"NVFP4 {count} x {n} x {k}", "fused_linear_nvfp4", (x, both), False
 
 
 def _attention(requests: int, context: int, queries: int) -> tuple[Any, ...]:

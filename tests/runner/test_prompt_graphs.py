@@ -157,12 +157,12 @@ def test_only_what_sees_the_requests_is_launched(name: str, tmp_path: Path) -> N
 
 def test_buffers_are_used_again_by_later_layers(tmp_path: Path) -> None:
     program, _ = _program(tmp_path, "Qwen3")
-    buffers = PromptGraphs(program, DEVICE, 64)._make_buffers()
+    buffers = PromptGraphs(program, DEVICE, 64)._buffers
     layers = sum(call.op.name == "rope_attention" for call in program.calls)
     assert len(buffers) == layers > 1 and len({buffer.data_ptr() for buffer in buffers.values()}) == 1
     program, _ = _program(tmp_path / "other", "Qwen3Next")
     graphs = PromptGraphs(program, DEVICE, 64)
-    buffers = graphs._make_buffers()
+    buffers = graphs._buffers
     for index, piece in enumerate(graphs._pieces):
         live = [slot for slot in buffers if _made(graphs, slot) < index and _last(graphs, slot) >= index]
         assert len({buffers[slot].data_ptr() for slot in live}) == len(live), piece
@@ -234,15 +234,15 @@ def test_a_recording_that_fails_leaves_steps_call_by_call(
 @torch.inference_mode()
 @pytest.mark.usefixtures("nothing_is_computed")
 def test_the_oldest_recordings_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_graphs, "_KEPT", 2)
+    monkeypatch.setattr(prompt_graphs, "_KEPT", 3)
     program, _ = _program(tmp_path, "Qwen3")
     graphs = PromptGraphs(program, DEVICE, 64)
-    for tokens in (10, 20, 40):
-        graphs(*next(_steps([[(0, tokens)]])))
-        if tokens == 40:
+    for tokens, kept in ((10, [16]), (20, [16, 32]), (40, [16, 32, 48]), (60, [16, 48, 64])):
+        graphs(*next(_steps([[(0, tokens // 2), (0, tokens // 2)]])))
+        if tokens == 60:
             graphs(*next(_steps([[(0, 10)]])))
         graphs.record_next()
-    assert graphs.recorded == [16, 48]
+        assert graphs.recorded == kept
 
 
 def test_what_has_not_a_row_for_each_token_is_told(tmp_path: Path) -> None:

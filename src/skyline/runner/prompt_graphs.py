@@ -155,7 +155,8 @@ class PromptGraphs:
         self._reserve = reserve
         self._holds: Any = None  # the memory that all recordings share
         self._inputs = torch.zeros((2, padded(most)), dtype=torch.int64, device=device)
-        self._buffers: dict[int, Tensor] | None = None
+        # Now, so that the memory for the KV cache is counted without them.
+        self._buffers = self._make_buffers() if self._record else {}
         self._known: OrderedDict[int, _Recorded] = OrderedDict()
         self._due: list[int] = []  # sizes
         self.replayed = False  # whether the last step was
@@ -200,7 +201,7 @@ class PromptGraphs:
     def _replay(self, known: _Recorded, tokens: int, inputs: tuple[Any, ...]) -> Tensor:
         self._inputs[_IDS, :tokens], self._inputs[_POSITIONS, :tokens] = inputs[_IDS], inputs[_POSITIONS]
         slots = self._program.slots(inputs)
-        buffers, parts = self._buffers or {}, iter(known.parts)
+        parts = iter(known.parts)
         for piece in self._pieces:
             if piece.recorded:
                 next(parts).graph.replay()
@@ -211,7 +212,7 @@ class PromptGraphs:
             else:
                 _compute(piece.calls, slots)
                 for slot in piece.crossing:
-                    buffers[slot][:tokens] = slots[slot]
+                    self._buffers[slot][:tokens] = slots[slot]
         self.replayed = True
         logits = slots[self._program.output]
         assert isinstance(logits, Tensor)
@@ -223,7 +224,6 @@ class PromptGraphs:
         if known is None or known.parts:
             return
         try:
-            self._buffers = self._buffers or self._make_buffers()
             self._walk(size, known, recording=False)  # compiles
             with recording_stream(self._device):
                 self._walk(size, known, recording=True)
@@ -235,7 +235,7 @@ class PromptGraphs:
             _LOG.warning("steps with prompts are not recorded: of %d tokens, that failed: %s%s", size, error, cause)
             return
         recorded = [each for each, entry in self._known.items() if entry.parts]
-        for old in recorded[: len(recorded) - _KEPT]:
+        for old in recorded[: max(0, len(recorded) - _KEPT)]:
             del self._known[old]
 
     def _walk(self, size: int, known: _Recorded, recording: bool) -> None:
@@ -243,7 +243,7 @@ class PromptGraphs:
         parts: list[Recording[list[Any]]] = []
         given: dict[int, Tensor] = {}
         values: dict[int, Any] = {_IDS: self._inputs[_IDS, :size], _POSITIONS: self._inputs[_POSITIONS, :size]}
-        values |= {slot: buffer[:size] for slot, buffer in (self._buffers or {}).items()}
+        values |= {slot: buffer[:size] for slot, buffer in self._buffers.items()}
         if recording and self._holds is None:
             # One piece of memory from which all later ones are cut, whatever sizes come first.
             zeros = partial(torch.zeros, self._reserve + 1, dtype=torch.uint8, device=self._device)
@@ -257,6 +257,7 @@ class PromptGraphs:
                 else:
                     results = run()
                 values.update(zip(piece.results, results, strict=True))
+                del run, results  # or what they hold could not be used again by the next piece
                 if recording:
                     given |= {slot: borrowed(values[slot]) for slot in piece.crossing}
             for slot in piece.frees:

@@ -41,7 +41,7 @@ def _calls() -> dict[str, dict[str, Any]]:
         "gemm.gemm_fp8_nt_groupwise": calls.fp8_of_fp8(x, x, weight, x),
         "gemm.mm_fp4": calls.fp4_of_fp4(words, scales, words, scales, x),
         "fused_moe.cutlass_fused_moe": calls.mixture(x, ids, x, (x, x), (x, x), x),
-        "autotune": calls.autotune(True, Path("tactics.json")),
+        "autotune": calls.autotune(Path("tactics.json")),
         f"{wrapper}.__init__": calls.prefill_wrapper(x, "auto"),
         f"{wrapper}.plan": calls.prefill_plan(SHAPE, pages),
         f"{wrapper}.run": calls.prefill_run(q, cache, cache, q),
@@ -64,6 +64,13 @@ def test_calls_fit_the_signatures(name: str) -> None:
     signature = inspect.signature(found)
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     signature.bind(*([None] if "Wrapper" in name else []), **_calls()[name])
+
+
+def test_the_autotuner_reads_files() -> None:
+    pytest.importorskip("flashinfer")
+    from flashinfer.autotuner import AutoTuner
+
+    inspect.signature(AutoTuner.get().load_configs).bind("tactics.json")
 
 
 def test_modules_import_where_the_library_is() -> None:

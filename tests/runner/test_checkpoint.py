@@ -207,6 +207,8 @@ def test_nvfp4_with_scales_of_inputs(family: str, tmp_path: Path) -> None:
     save_file({**tensors, **inputs}, file)
     both.update(fused_linear_nvfp4=-1, fused_linear_fp4=1)
     assert ops() == both
+    save_file({**tensors, **{f"{module}.input_scale": torch.tensor([0.5]) for module in modules}}, file)
+    assert ops() == weights, "activations in FP8"
 
 
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from skyline import ops
 from skyline.checkpoint.config import load_config
 from skyline.engine.config import EngineConfig
 from skyline.engine.sampling_params import SamplingParams
-from skyline.graph import Program
+from skyline.graph import Call, Program
+from skyline.kernels import Kernel
 from skyline.kernels.gpu import GPUS
 from skyline.kernels.triton import norms
 from skyline.models import create_model, kv_caches, randomize
@@ -43,15 +47,35 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class _Memory:
+    """What recordings made, as the allocator of their memory would treat it: what nobody held any more when a part was
+    recorded may be that part's now, and is spoilt when it is replayed."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[weakref.ref[Tensor], Tensor]] = []  # what a part returned, and the memory of it
+
+    def made(self, tensors: list[Tensor]) -> list[Tensor]:
+        memory = [tensor.detach() for tensor in tensors]
+        self._made += [(weakref.ref(tensor), own) for tensor, own in zip(tensors, memory, strict=True)]
+        return memory
+
+    def given_back(self) -> list[Tensor]:
+        held = {own.untyped_storage().data_ptr() for original, own in self._made if original() is not None}
+        return [own for original, own in self._made if own.untyped_storage().data_ptr() not in held]
+
+
 class _Graph:
     """Computes anew what was recorded, and puts it where the recording's results are."""
 
-    def __init__(self, run: Callable[[], Any], result: Any) -> None:
-        self._run, self._result = run, result
+    def __init__(self, run: Callable[[], Any], memory: list[Tensor], spoils: list[Tensor]) -> None:
+        self._run, self._memory, self._spoils = run, memory, spoils
 
     def replay(self) -> None:
-        for old, new in zip(self._result, self._run(), strict=True):
-            old.copy_(new.clone())
+        results = [result.clone() for result in self._run()]
+        for spoilt in self._spoils:
+            spoilt.fill_(float("nan") if spoilt.is_floating_point() else -1)
+        for own, result in zip(self._memory, results, strict=True):
+            own.copy_(result)
 
     def pool(self) -> str:
         return "the pool"
@@ -61,18 +85,32 @@ class _Graph:
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """That recordings were given. On a GPU they are CUDA's."""
     found: list[Any] = []
+    memory = _Memory()
 
     def part(run: Callable[[], Any], pool: Any = None) -> Recording[Any]:
         found.append(pool)
         if DEVICE.type == "cuda":
             return record_part(run, pool)
-        result = run()
-        return Recording(_Graph(run, result), result)  # type: ignore[arg-type]
+        if not isinstance(run, partial):  # what holds the memory
+            return Recording(_Graph(run, [], []), run())  # type: ignore[arg-type]
+        compute, piece, given = run.func, run.args[0], dict(run.args[1])
+        # What it reads is memory as well, which others may get when it has been read.
+        inputs = {slot: value.detach() for slot, value in given.items()}
+        del given
+        result, spoils = run(), memory.given_back()
+        spoils = [own for own in spoils if all(not _shares(own, value) for value in inputs.values())]
+        again = lambda: compute(piece, dict(inputs))  # noqa: E731
+        return Recording(_Graph(again, memory.made(result), spoils), result)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prompt_graphs, "record_part", part)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(prompt_graphs, "recording_stream", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(prompt_graphs, "borrowed", lambda tensor: tensor.detach())
     return found
+
+
+def _shares(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
 @pytest.fixture
@@ -227,6 +265,7 @@ def test_a_recording_that_fails_leaves_steps_call_by_call(
     with caplog.at_level(logging.WARNING):
         assert not graphs.record_next() and not graphs.record_next()
     assert len(caplog.records) == 1 and "of 32 tokens, that failed: out of memory" in caplog.text
+    assert not graphs._buffers and graphs._holds is None
     for _ in range(6):
         assert graphs(*inputs).shape[0] == 1 and not graphs.due and not graphs.replayed
 
@@ -245,14 +284,32 @@ def test_the_oldest_recordings_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert graphs.recorded == kept
 
 
-def test_what_has_not_a_row_for_each_token_is_told(tmp_path: Path) -> None:
+def test_what_is_in_the_way_is_told(tmp_path: Path) -> None:
     program, _ = _program(tmp_path, "Qwen3")
     pieces = cut(program)
+    assert why_not_in_pieces(program, pieces) is None
     pieces[0].crossing = [slot for call in program.calls if call.op.name == "select_rows" for slot in call.results]
     assert "(1, " in (why_not_in_pieces(program, pieces) or "")
     assert why_not_in_pieces(program, []) == "no call goes by the number of tokens alone"
+    model = create_model(load_config(tmp_path), torch.float32, "meta")
+    torch_alone = build_program(
+        EngineConfig(model="", device="cuda"), model, torch.float32, gpu=GPUS["h200"].without("triton")
+    )
+    assert "runs in torch" in (why_not_in_pieces(torch_alone, cut(torch_alone)) or "")
     config = EngineConfig(model="", device="cuda", cuda_graphs=False)
     assert how_other_steps_run(config, program) == "call by call: CUDA graphs are switched off"
+
+
+def test_parts_of_what_another_piece_gives_are_read_in_their_own(tmp_path: Path) -> None:
+    """A part keeps no memory of what it is a part of, once that counts as read."""
+    program, _ = _program(tmp_path, "Qwen3Next")
+    pieces = cut(program)
+    assert why_not_in_pieces(program, pieces) is None
+    view = next(call for piece in pieces for call in piece.calls if call.is_view)
+    piece = next(piece for piece in pieces if view in piece.calls)
+    piece.results = [*piece.results, view.results[0]]
+    piece.calls = piece.calls[piece.calls.index(view) :]
+    assert "a part of what another piece gives" in (why_not_in_pieces(program, pieces) or "")
 
 
 def test_the_same_tokens_as_on_the_cpu(tmp_path: Path) -> None:
@@ -313,3 +370,47 @@ def test_a_part_ends_and_torch_is_on_its_stream(fails: bool, monkeypatch: pytest
         assert record_part(run, "the pool").result == "what it returns"
     recording._stream.cache_clear()
     assert seen == ["wait", "of recordings", "begin in the pool, thread_local", "end", "main"]
+
+
+class _Chain:
+    """In place of a Program: calls that add, some of which see the requests. Their first inputs are slots 0 to 3."""
+
+    observed = False
+
+    def __init__(self, calls: list[tuple[tuple[int, ...], int]]) -> None:
+        def run(*given: Tensor | None) -> Tensor:
+            return torch.stack([each.float() for each in given if each is not None]).sum(0)
+
+        kernel = Kernel("add", "triton", run, lambda request: None)
+        last = {slot: index for index, (arguments, _) in enumerate(calls) for slot in arguments if slot > 3}
+        self.calls = [
+            Call(ops.add, str(index), kernel, arguments, (result,), tuple(s for s in last if last[s] == index))
+            for index, (arguments, result) in enumerate(calls)
+        ]
+        self.output = calls[-1][1]
+
+    def slots(self, inputs: tuple[Any, ...] = ()) -> list[Any]:
+        return [*inputs, *[None] * (self.output + 1 - len(inputs))]
+
+    def trace_sizes(self, tokens: int, rows: int, visit: Callable[..., None]) -> None:
+        for call in self.calls:
+            visit(call, (), (torch.empty(tokens, device="meta"),))
+
+
+@torch.inference_mode()
+def test_what_a_later_launched_call_reads_is_kept_until_then() -> None:
+    """Slot 6 is given by the first piece, and read by the second launched call, behind another piece."""
+    first, second = [((0,), 4), ((4, 1), 5), ((4, 4), 6), ((5, 2), 7)], [((7, 1), 8), ((6, 8, 2), 9)]
+    chain = _Chain([*first, *second, ((9, 8), 10), ((10, 3), 11)])
+    pieces = cut(chain)  # type: ignore[arg-type]
+    assert [piece.recorded for piece in pieces] == [True, False, True, False, True, False]
+    assert [piece.crossing for piece in pieces] == [[5, 6], [7], [8], [9], [10], []]
+    graphs = PromptGraphs(chain, torch.device("cpu"), 32)  # type: ignore[arg-type]
+    assert graphs.why_not is None
+    graphs._known[16] = prompt_graphs._Recorded(uses=1)
+    graphs.record_next()
+    for tokens in (16, 5):
+        inputs = (torch.randint(50, (tokens,)), torch.arange(tokens), None, torch.zeros(tokens))
+        slots = chain.slots(inputs)
+        prompt_graphs._compute(chain.calls, slots)
+        assert torch.equal(graphs._replay(graphs._known[16], tokens, inputs), slots[chain.output])

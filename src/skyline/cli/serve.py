@@ -122,7 +122,7 @@ def serve(
         bool,
         typer.Option(
             "--no-cuda-graphs",
-            help="On a GPU, launch every kernel of a decode step anew.",
+            help="On a GPU, launch every kernel of a step anew.",
             rich_help_panel=options.MEMORY,
         ),
     ] = False,

@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     memory_fraction: float | None = None  # of what is free after loading, for the KV cache: GPU 0.9, CPU 0.5
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
-    cuda_graphs: bool = True  # on a GPU, record decode steps and replay them
+    cuda_graphs: bool = True  # on a GPU, record decode steps, and of others what can be, and replay them
     prefer_kernels: Provider | None = None  # go before others wherever they support the case
     batch_invariant: bool = False  # bitwise the same results whatever else is in the batch
     threads: int | None = None  # compute threads

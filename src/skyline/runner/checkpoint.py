@@ -22,7 +22,7 @@ from skyline.ops.formats import IntegerFormat, integers_of, together
 from skyline.ops.fp4 import MXFP4_GROUP, NVFP4_GROUP
 from skyline.quantization.formats import KVScales, Stored, detect
 from skyline.quantization.formats.gguf import GGUFWeight, GGUFWeights
-from skyline.quantization.formats.scaled import ScaledWeight
+from skyline.quantization.formats.scaled import ScaledWeight, Whole
 
 # Where checkpoints that also see keep the language model, and what it is called in one that does not.
 _PREFIXES = {
@@ -57,7 +57,11 @@ class Checkpoint:
                 self.method = found.method
                 self._passed_over = {_renamed(name) for name in found.consumed | found.spare}
                 self._stored = {_renamed(name): stored for name, stored in found.stored.items()}
-                self._with_inputs = {_renamed(name) for name in found.input_scales}
+                self._with_inputs = {
+                    _renamed(name)
+                    for name, scale in found.input_scales.items()
+                    if _scales_nvfp4(found.stored[name], scale)
+                }
                 self._kv_scales = {_renamed(name): scales for name, scales in found.kv_scales.items()}
         self._source = source
         self._weights = _Renamed(source)
@@ -225,6 +229,13 @@ def _kept(stored: Stored, place: Destination, gpu: Gpu | None, compiled: frozens
     if format.widened or (format.fp8 and not (gpu.fp8 and _whole_blocks(place, format))):
         return None
     return format
+
+
+def _scales_nvfp4(stored: Stored, scale: str) -> bool:
+    """Whether the static scale of an NVFP4 weight's input is one of NVFP4: compressed-tensors has others, too."""
+    if not isinstance(stored, ScaledWeight) or stored.whole is None:
+        return False
+    return scale.endswith("input_global_scale") == (stored.whole[1] is Whole.DIVIDES)
 
 
 def _goes_into(stored: Stored, decided: IntegerFormat) -> bool:

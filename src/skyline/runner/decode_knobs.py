@@ -33,6 +33,7 @@ class DecodeKnobs(msgspec.Struct):
 def kept(config: EngineConfig, model: ModelConfig) -> tuple[Path, DecodeKnobs]:
     """The file for this model and these options, and what was measured with this GPU, driver and these libraries."""
     options = f"{config.quantization} {config.quantization_group} {config.kv_cache_dtype} {config.dtype}"
+    options += f" {config.prefer_kernels}"
     name = hashlib.blake2b(f"{model} {options}".encode(), digest_size=8).hexdigest()
     device = gpu.detect(torch.device(config.device).index or 0)
     libraries = f"torch {torch.__version__}, triton {_version('triton')}"

@@ -178,7 +178,8 @@ class ModelRunner:
         for row in scored:
             logit_rows += range(ends[row] - plan.lengths[row], ends[row])
         wanted = to_device(np.array(logit_rows, np.int64), self._device)
-        logits = (self.prompts or self._program)(input_ids, positions, batch, wanted)
+        run = self._program if self.prompts is None or plan.is_decode else self.prompts
+        logits = run(input_ids, positions, batch, wanted)
         if plan.is_decode:
             self._counts.decode_eager += 1
         elif self.prompts is not None and self.prompts.replayed:

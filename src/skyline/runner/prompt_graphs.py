@@ -63,6 +63,14 @@ class Piece:
     crossing: list[int] = field(default_factory=list)
     frees: list[int] = field(default_factory=list)
 
+    def results_of(self, view: Call) -> set[int]:
+        """Of a call that makes views: their slots, and those of views of them in this piece."""
+        found = set(view.results)
+        for call in self.calls:
+            if call.is_view and call.arguments[0] in found:
+                found.update(call.results)
+        return found
+
 
 def cut(program: Program) -> list[Piece]:
     """A step's calls. Views are made anew by each launched call that reads them, if nothing else would be recorded."""
@@ -112,7 +120,20 @@ def _connect(pieces: list[Piece], output: int) -> None:
 
 
 def why_not_in_pieces(program: Program, pieces: Sequence[Piece]) -> str | None:
-    """None if what goes from one kind of pieces to the other has a row for each token, else the reason."""
+    """None if what goes from one kind of pieces to the other has a row for each token, and all else is in order."""
+    for call in program.calls:
+        if not recordable(call) and _BATCH not in call.arguments:
+            return f"{call.op.name} runs in {call.kernel.provider}, which looks at values on the host"
+    for piece in pieces:
+        inside = {slot for call in piece.calls for slot in call.results}
+        for call in piece.calls:
+            # Its base's memory goes to somebody else by the base's own readers.
+            if (
+                call.is_view
+                and call.arguments[0] not in inside
+                and not piece.results_of(call).isdisjoint(piece.results)
+            ):
+                return f"{call.name} is a part of what another piece gives, and read by a third"
     crossing = {slot for piece in pieces for slot in piece.crossing}
     for tokens in (33, 47):  # numbers that are no size of a model
         for slot, value in _described(program, tokens).items():
@@ -231,9 +252,11 @@ class PromptGraphs:
             self._record = False
             self._due.clear()
             self._known.clear()
+            self._holds, self._buffers = None, {}
             cause = "" if error.__context__ is None else f" ({error.__context__})"
             _LOG.warning("steps with prompts are not recorded: of %d tokens, that failed: %s%s", size, error, cause)
             return
+        self._known.move_to_end(size)
         recorded = [each for each, entry in self._known.items() if entry.parts]
         for old in recorded[: max(0, len(recorded) - _KEPT)]:
             del self._known[old]
@@ -251,6 +274,8 @@ class PromptGraphs:
         for piece in self._pieces:
             if piece.recorded:
                 run = partial(self._results, piece, {slot: values[slot] for slot in piece.reads})
+                for slot in piece.frees:  # from here on only `run` holds them, until they have been read
+                    values.pop(slot, None)
                 if recording:
                     parts.append(record_part(run, self._holds.graph.pool()))
                     parts[-1].result, results = [], parts[-1].result
@@ -260,6 +285,7 @@ class PromptGraphs:
                 del run, results  # or what they hold could not be used again by the next piece
                 if recording:
                     given |= {slot: borrowed(values[slot]) for slot in piece.crossing}
+                continue
             for slot in piece.frees:
                 values.pop(slot, None)
         if recording:
@@ -267,8 +293,8 @@ class PromptGraphs:
 
     def _results(self, piece: Piece, given: dict[int, Any]) -> list[Any]:
         slots = self._program.slots()
-        for slot, value in given.items():
-            slots[slot] = value
+        for slot in list(given):
+            slots[slot] = given.pop(slot)
         _compute(piece.calls, slots)
         return [slots[slot] for slot in piece.results]
 

@@ -40,7 +40,7 @@ def record(run: Callable[[], T], pool: Any = None) -> Recording[T]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same one: cuBLAS keeps memory for each that it has seen."""
+    """The same one each time: cuBLAS keeps memory for each that it has seen, and so does torch's allocator."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

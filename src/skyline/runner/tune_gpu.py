@@ -105,7 +105,7 @@ def tune_loaded(loaded: LoadedModel, config: EngineConfig, budget: float, sizes:
 
 
 def _tune_flashinfer(loaded: LoadedModel, config: EngineConfig, file: Path) -> bool:
-    """Show its autotuner a step with as many tokens as there can be; False if the model has nothing that it tunes.
+    """Show its autotuner a step with as many tokens as there can be; False if there was nothing that it tuned.
 
     It times tactics for all smaller numbers of tokens at once, for as long as it takes. Raises OSError.
     """
@@ -124,8 +124,9 @@ def _tune_flashinfer(loaded: LoadedModel, config: EngineConfig, file: Path) -> b
                 program(torch.zeros_like(positions), positions, batch, positions[-1:])
 
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)  # what it holds would not be timed again, and of other versions not be replaced
     loaded.runner.between_steps(step)
-    return True
+    return file.exists()
 
 
 def _tune_size(graphs: DecodeGraphs, context: int, size: int, ops: set[str], seconds: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Kernels of FlashInfer (arXiv:2501.01005), where it is installed: `pip install skyline-llm[cuda]`.
 
-On an H200 those that Hopper has gave our results, and were timed beside Triton's
+On an H200 those that Hopper has, mixtures excepted, gave our results, and were timed beside Triton's
 (benchmarks/results/2026-11-27-gpu-h200-flashinfer.json): attention of long prompts took two thirds of Triton's time,
 products with FP8 weights in blocks half of it; norms, activations and decode steps longer, so those stay Triton's on
 Hopper. The library compiles most of its kernels, for seconds to minutes, when they are first used. So they go behind

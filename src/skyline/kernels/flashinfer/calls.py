@@ -110,8 +110,8 @@ def mixture(
     }
 
 
-def autotune(tunes: bool, file: Path) -> Arguments:
-    return {"tune_mode": tunes, "cache": str(file)}
+def autotune(file: Path) -> Arguments:
+    return {"tune_mode": True, "cache": str(file)}
 
 
 def prefill_wrapper(workspace: Tensor, backend: str) -> Arguments:

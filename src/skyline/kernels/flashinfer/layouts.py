@@ -113,11 +113,13 @@ def up_first_fp8(index: int) -> Callable[[tuple[Any, ...]], Layout]:
 class SwizzledFp4:
     """NVFP4 [N, K] in words, whose scales lie a second time as the matrix units of Blackwell read them.
 
-    swizzled: uint8, `swizzle` of words.scales' columns that words.values have.
+    swizzled: uint8, of the groups that words.values have, where `swizzled_places` says. row_scales: float32 [N], times
+    the products of elements and their groups' scales.
     """
 
     words: Fp4Words
     swizzled: Tensor
+    row_scales: Tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -125,12 +127,7 @@ class SwizzledFp4:
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.swizzled.nbytes
-
-    @property
-    def row_scales(self) -> Tensor:
-        """float32 [N], times the products of elements and their groups' scales."""
-        return self.words.row_scales * 2.0**-NVFP4_LESS
+        return self.words.nbytes + self.swizzled.nbytes + self.row_scales.nbytes
 
 
 def swizzled_size(rows: int, groups: int) -> int:
@@ -156,7 +153,9 @@ class SwizzledFp4Layout:
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> SwizzledFp4:
         words = FP4_WORDS[NVFP4_GROUP].allocate(shape, dtype, device)
         size = swizzled_size(shape[0], groups_of(words))
-        return SwizzledFp4(words, torch.zeros(size, dtype=torch.uint8, device=device))
+        return SwizzledFp4(
+            words, torch.zeros(size, dtype=torch.uint8, device=device), torch.empty_like(words.row_scales)
+        )
 
     def write(self, target: SwizzledFp4, first_row: int, rows: Tensor | QuantizedWeight | Fp8Rows | Fp4Weight) -> None:
         """Raises what `Fp4Layout.rows_of` does."""
@@ -164,6 +163,7 @@ class SwizzledFp4Layout:
         last = first_row + rows.shape[0]
         places = swizzled_places(torch.arange(first_row, last, device=target.swizzled.device), groups_of(target.words))
         target.swizzled[places] = target.words.scales[first_row:last, : places.shape[1]]
+        target.row_scales[first_row:last] = target.words.row_scales[first_row:last] * 2.0**-NVFP4_LESS
 
 
 def groups_of(words: Fp4Words) -> int:

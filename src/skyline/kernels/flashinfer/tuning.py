@@ -1,8 +1,7 @@
 """FlashInfer's own autotuner: it times the tactics of its products and mixtures on the shapes that it is shown.
 
 `skyline tune` shows it a model's steps and keeps what it found; a start reads that. Without, its kernels take the
-tactics that the library thinks best, so nothing is timed before a first token. The library checks by itself that what
-it reads was found on this GPU with these versions.
+tactics that the library thinks best, so nothing is timed before a first token.
 """
 
 from __future__ import annotations
@@ -25,16 +24,14 @@ def tuning(file: Path) -> AbstractContextManager[Any]:
     """What runs inside is timed with every tactic, and the fastest ones are kept in the file."""
     import flashinfer
 
-    context: AbstractContextManager[Any] = flashinfer.autotune(**calls.autotune(True, file))
+    context: AbstractContextManager[Any] = flashinfer.autotune(**calls.autotune(file))
     return context
 
 
 def read(file: Path) -> bool:
-    """Use what is kept, from now on; False if nothing is."""
+    """Use what is kept, from now on; False if nothing is, or if it was found with another GPU or other versions."""
     if not file.exists():
         return False
-    import flashinfer
+    from flashinfer.autotuner import AutoTuner
 
-    with flashinfer.autotune(**calls.autotune(False, file)):
-        pass  # what was read stays
-    return True
+    return bool(AutoTuner.get().load_configs(str(file)))

@@ -11,6 +11,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def tile_and_band(tiles, bands, TOGETHER: tl.constexpr):
+    """A program's tile of rows and band of the weight: TOGETHER tiles go by before the next band is read."""
+    program = tl.program_id(0)
+    first = program // (TOGETHER * bands) * TOGETHER
+    height = tl.minimum(tiles - first, TOGETHER)
+    rest = program % (TOGETHER * bands)
+    return first + rest % height, rest // height
+
+
+@triton.jit
 def _finish(
     result, second, bias, residual, y, own, safe, n, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr
 ):  # fmt: skip
@@ -356,14 +366,9 @@ def tiles_kernel(
     ROWS: tl.constexpr,
     BAND: tl.constexpr,
     STEP: tl.constexpr,  # 128 with blocks
-    TOGETHER: tl.constexpr,  # tiles of rows that go by before the next band of the weight is read
+    TOGETHER: tl.constexpr,  # as in `tile_and_band`
 ):
-    program = tl.program_id(0)
-    row_tiles, bands = tl.cdiv(rows, ROWS), tl.cdiv(n, BAND)
-    group = program // (TOGETHER * bands)
-    height = tl.minimum(row_tiles - group * TOGETHER, TOGETHER)
-    tile = group * TOGETHER + program % (TOGETHER * bands) % height
-    band = program % (TOGETHER * bands) // height
+    tile, band = tile_and_band(tl.cdiv(rows, ROWS), tl.cdiv(n, BAND), TOGETHER)
     row = tile * ROWS + tl.arange(0, ROWS)
     own = band * BAND + tl.arange(0, BAND)
     steps = tl.arange(0, STEP)

@@ -16,11 +16,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from skyline.kernels.triton.device import has_assembly, overlaps, shared_memory
 from skyline.kernels.triton.four_bits import a_byte, fp4_factors, fp4_numbers, int4_numbers, int4_scales
 from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, Words
+from skyline.kernels.triton.linear_kernels import tile_and_band
 from skyline.kernels.triton.moe_tiles import Groups, rows_of
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.ops import Fp8Weight, QuantizedWeight
 
-_TOGETHER = 8  # tiles of rows that go by before the next band of the weights is read
+_TOGETHER = 8  # as in `tile_and_band`
 
 # What scales there are, of x's rows R and of the weight's N (2 N if GATED):
 #   by row         FP8 and int8: x_scales [R], scales [E, N]
@@ -89,12 +90,7 @@ def _grouped_kernel(
         gdc_wait()
         gdc_launch_dependents()
     WIDTH: tl.constexpr = BAND // 2 if GATED else BAND
-    bands = tl.cdiv(n, WIDTH)
-    program = tl.program_id(0)
-    group = program // (TOGETHER * bands)
-    height = tl.minimum(tiles - group * TOGETHER, TOGETHER)
-    tile = group * TOGETHER + program % (TOGETHER * bands) % height
-    band = program % (TOGETHER * bands) // height
+    tile, band = tile_and_band(tiles, tl.cdiv(n, WIDTH), TOGETHER)
     expert, row, count, room = rows_of(tile, index, order, pairs, experts, capacity, LAYOUT, ORDER, ROWS, INDEX)
     if room <= 0:
         return

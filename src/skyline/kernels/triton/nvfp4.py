@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from skyline.kernels.triton.device import multiplies_fp4, overlaps, shared_memory
 from skyline.kernels.triton.layouts import NVFP4_LESS, WORD, Fp4Words, fp4_words, row_scales_of, row_words
+from skyline.kernels.triton.linear_kernels import tile_and_band
 from skyline.kernels.triton.moe import combine, groups_of, moe_experts_fp4
 from skyline.kernels.triton.moe_tiles import Groups, Tile, rows_of
 from skyline.kernels.triton.quantized import fused_linear_fp4
@@ -27,7 +28,7 @@ from skyline.ops.fp4 import NVFP4_GROUP
 from skyline.ops.nvfp4 import FEW_ROWS
 
 _BAND = 128  # rows of the weight a program: what the matrix units of data centers' Blackwells take
-_TOGETHER = 8  # tiles of rows that go by before the next band of the weight is read
+_TOGETHER = 8  # as in `tile_and_band`
 _LESS = tl.constexpr(2.0**-NVFP4_LESS)
 
 
@@ -188,12 +189,7 @@ def _product_kernel(
         gdc_wait()
         gdc_launch_dependents()
     WIDTH: tl.constexpr = BAND // 2 if GATED else BAND
-    bands = tl.cdiv(n, WIDTH)
-    program = tl.program_id(0)
-    batch = program // (TOGETHER * bands)
-    height = tl.minimum(tiles - batch * TOGETHER, TOGETHER)
-    tile = batch * TOGETHER + program % (TOGETHER * bands) % height
-    band = program % (TOGETHER * bands) // height
+    tile, band = tile_and_band(tiles, tl.cdiv(n, WIDTH), TOGETHER)
     if LAYOUT == "rows":
         expert, row, count = 0, tile * ROWS + tl.arange(0, ROWS), rows - tile * ROWS
     else:

@@ -24,6 +24,7 @@ from skyline.kernels.triton.device import has_assembly, multiprocessors, overlap
 from skyline.kernels.triton.four_bits import a_byte, fp4_factors, fp4_numbers, int4_numbers, int4_scales
 from skyline.kernels.triton.layouts import Fp4Words, Int4Weight, Words, fp4_words, int4_words
 from skyline.kernels.triton.linear import fused_linear
+from skyline.kernels.triton.linear_kernels import tile_and_band
 from skyline.kernels.triton.norms import rms_norm
 from skyline.kernels.triton.sizes import cdiv, next_power_of_2
 from skyline.kernels.triton.thresholds import widens
@@ -210,18 +211,14 @@ def _linear_kernel(
     STAGES: tl.constexpr,
     NATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TOGETHER: tl.constexpr,  # tiles of rows that go by before the next band of the weight is read
+    TOGETHER: tl.constexpr,  # as in `tile_and_band`
     EARLY: tl.constexpr,
 ):
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    program = tl.program_id(0)
-    row_tiles, bands = tl.cdiv(rows, ROWS), tl.cdiv(n, BAND)
-    batch = program // (TOGETHER * bands)
-    height = tl.minimum(row_tiles - batch * TOGETHER, TOGETHER)
-    row = (batch * TOGETHER + program % (TOGETHER * bands) % height) * ROWS + tl.arange(0, ROWS)
-    column = program % (TOGETHER * bands) // height * BAND + tl.arange(0, BAND)
+    tile, band = tile_and_band(tl.cdiv(rows, ROWS), tl.cdiv(n, BAND), TOGETHER)
+    row, column = tile * ROWS + tl.arange(0, ROWS), band * BAND + tl.arange(0, BAND)
     safe_row, own = tl.where(row < rows, row, 0), tl.where(column < n, column, 0)
     KIND_OF_SUM: tl.constexpr = tl.int32 if KIND == _INT8 else tl.float32
     if SPLIT > 1:

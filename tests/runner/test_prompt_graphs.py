@@ -272,6 +272,24 @@ def test_a_recording_that_fails_leaves_steps_call_by_call(
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("worth", [True, False])
+def test_what_the_device_takes_longer_for_is_launched(
+    worth: bool, tmp_path: Path, pools: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, _ = _program(tmp_path, "Qwen3")
+    graphs = PromptGraphs(program, DEVICE, 64)
+    inputs = next(_steps([[(0, 20)]]))
+    monkeypatch.setattr(graphs, "_seconds", lambda known: 0.0 if worth else 1e3)
+    for _ in range(5):
+        graphs(*inputs)
+        graphs.record_due()
+    made = len(pools)
+    assert made > 1 and graphs.recorded == ([32] if worth else []) and graphs.replayed == worth
+    assert not graphs.record_next() and not graphs.due and len(pools) == made, "it is not tried again"
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("nothing_is_computed")
 def test_the_oldest_recordings_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_graphs, "_KEPT", 3)
     program, _ = _program(tmp_path, "Qwen3")

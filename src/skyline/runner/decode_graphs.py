@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,7 @@ from skyline.ops import AttentionBatch
 from skyline.ops.batch import BlockTables, to_device
 from skyline.runner.decode_knobs import DecodeKnobs
 from skyline.runner.decode_replay import Decoded
-from skyline.runner.recording import Recording, record
+from skyline.runner.recording import Recording, record, replay_seconds
 from skyline.runner.sampling import choose
 
 _LOG = logging.getLogger(__name__)
@@ -218,7 +217,7 @@ class DecodeGraphs:
             chosen = torch.randint(vocabulary, (size,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
             self._token_ids[:size, context - 1] = chosen.to(self._device)
             graph = record(lambda: self._run(inputs, True), self._pool).graph
-        return _replay_seconds(graph, repeats)
+        return replay_seconds(graph, repeats)
 
     def time_replay(self, size: int, repeats: int = 9) -> float:
         """Median seconds of the last step of `size` requests, one of `recorded`, done again without the host.
@@ -227,7 +226,7 @@ class DecodeGraphs:
         """
         recording = self._known[size].recording
         assert recording is not None
-        return _replay_seconds(recording.graph, repeats, 4)
+        return replay_seconds(recording.graph, repeats, 4)
 
     @torch.inference_mode()
     def _record_size(self, size: int) -> None:
@@ -298,17 +297,3 @@ class DecodeGraphs:
         # Where a request does not take the likeliest token, the sampler writes over it before anyone reads.
         self._token_ids[slots, positions + 1] = tokens.int()
         return Decoded(logits, tokens, tops)
-
-
-def _replay_seconds(graph: Any, repeats: int, together: int = 1) -> float:
-    """Median seconds of a replay, of so many in a row, after two to warm up."""
-    times: list[float] = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        for _ in range(together):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / together)
-    return statistics.median(times[2:])

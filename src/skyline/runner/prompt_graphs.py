@@ -12,12 +12,14 @@ used again within a step as soon as nobody reads it; rows of padding compute som
 
 The rule: a step that is not of decodes alone, with up to MOST_TOKENS tokens, is replayed once its size is recorded.
 That is between two steps, after as many steps of that size as recording it costs, or earlier, when the engine has
-nothing to do. If it fails, it is reported once and all such steps run call by call.
+nothing to do. If it fails, it is reported once and all such steps run call by call. A size whose pieces the device
+computes for longer than the host launches them gains nothing, and loses what padding costs: it is not replayed.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ from skyline.graph import Call, Program
 from skyline.graph.capture import INPUTS
 from skyline.ops import AttentionBatch
 from skyline.runner.decode_graphs import WORTH, recordable
-from skyline.runner.recording import Recording, borrowed, record_part, recording_stream
+from skyline.runner.recording import Recording, borrowed, record_part, recording_stream, replay_seconds
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class Piece:
 
 
 def cut(program: Program) -> list[Piece]:
-    """A step's calls. Views are made anew by each launched call that reads them, if nothing else would be recorded."""
+    """A step's calls. Where views are all that could be recorded, they are launched, which costs nothing."""
     behind_rows = {_LOGIT_ROWS}
     kinds = []
     for call in program.calls:
@@ -158,6 +160,7 @@ class _Recorded:
     """Of one size. parts: of the recorded pieces, in their order. given: by slot, what those give to launched calls."""
 
     uses: int = 0  # steps that ran call by call
+    worth: bool = True  # as far as is known
     parts: list[Recording[list[Any]]] = field(default_factory=list)
     given: dict[int, Tensor] = field(default_factory=dict)
 
@@ -208,7 +211,7 @@ class PromptGraphs:
 
     def record_next(self) -> bool:
         """Record one size more that has occurred. Call it between steps; False if none is left."""
-        missing = [size for size, known in self._known.items() if known.uses and not known.parts]
+        missing = [size for size, known in self._known.items() if known.uses and known.worth and not known.parts]
         if not self._record or not missing:
             return False
         self._record_size(max(missing, key=lambda size: self._known[size].uses))
@@ -242,12 +245,16 @@ class PromptGraphs:
     @torch.inference_mode()
     def _record_size(self, size: int) -> None:
         known = self._known.get(size)
-        if known is None or known.parts:
+        if known is None or known.parts or not known.worth:
             return
         try:
             self._walk(size, known, recording=False)  # compiles
+            began = time.perf_counter()
+            self._walk(size, known, recording=False)
+            launching = time.perf_counter() - began
             with recording_stream(self._device):
                 self._walk(size, known, recording=True)
+            known.worth = self._seconds(known) < launching
         except Exception as error:
             self._record = False
             self._due.clear()
@@ -256,10 +263,18 @@ class PromptGraphs:
             cause = "" if error.__context__ is None else f" ({error.__context__})"
             _LOG.warning("steps with prompts are not recorded: of %d tokens, that failed: %s%s", size, error, cause)
             return
+        if not known.worth:
+            known.parts, known.given = [], {}
         self._known.move_to_end(size)
         recorded = [each for each, entry in self._known.items() if entry.parts]
         for old in recorded[: max(0, len(recorded) - _KEPT)]:
             del self._known[old]
+
+    def _seconds(self, known: _Recorded) -> float:
+        """That the device takes for the recorded pieces."""
+        if self._device.type != "cuda":
+            return 0.0
+        return replay_seconds(_Together([part.graph for part in known.parts]), 3)
 
     def _walk(self, size: int, known: _Recorded, recording: bool) -> None:
         """Compute, or record, all recorded pieces, on whatever the buffers hold."""
@@ -318,6 +333,14 @@ class PromptGraphs:
                 found[slot] = buffer
                 busy.append((last[slot], kind, buffer))
         return found
+
+
+class _Together(list[Any]):
+    """Graphs as one."""
+
+    def replay(self) -> None:
+        for graph in self:
+            graph.replay()
 
 
 def _compute(calls: Iterable[Call], slots: list[Any]) -> None:

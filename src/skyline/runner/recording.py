@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,3 +81,17 @@ def borrowed(tensor: Tensor) -> Tensor:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = _Memory(tensor.data_ptr(), (last + 1) * tensor.element_size())
     return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def replay_seconds(graph: Any, repeats: int, together: int = 1) -> float:
+    """Median seconds of a replay, of so many in a row, after two to warm up."""
+    times: list[float] = []
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(together):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / together)
+    return statistics.median(times[2:])

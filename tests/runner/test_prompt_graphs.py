@@ -117,6 +117,7 @@ def _shares(first: Tensor, second: Tensor) -> bool:
 def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the order of things is looked at: the interpreter takes seconds."""
     monkeypatch.setattr(type(norms._norm_kernel), "run", lambda *_, **__: None)
+    monkeypatch.setattr(PromptGraphs, "_differs", lambda *_: False)
 
 
 def _program(folder: Path, name: str, **options: Any) -> tuple[Program, list[Any]]:
@@ -415,11 +416,16 @@ class _Chain:
             visit(call, (), (torch.empty(tokens, device="meta"),))
 
 
-@torch.inference_mode()
-def test_what_a_later_launched_call_reads_is_kept_until_then() -> None:
+def _chain() -> _Chain:
     """Slot 6 is given by the first piece, and read by the second launched call, behind another piece."""
     first, second = [((0,), 4), ((4, 1), 5), ((4, 4), 6), ((5, 2), 7)], [((7, 1), 8), ((6, 8, 2), 9)]
-    chain = _Chain([*first, *second, ((9, 8), 10), ((10, 3), 11)])
+    return _Chain([*first, *second, ((9, 8), 10), ((10, 3), 11)])
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="its memory is one of the CPU")
+def test_what_a_later_launched_call_reads_is_kept_until_then() -> None:
+    chain = _chain()
     pieces = cut(chain)  # type: ignore[arg-type]
     assert [piece.recorded for piece in pieces] == [True, False, True, False, True, False]
     assert [piece.crossing for piece in pieces] == [[5, 6], [7], [8], [9], [10], []]
@@ -432,3 +438,18 @@ def test_what_a_later_launched_call_reads_is_kept_until_then() -> None:
         slots = chain.slots(inputs)
         prompt_graphs._compute(chain.calls, slots)
         assert torch.equal(graphs._replay(graphs._known[16], tokens, inputs), slots[chain.output])
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="its memory is one of the CPU")
+def test_what_is_replayed_wrongly_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if everything were let go too early: a piece in between spoils slot 6."""
+    monkeypatch.setattr(_Memory, "given_back", lambda memory: [own for _, own in memory._made])
+    graphs = PromptGraphs(_chain(), torch.device("cpu"), 32)  # type: ignore[arg-type]
+    graphs._inputs += 3
+    graphs._known[16] = prompt_graphs._Recorded(uses=1)
+    with caplog.at_level(logging.WARNING):
+        assert not graphs.record_next()
+    assert graphs.recorded == [] and "what is replayed is not what the calls compute" in caplog.text

@@ -12,7 +12,8 @@ used again within a step as soon as nobody reads it; rows of padding compute som
 
 The rule: a step that is not of decodes alone, with up to MOST_TOKENS tokens, is replayed once its size is recorded.
 That is between two steps, after as many steps of that size as recording it costs, or earlier, when the engine has
-nothing to do. If it fails, it is reported once and all such steps run call by call. A size whose pieces the device
+nothing to do. What was recorded is then replayed once, and compared with what the calls compute one by one. If any of
+this fails, it is reported once and all such steps run call by call. A size whose pieces the device
 computes for longer than the host launches them gains nothing, and loses what padding costs: it is not replayed.
 """
 
@@ -36,6 +37,9 @@ from skyline.runner.decode_graphs import WORTH, recordable
 from skyline.runner.recording import Recording, borrowed, record_part, recording_stream, replay_seconds
 
 _LOG = logging.getLogger(__name__)
+
+# Of the root mean square, between what is replayed and what the calls compute: the same kernels do both.
+_TOLERANCE = 0.02
 
 # Above it, a device computes for longer than the host launches.
 MOST_TOKENS = 2048
@@ -253,7 +257,9 @@ class PromptGraphs:
             self._walk(size, known, recording=False)
             launching = time.perf_counter() - began
             with recording_stream(self._device):
-                self._walk(size, known, recording=True)
+                given = self._walk(size, known, recording=True)
+            if self._differs(size, known, given):
+                raise RuntimeError("what is replayed is not what the calls compute")
             known.worth = self._seconds(known) < launching
         except Exception as error:
             self._record = False
@@ -276,12 +282,32 @@ class PromptGraphs:
             return 0.0
         return replay_seconds(_Together([part.graph for part in known.parts]), 3)
 
-    def _walk(self, size: int, known: _Recorded, recording: bool) -> None:
-        """Compute, or record, all recorded pieces, on whatever the buffers hold."""
+    def _held(self, size: int) -> dict[int, Any]:
+        """What recorded pieces are given from outside, by slot."""
+        inputs = {_IDS: self._inputs[_IDS, :size], _POSITIONS: self._inputs[_POSITIONS, :size]}
+        return inputs | {slot: buffer[:size] for slot, buffer in self._buffers.items()}
+
+    def _differs(self, size: int, known: _Recorded, given: dict[int, Tensor]) -> bool:
+        """Whether something that recorded pieces give is another when it is read than it should be."""
+        values, parts = self._held(size), iter(known.parts)
+        wrong = torch.zeros((), dtype=torch.bool, device=self._device)
+        for piece in self._pieces:
+            if piece.recorded:
+                next(parts).graph.replay()
+                results = self._results(piece, {slot: values[slot] for slot in piece.reads})
+                values.update(zip(piece.results, results, strict=True))
+            for slot in piece.results if piece.recorded else piece.reads:
+                if slot in given:
+                    wrong |= _far(given[slot], values[slot])
+            for slot in piece.frees:
+                values.pop(slot, None)
+        return bool(wrong)
+
+    def _walk(self, size: int, known: _Recorded, recording: bool) -> dict[int, Tensor]:
+        """Compute, or record, all recorded pieces, on whatever the buffers hold; the memory of recorded results."""
         parts: list[Recording[list[Any]]] = []
         given: dict[int, Tensor] = {}
-        values: dict[int, Any] = {_IDS: self._inputs[_IDS, :size], _POSITIONS: self._inputs[_POSITIONS, :size]}
-        values |= {slot: buffer[:size] for slot, buffer in self._buffers.items()}
+        values = self._held(size)
         if recording and self._holds is None:
             # One piece of memory from which all later ones are cut, whatever sizes come first.
             zeros = partial(torch.zeros, self._reserve + 1, dtype=torch.uint8, device=self._device)
@@ -299,12 +325,14 @@ class PromptGraphs:
                 values.update(zip(piece.results, results, strict=True))
                 del run, results  # or what they hold could not be used again by the next piece
                 if recording:
-                    given |= {slot: borrowed(values[slot]) for slot in piece.crossing}
+                    given |= {slot: borrowed(values[slot]) for slot in piece.results}
                 continue
             for slot in piece.frees:
                 values.pop(slot, None)
         if recording:
-            known.given, known.parts = given, parts
+            crossing = {slot for piece in self._pieces if piece.recorded for slot in piece.crossing}
+            known.parts, known.given = parts, {slot: given[slot] for slot in crossing}
+        return given
 
     def _results(self, piece: Piece, given: dict[int, Any]) -> list[Any]:
         slots = self._program.slots()
@@ -333,6 +361,12 @@ class PromptGraphs:
                 found[slot] = buffer
                 busy.append((last[slot], kind, buffer))
         return found
+
+
+def _far(found: Tensor, expected: Tensor) -> Tensor:
+    """On the device. Where both are no number, they are the same."""
+    given, wanted = (torch.nan_to_num(part.float(), 0.0, 0.0, 0.0) for part in (found, expected))
+    return (given - wanted).square().mean() > _TOLERANCE**2 * wanted.square().mean()
 
 
 class _Together(list[Any]):

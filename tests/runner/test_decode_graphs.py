@@ -300,6 +300,7 @@ def test_torch_is_on_its_stream_after_a_recording_that_failed(monkeypatch: pytes
 
     monkeypatch.setattr(torch.cuda, "graph", Context)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     with pytest.raises(RuntimeError) as raised:

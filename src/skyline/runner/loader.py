@@ -36,7 +36,7 @@ from skyline.runner.memory import (
     set_kv_format,
 )
 from skyline.runner.model_runner import ModelRunner
-from skyline.runner.prompt_graphs import MOST_TOKENS, PromptGraphs, cut, why_not_in_pieces
+from skyline.runner.prompt_graphs import MOST_TOKENS, PromptGraphs, cut, padded, why_not_in_pieces
 from skyline.runner.sampler import Sampler
 from skyline.runner.weight_cache import WeightCache
 from skyline.runner.weight_store import WeightStore
@@ -175,7 +175,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     largest, recorded, prompts = predicted, 0, None
     most = min(MOST_TOKENS, config.max_num_batched_tokens)
     if device.type == "cuda":
-        found = _dry_run(config, model_config, program, caches, device, limit_rows + MAX_LOGIT_ROWS, most)
+        found = _dry_run(config, model_config, program, caches, device, limit_rows + MAX_LOGIT_ROWS, padded(most))
         # Graphs share a memory of their own, those of decode steps one and all others another.
         largest, recorded = found.largest, 0 if call_by_call else found.decode
         if config.cuda_graphs:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from skyline.graph import Call, Program
 from skyline.graph.capture import INPUTS
+from skyline.kernels import triton
 from skyline.ops import AttentionBatch
 from skyline.runner.decode_graphs import WORTH, recordable
 from skyline.runner.recording import Recording, borrowed, record_part, recording_stream, replay_seconds
@@ -43,7 +43,6 @@ _TOLERANCE = 0.02
 
 # Above it, a device computes for longer than the host launches.
 MOST_TOKENS = 2048
-_KEPT = 32  # sizes whose recordings are kept
 
 _IDS, _POSITIONS, _BATCH, _LOGIT_ROWS = range(len(INPUTS))
 
@@ -159,6 +158,13 @@ def _described(program: Program, tokens: int) -> dict[int, Tensor]:
     return found
 
 
+def _vocabulary(program: Program) -> int:
+    for call in program.calls:
+        if call.op.name == "embedding":
+            return int(program.constant(call.arguments[1]).shape[0])
+    return 1
+
+
 @dataclass(slots=True)
 class _Recorded:
     """Of one size. parts: of the recorded pieces, in their order. given: by slot, what those give to launched calls."""
@@ -183,9 +189,11 @@ class PromptGraphs:
         self._reserve = reserve
         self._holds: Any = None  # the memory that all recordings share
         self._inputs = torch.zeros((2, padded(most)), dtype=torch.int64, device=device)
+        # Until a step brings others: the same tokens would all go to the same experts.
+        self._inputs[_IDS].random_(_vocabulary(program))
         # Now, so that the memory for the KV cache is counted without them.
         self._buffers = self._make_buffers() if self._record else {}
-        self._known: OrderedDict[int, _Recorded] = OrderedDict()
+        self._known: dict[int, _Recorded] = {}
         self._due: list[int] = []  # sizes
         self.replayed = False  # whether the last step was
 
@@ -205,7 +213,6 @@ class PromptGraphs:
             return self._program(input_ids, positions, batch, logit_rows)
         size = padded(tokens)
         known = self._known.setdefault(size, _Recorded())
-        self._known.move_to_end(size)
         if known.parts:
             return self._replay(known, tokens, (input_ids, positions, batch, logit_rows))
         known.uses += 1
@@ -252,10 +259,7 @@ class PromptGraphs:
         if known is None or known.parts or not known.worth:
             return
         try:
-            self._walk(size, known, recording=False)  # compiles
-            began = time.perf_counter()
-            self._walk(size, known, recording=False)
-            launching = time.perf_counter() - began
+            launching = self._launch_seconds(size, known)
             with recording_stream(self._device):
                 given = self._walk(size, known, recording=True)
             if self._differs(size, known, given):
@@ -271,10 +275,18 @@ class PromptGraphs:
             return
         if not known.worth:
             known.parts, known.given = [], {}
-        self._known.move_to_end(size)
-        recorded = [each for each, entry in self._known.items() if entry.parts]
-        for old in recorded[: max(0, len(recorded) - _KEPT)]:
-            del self._known[old]
+
+    def _launch_seconds(self, size: int, known: _Recorded) -> float:
+        """That the host takes for the recorded pieces' calls, all of which are compiled then."""
+        before = triton.fallbacks
+        self._walk(size, known, recording=False)
+        if triton.fallbacks != before:
+            raise RuntimeError("torch takes a kernel's place, and would look at values on the host")
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # or the host might wait for it
+        began = time.perf_counter()
+        self._walk(size, known, recording=False)
+        return time.perf_counter() - began
 
     def _seconds(self, known: _Recorded) -> float:
         """That the device takes for the recorded pieces."""
@@ -358,6 +370,8 @@ class PromptGraphs:
                 kind = (tuple(value.shape), value.dtype)
                 free = idle.get(kind)
                 buffer = free.pop() if free else torch.zeros(value.shape, dtype=value.dtype, device=self._device)
+                if buffer.is_floating_point():
+                    buffer.normal_()
                 found[slot] = buffer
                 busy.append((last[slot], kind, buffer))
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -29,12 +29,14 @@ def record(run: Callable[[], T], pool: Any = None) -> Recording[T]:
     Raises what `run` or CUDA raises; torch is then on the stream that it was on before.
     """
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    pool = pool or torch.cuda.graph_pool_handle()
     try:
         # Another thread may allocate or synchronise meanwhile: only this thread's calls count.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
     except BaseException:
         torch.cuda.set_stream(stream)  # where ending a recording raises, torch stays on the recording's
+        _give_up(pool)
         raise
     return Recording(graph, result)
 
@@ -61,12 +63,26 @@ def recording_stream(device: torch.device) -> Iterator[None]:
 def record_part(run: Callable[[], T], pool: Any = None) -> Recording[T]:
     """`record`, in a `recording_stream`: without waiting, or giving memory back, each time."""
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    pool = pool or torch.cuda.graph_pool_handle()
     try:
-        result = run()
-    finally:
-        graph.capture_end()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            result = run()
+        finally:
+            graph.capture_end()
+    except BaseException:
+        _give_up(pool)
+        raise
     return Recording(graph, result)
+
+
+def _give_up(pool: Any) -> None:
+    """After a recording that CUDA ended: torch's allocator still believes in it, and would neither record another nor
+    ever give the memory back. Where torch has seen its end, that refuses, and nothing is left to do."""
+    with suppress(Exception):
+        index = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
 
 class _Memory:

@@ -34,6 +34,7 @@ FALLS_BACK = True  # False where an error of the compiler is to be seen: in test
 
 _LOG = logging.getLogger(__name__)
 _warned: set[str] = set()
+fallbacks = 0  # calls that a reference took the place of
 
 # Ops that read or write what is cached for attention.
 _CACHED = frozenset(
@@ -111,8 +112,10 @@ def or_in_torch(what: str, kernel: Callable[[], T], in_torch: Callable[[], T]) -
 
 def by_reference(op: str, arguments: tuple[Any, ...], error: Exception) -> Any:
     """Raises DeviceOnlyError where the reference would go by numbers of the host that are not those of the step."""
+    global fallbacks
     if any(isinstance(argument, AttentionBatch) and argument.device_only for argument in arguments):
         raise DeviceOnlyError(f"{op} does not compile for this GPU: {error}") from error
+    fallbacks += 1
     return OPS[op].reference(*map(_unpacked, arguments))
 
 

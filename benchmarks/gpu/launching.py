@@ -40,7 +40,7 @@ class _Graph:
         return 0
 
 
-def _program(family: str, weights: str | None) -> tuple[Any, list[Any]]:
+def _program(family: str, weights: str | None) -> Any:
     from skyline.checkpoint import load_config
     from skyline.engine.config import EngineConfig
     from skyline.kernels.gpu import GPUS
@@ -60,10 +60,9 @@ def _program(family: str, weights: str | None) -> tuple[Any, list[Any]]:
     asked = EngineConfig(model="", device="cuda", dtype="bfloat16", quantization=weights)  # type: ignore[arg-type]
     program = build_program(asked, model, torch.bfloat16, gpu=GPUS["h200"].without("flashinfer"))
     WeightStore(model, program, cpu)
-    caches = kv_caches(model)
-    for cache in caches:
+    for cache in kv_caches(model):
         cache.allocate(-(-_TOKENS // _BLOCK) + 1, _BLOCK, cpu)
-    return program, caches
+    return program
 
 
 def _without_cuda() -> None:
@@ -85,7 +84,7 @@ def measure(family: str, weights: str | None, rounds: int) -> dict[str, Any]:
     from skyline.ops import AttentionBatch
     from skyline.runner.prompt_graphs import PromptGraphs
 
-    program, _ = _program(family, weights)
+    program = _program(family, weights)
     graphs = PromptGraphs(program, torch.device("cpu"))
     ids, positions = torch.zeros(_TOKENS, dtype=torch.int64), torch.arange(_TOKENS)
     blocks = [list(range(-(-_TOKENS // _BLOCK)))]

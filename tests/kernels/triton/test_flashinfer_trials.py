@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from skyline.kernels import candidates
+from skyline.kernels import triton as provider
 from skyline.kernels.flashinfer import layouts, trials, tuning
+from skyline.kernels.triton import norms
 from skyline.ops import OPS, KVCache
 from skyline.ops.attention import make_batch
 from skyline.ops.contract import randn
@@ -391,6 +395,34 @@ def test_mixtures(blocks: bool, fault: str, library: Library, monkeypatch: pytes
         rtol, atol = (0.1, 0.25) if blocks else (2e-2, 3e-2)
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
     assert library.calls == ["mixture"] * (1 if fault else 2)
+
+
+def test_where_nothing_compiles_references_take_weights_as_they_were(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gate first, and without scales that lie twice."""
+
+    def does_not_fit(*_: object, **__: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(provider, "FALLS_BACK", True)
+    monkeypatch.setattr(type(norms._norm_kernel), "run", does_not_fit)
+    generator = torch.Generator().manual_seed(0)
+    gate_up, down = randn((3, 32, 64), torch.bfloat16, generator), randn((3, 64, 16), torch.bfloat16, generator)
+    ours = layouts.UP_FIRST.allocate(gate_up.shape, torch.bfloat16)
+    layouts.UP_FIRST.write(ours, 0, gate_up.flatten(0, 1))
+    plain = fp4_case_weight(64, 96, 16, generator)
+    twice = layouts.SWIZZLED_FP4.allocate((64, 96), torch.bfloat16)
+    layouts.SWIZZLED_FP4.write(twice, 0, plain)
+    choices = torch.rand((4, 2), generator=generator), torch.tensor([[0, 2]] * 4)
+    for op, weights, given, rest in (
+        ("moe_experts", (gate_up, down), (ours, down), choices),
+        ("linear_nvfp4", (plain,), (twice,), ()),
+    ):
+        x = randn((4, gate_up.shape[2] if op == "moe_experts" else 96), torch.bfloat16, generator)
+        kernel = next(kernel for kernel in candidates(op) if kernel.provider == "flashinfer")
+        assert torch.equal(kernel.run(x, *given, *rest), OPS[op].reference(x, *weights, *rest))
+    assert not library.calls
 
 
 def _stacked(n: int, k: int, experts: int, generator: torch.Generator) -> Fp8Weight:

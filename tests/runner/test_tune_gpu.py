@@ -45,6 +45,12 @@ def test_every_knob_belongs_to_some_step() -> None:
         assert tiles <= few and streamed in one and not tiles & one
 
 
+def test_tiles_are_tried_only_where_they_are_used() -> None:
+    tried = {size: "experts_rows" in _names(size, {"moe_experts_nvfp4", "fused_linear_nvfp4"}) for size in (1, 16, 64)}
+    assert tried == {1: False, 16: True, 64: False}
+    assert "experts_rows" in _names(64, {"moe_experts_fp4"})
+
+
 def test_the_search_keeps_what_is_faster_and_goes_on_from_there() -> None:
     seen: list[Knobs] = []
 

@@ -17,6 +17,7 @@ from skyline.kernels import tuning
 from skyline.kernels.flashinfer import tuning as flashinfer
 from skyline.kernels.triton.knobs import CANDIDATES, Knobs
 from skyline.ops import AttentionBatch
+from skyline.ops.nvfp4 import FEW_ROWS
 from skyline.runner import decode_knobs
 from skyline.runner.decode_graphs import DecodeGraphs
 from skyline.runner.loader import LoadedModel, load_model
@@ -146,7 +147,7 @@ def _names(size: int, ops: set[str]) -> list[str]:
         names.append("experts_fp8")
     elif size == 1 and experts & _IN_WORDS:
         names += ["words_gated", "words_down"]
-    elif experts:
+    elif experts - ({"moe_experts_nvfp4"} if size > FEW_ROWS else set()):  # many rows of those have tiles of their own
         names += ["experts_band", "experts_rows", "experts_stages", "experts_warps"]
     words = any(op.endswith(("linear_fp4", "linear_int4", "linear_int4_weight_only", "linear_nvfp4")) for op in ops)
     if size == 1 and words:

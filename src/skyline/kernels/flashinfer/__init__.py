@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from skyline.kernels.flashinfer.layouts import SwizzledFp4, UpFirst, swizzled_fp4, up_first, up_first_fp8
+from skyline.kernels.flashinfer.layouts import SWIZZLED_FP4, UP_FIRST, SwizzledFp4, UpFirst, up_first_fp8
 from skyline.kernels.fp8_layout import fp8_layout
 from skyline.kernels.registry import Kernel, Request, register
 from skyline.kernels.triton import LayoutOf, by_reference, does_not_compile, supports_fp4, supports_fp8
@@ -144,8 +144,8 @@ _provide("fused_linear_fp8", "linear", _supports_fp8, {1: fp8_layout(1)})
 _provide("gated_mlp_fp8", "linear", _supports_fp8, {1: fp8_layout(1), 2: fp8_layout(2)})
 _provide("attention_linear_fp8", "attention", _supports_attention_linear, {1: fp8_layout(1)})
 _provide("latent_attention", "latent", _supports_latent)
-_provide("linear_nvfp4", "fp4", _supports_fp4, {1: swizzled_fp4(1)})
-_provide("fused_linear_nvfp4", "fp4", _supports_fp4, {1: swizzled_fp4(1)})
-_provide("moe_experts", "moe", _supports_mixture, {1: up_first(1)})
-_provide("fused_experts", "moe", _supports_mixture, {1: up_first(1)})
+_provide("linear_nvfp4", "fp4", _supports_fp4, {1: SWIZZLED_FP4})
+_provide("fused_linear_nvfp4", "fp4", _supports_fp4, {1: SWIZZLED_FP4})
+_provide("moe_experts", "moe", _supports_mixture, {1: UP_FIRST})
+_provide("fused_experts", "moe", _supports_mixture, {1: UP_FIRST})
 _provide("moe_experts_fp8", "moe", _supports_mixture_fp8, {1: up_first_fp8(1), 2: fp8_layout(2)})

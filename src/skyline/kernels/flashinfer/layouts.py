@@ -92,11 +92,6 @@ UP_FIRST = UpFirstLayout()
 UP_FIRST_BLOCKS = UpFirstLayout(FP8_BLOCKS)
 
 
-def up_first(index: int) -> Callable[[tuple[Any, ...]], Layout]:
-    """Of plain experts."""
-    return lambda arguments: UP_FIRST
-
-
 def up_first_fp8(index: int) -> Callable[[tuple[Any, ...]], Layout]:
     """Of experts in FP8 with a scale a block, none of which holds rows of both gate and up; as they are of others."""
 
@@ -172,7 +167,3 @@ def groups_of(words: Fp4Words) -> int:
 
 
 SWIZZLED_FP4 = SwizzledFp4Layout()
-
-
-def swizzled_fp4(index: int) -> Callable[[tuple[Any, ...]], Layout]:
-    return lambda arguments: SWIZZLED_FP4

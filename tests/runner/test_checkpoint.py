@@ -117,13 +117,15 @@ def test_experts_in_blocks_of_fp8(inner: int, tmp_path: Path) -> None:
             torch.testing.assert_close(plain, wanted.detach(), rtol=1e-6, atol=0)
 
 
-def _on_a_gpu(folder: Path, name: str = "h200") -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
+def _on_a_gpu(
+    folder: Path, name: str = "h200", **options: Any
+) -> tuple[Program, torch.nn.Module, list[dict[str, Any]]]:
     """As it is loaded for a GPU, into this machine's memory, and what is reported of the weights."""
     config = load_config(folder)
     model = create_model(config, torch.bfloat16, CPU, allocate=False)
     with Checkpoint(folder, config) as checkpoint:
         stored = checkpoint.integers(model, GPUS[name])
-        asked = EngineConfig(model=str(folder), device="cuda", dtype="bfloat16")
+        asked = EngineConfig(model=str(folder), device="cuda", dtype="bfloat16", **options)
         program = build_program(asked, model, torch.bfloat16, stored=stored, gpu=GPUS[name])
         checkpoint.load(model, WeightStore(model, program, CPU).write)
         return program, model, checkpoint.report(model, torch.bfloat16)
@@ -209,6 +211,19 @@ def test_nvfp4_with_scales_of_inputs(family: str, tmp_path: Path) -> None:
     assert ops() == both
     save_file({**tensors, **{f"{module}.input_scale": torch.tensor([0.5]) for module in modules}}, file)
     assert ops() == weights, "activations in FP8"
+
+
+def test_experts_with_up_first_hold_the_checkpoint_s_weights(tmp_path: Path) -> None:
+    """As FlashInfer wants them; each expert's gate and up are two tensors of the file."""
+    experts = {"moe_intermediate_size": 96, "num_experts": 3, "num_experts_per_tok": 2}
+    theirs = save_tiny(tmp_path, "Qwen3Moe", **{**_TEXT, "hidden_size": 64, "intermediate_size": 96, **experts})
+    program, model, _ = _on_a_gpu(tmp_path, prefer_kernels="flashinfer")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(use.parameter)]: program.constant(use.slot) for use in program.weights}
+    for index, layer in enumerate(theirs.model.layers):
+        weight = found[f"model.layers.{index}.mlp.experts.gate_up"]
+        wanted = layer.mlp.experts.gate_up_proj.detach().bfloat16()
+        assert torch.equal(weight.turned(), wanted) and not torch.equal(weight.values, wanted)
 
 
 @pytest.mark.skipif(native.available() == "none", reason="no compiled kernels here")

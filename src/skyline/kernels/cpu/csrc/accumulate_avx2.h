@@ -96,7 +96,7 @@ void add_groups(const PackedMatrix& m, const Activations& a, const int8_t* x, in
     }
     for (int vec = 0; vec < 4; vec++) {
       if (ahead)
-        for (int64_t at = vec * group_bytes / 4; at < (vec + 1) * group_bytes / 4; at += 64) prefetch_l2(from + kAhead + at);
+        for (int64_t at = vec * group_bytes / 4; at < (vec + 1) * group_bytes / 4; at += 64) ask_for(from + kAhead + at);
       __m256i sums[R];
       multiply_levels<R>(x + g * group, stride, from + (zeros ? 128 : 64), vec, group / 32, sums);
       const Vec scale = widen_half(halves + 8 * vec);

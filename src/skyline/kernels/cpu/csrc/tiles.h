@@ -19,6 +19,16 @@ namespace skyline {
 // of one is right, and asking for memory that is not there does nothing.
 constexpr int64_t kAhead = 8192;
 
+// Asks for a line of weights. Into the first-level cache: memory is then read up to a quarter faster than by way of the second
+// (Zen 5). With AMX, for which this has not been measured, into the second, as tiles take much of the first.
+inline void ask_for(const uint8_t* line) {
+#if defined(__AMX_TILE__)
+  prefetch_l2(line);
+#else
+  prefetch_l1(line);
+#endif
+}
+
 // E2M1 (OCP Microscaling Formats 1.0, section 5.3.3) as bfloat16.
 constexpr uint16_t kE2m1Bits[16] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
                                     0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
@@ -36,7 +46,7 @@ struct Ahead {
       end = last;
       then = last;
     }
-    prefetch_l2(next);
+    ask_for(next);
     next += 64;
   }
   Ahead part(int64_t i, int64_t parts) const {
@@ -48,7 +58,7 @@ struct Ahead {
 template <int lines>
 inline void prefetch(const uint8_t* from) {
 #pragma GCC unroll 32
-  for (int i = 0; i < lines; i++) prefetch_l2(from + kAhead + 64 * i);
+  for (int i = 0; i < lines; i++) ask_for(from + kAhead + 64 * i);
 }
 
 // float32: the panel is [k][32].

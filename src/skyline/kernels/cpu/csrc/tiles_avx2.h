@@ -153,7 +153,7 @@ inline void widen_fp4(const uint8_t* scales, const uint8_t* from, int64_t blocks
       const int64_t tile = part / 2, half = part % 2 * 32;
       for (int q = 0; q < 4; q++) {
         const uint8_t* at = from + 256 * tile + 64 * q + half;
-        if (half == 0) prefetch_l2(at + kAhead);
+        if (half == 0) ask_for(at + kAhead);
         const __m256i words = load_whole(at);
         repeat<4>(SKYLINE_EACH(n) {
           const __m256i code = _mm256_and_si256(_mm256_srli_epi16(words, 4 * n), nibble);  // its upper byte's number is 0
@@ -179,7 +179,7 @@ inline void widen_fp8(const uint8_t* from, int64_t blocks, uint8_t* to) {
   const __m256 factor = _mm256_set1_ps(0x1p120f);
   for (int64_t tile = 0; tile < 2 * blocks; tile++, to += 1024)
     for (int line = 0; line < 8; line++, from += 64) {
-      prefetch_l2(from + kAhead);
+      ask_for(from + kAhead);
       repeat<2>(SKYLINE_EACH(half) {
         const __m256i bytes = load_whole(from + 32 * half), none = _mm256_setzero_si256();
         const __m256i words[2] = {_mm256_unpacklo_epi8(none, bytes), _mm256_unpackhi_epi8(none, bytes)};
@@ -219,7 +219,7 @@ inline void widen_bytes(const PackedMatrix& m, const uint8_t* panel, int64_t k0,
   const uint8_t* values = panel + m.heads_bytes() + k0 / 32 * m.step_bytes();
   for (int64_t block = 0; block < blocks; block++, k0 += 32, values += m.step_bytes(), to += 2048) {
     const uint8_t* head = panel + k0 / m.head_k() * m.head_bytes();
-    for (int64_t at = 0; at < m.step_bytes(); at += 64) prefetch_l2(values + kAhead + at);
+    for (int64_t at = 0; at < m.step_bytes(); at += 64) ask_for(values + kAhead + at);
     if constexpr (six) unpack_six_bits(values, bytes);
     const uint8_t* from = six ? bytes : values;
     for (int eight = 0; eight < 4; eight++)  // rows

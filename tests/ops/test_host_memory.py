@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from skyline.ops import host_memory
 from skyline.ops.host_memory import HUGE_PAGE, reserve, reserve_weight, use_huge_pages
 
 
@@ -25,12 +27,27 @@ def test_zeros_that_can_be_written(make: Any, shape: tuple[int, ...], dtype: tor
 
 
 def test_large_memory_begins_on_a_huge_page_and_lives_as_long_as_its_views() -> None:
-    memory = reserve_weight((2 * HUGE_PAGE + 100,), torch.uint8)
+    memory = reserve_weight((100 * HUGE_PAGE + 100,), torch.uint8)
     assert memory.data_ptr() % HUGE_PAGE == 0
     view = memory[HUGE_PAGE:]
     del memory
     view.fill_(7)
-    assert int(view.sum()) == 7 * (HUGE_PAGE + 100)
+    assert int(view.sum()) == 7 * (99 * HUGE_PAGE + 100)
+
+
+def test_small_weights_lie_side_by_side_and_are_freed_together() -> None:
+    use_huge_pages()  # begins anew
+    first, second = reserve_weight((3, 7), torch.float32), reserve_weight((50,), torch.int8)
+    assert second.data_ptr() == first.data_ptr() + 128 and first.data_ptr() % HUGE_PAGE == 0
+    owner = weakref.ref(host_memory._waiting[-1].memory)  # of which they are parts
+    del first
+    assert owner() is not None
+    del second
+    assert owner() is None
+    assert not reserve_weight((10,), torch.uint8).any()  # there is room of its own for the next
+    use_huge_pages()
+    later = reserve_weight((10,), torch.uint8)
+    assert later.data_ptr() % HUGE_PAGE == 0, "what has moved is not added to"
 
 
 @pytest.mark.skipif(
@@ -51,13 +68,13 @@ def test_whole_huge_pages_are_requested() -> None:
 
 def test_weights_move_to_huge_pages_as_they_are() -> None:
     use_huge_pages()  # what other tests have left
-    sizes = (HUGE_PAGE, 5 * HUGE_PAGE + 12_345, 40 * HUGE_PAGE)
+    sizes = (1000, 5 * HUGE_PAGE + 12_345, 70 * HUGE_PAGE + 1, 40 * HUGE_PAGE)
     weights = [reserve_weight((size,), torch.uint8) for size in sizes]
     for index, weight in enumerate(weights):
         weight.copy_((torch.arange(len(weight)) * (index + 3)).to(torch.uint8))
     before = [weight.clone() for weight in weights]
     moved = use_huge_pages(share=1.0)
-    assert moved in (0, sum(size // HUGE_PAGE * HUGE_PAGE for size in sizes)), "all, or none where the kernel cannot"
+    assert moved in (0, (46 + 71) * HUGE_PAGE), "all, or none where the kernel cannot"
     assert all(torch.equal(weight, copy) for weight, copy in zip(weights, before, strict=True))
     assert use_huge_pages() == 0
 

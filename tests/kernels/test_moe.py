@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skyline.graph import capture, lower, quantize_linears, run_passes
-from skyline.kernels import Kernel, Layout, Request, choose
+from skyline.kernels import Kernel, Layout, Request, choose, finish_weight
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import PackedWeight
 from skyline.kernels.fp4_layout import FP4
@@ -91,6 +91,7 @@ def _load(layout: Layout, weight: Tensor | QuantizedWeight | Fp8Weight | Fp4Weig
     rows = dense.reshape(-1, dense.shape[-1])
     for first in range(0, len(rows), 7):  # pieces that end inside of experts
         layout.write(target, first, rows[first : first + 7])
+    assert finish_weight(layout, target)
     assert isinstance(target, PackedWeight)
     return target
 

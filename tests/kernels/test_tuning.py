@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(native.available() == "none", reason="no compile
 
 FORMATS = {
     "bfloat16": ("linear", Format.BFLOAT16, 0),
+    "bfloat16 in 12 bits": ("linear", Format.COMPRESSED, 0),
     "int8": ("linear_int8", Format.INT8, 0),
     "int8 weight only": ("linear_int8_weight_only", Format.INT8_WEIGHT_ONLY, 0),
     "int4 by 32": ("linear_int4", Format.INT4, 32),
@@ -39,9 +40,14 @@ FORMATS = {
 }
 
 
+_SAME = {Format.BFLOAT16, Format.COMPRESSED}  # of which one kernel takes either
+
+
 def weight_of(format: Format, group: int, weight: torch.Tensor, gated: bool = False) -> PackedWeight:
     """Packed; blocks of FP8, and bytes, are not made of rows."""
     layout = packed_layout(format, gated=gated, group=group)
+    if format is Format.COMPRESSED and native.available() == "avx2":
+        pytest.skip("not for AVX2")
     if format is Format.BYTES:
         factors = torch.linspace(0.5, 2.0, weight.shape[0] * -(-weight.shape[1] // group)) / 1000
         levels = (weight * 1000).round().clamp(-128, 127).to(torch.int8)
@@ -65,7 +71,8 @@ def kernel_of(op: str, format: Format, group: int) -> Any:
     for kernel in candidates(op):
         if kernel.provider == native.PROVIDER:
             layout: Any = kernel.layouts[1]
-            if layout((None, weight)) is packed_layout(format, group=group):
+            wanted = layout((None, weight))
+            if wanted is packed_layout(format, group=group) or {wanted.format, format} == _SAME:
                 return kernel
     raise AssertionError(f"no kernel of {op} for {format!r}")
 

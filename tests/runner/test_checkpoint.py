@@ -105,6 +105,7 @@ def test_experts_in_blocks_of_fp8(inner: int, tmp_path: Path) -> None:
         program = build_program(asked, model, torch.float32, stored=stored, gpu=GPUS["h200"])
         store = WeightStore(model, program, CPU)
         checkpoint.load(model, store.write)
+        assert store.finish() == []
     experts = [call for call in program.calls if "experts" in call.op.name]
     names = {"moe_experts_fp8"} if inner == 128 else {"fused_experts"}
     assert {call.op.name for call in experts} == names and len(experts) == 3
@@ -138,7 +139,9 @@ def _on_a_cpu(folder: Path, **options: Any) -> tuple[Program, torch.nn.Module, l
     with Checkpoint(folder, config) as checkpoint:
         stored = checkpoint.integers(model, None, compiled_kinds(asked, torch.bfloat16, native.available()))
         program = build_program(asked, model, torch.bfloat16, stored=stored)
-        checkpoint.load(model, WeightStore(model, program, CPU).write)
+        store = WeightStore(model, program, CPU)
+        checkpoint.load(model, store.write)
+        assert store.finish() == []
         return program, model, checkpoint.report(model, torch.bfloat16)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from skyline import LLM, SamplingParams
@@ -24,6 +25,7 @@ from skyline.cli import app, console
 from skyline.engine.config import EngineConfig
 from skyline.engine.messages import EngineOutput
 from skyline.kernels.cpu import native
+from skyline.kernels.cpu.packed import Format
 from skyline.runner import weight_cache
 from skyline.runner.checkpoint import Checkpoint
 from skyline.runner.loader import LoadedModel, load_model
@@ -418,3 +420,26 @@ def test_llm_passes_it_on(tiny_checkpoint: Path, entries: Path) -> None:
             rows.append(llm._ready.report["architecture"])
         only_entry(entries)
     assert rows[0].endswith("MiB written to the weight cache") and rows[1].endswith("MiB from the weight cache")
+
+
+@pytest.mark.skipif(native.available() != "avx512", reason="weights are compressed with AVX-512 alone")
+def test_weights_that_cannot_be_compressed_are_read_again(
+    tiny_checkpoint: Path, tmp_path: Path, entries: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are in another layout than the cache was told of."""
+    folder = tmp_path / "irregular"
+    shutil.copytree(tiny_checkpoint, folder)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    sizes = torch.randint(-60, 1, tensors[name].shape, generator=torch.Generator().manual_seed(3))
+    tensors[name] *= 2.0**sizes
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    first, second = start(folder), start(folder)
+    assert f"{name} cannot be compressed, so that the weights are not cached" in caplog.text
+    assert not written(first) and not from_cache(second) and not list(entries.glob("*"))
+    assert same(first, second)
+    packed = [first.program.constant(use.slot) for use in first.program.weights if use.layout is not None]
+    formats = [weight.layout.format for weight in packed]
+    assert formats.count(Format.BFLOAT16) == 1 and formats.count(Format.COMPRESSED) == len(formats) - 1
+    (plain,) = (weight for weight in packed if weight.layout.format is Format.BFLOAT16)
+    assert torch.equal(plain.dense(torch.bfloat16), tensors[name].bfloat16())

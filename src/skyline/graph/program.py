@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from skyline.graph.buffers import BufferPlan, plan_buffers
 from skyline.graph.capture import INPUTS, resolve
-from skyline.kernels import Choice, Kernel, Layout, Request, choose
+from skyline.kernels import Choice, Kernel, Layout, Request, choose, finish_weight
 from skyline.kernels.tuning import Tunings
 from skyline.ops import AttentionBatch, Op
 
@@ -366,6 +366,7 @@ class _Builder:
             if use.layout is not None and not use.parameter.is_meta:  # a model that is already filled
                 target = use.layout.allocate(tuple(use.parameter.shape), use.parameter.dtype, use.parameter.device)
                 use.layout.write(target, 0, use.parameter.detach().reshape(-1, use.parameter.shape[-1]))
+                finish_weight(use.layout, target)
                 program.set_weight(use, target)
         return program
 

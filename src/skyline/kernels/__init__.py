@@ -6,6 +6,26 @@ from skyline.kernels import flashinfer  # noqa: F401  isort: skip
 from skyline.kernels import torch_invariant  # noqa: F401  isort: skip
 from skyline.kernels import torch_quantized  # noqa: F401  isort: skip
 from skyline.kernels import torch_reference  # noqa: F401  isort: skip
-from skyline.kernels.registry import Choice, Kernel, Layout, NoKernelError, Request, candidates, choose, others
+from skyline.kernels.registry import (
+    Choice,
+    Kernel,
+    Layout,
+    NoKernelError,
+    Request,
+    candidates,
+    choose,
+    finish_weight,
+    others,
+)
 
-__all__ = ["Choice", "Kernel", "Layout", "NoKernelError", "Request", "candidates", "choose", "others"]
+__all__ = [
+    "Choice",
+    "Kernel",
+    "Layout",
+    "NoKernelError",
+    "Request",
+    "candidates",
+    "choose",
+    "finish_weight",
+    "others",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -54,6 +54,20 @@ class Layout(Protocol):
         zero points; one of FP8 likewise Fp8Rows.
         """
         ...
+
+
+@runtime_checkable
+class Finishing(Layout, Protocol):
+    """A layout that has something to do when all rows of a weight are there."""
+
+    def finish(self, target: Any) -> bool:
+        """False if the weight turned out to fit another layout only, in which `target` then is."""
+        ...
+
+
+def finish_weight(layout: Layout, target: Any) -> bool:
+    """To be called once all rows of a weight are written, and before it is used. False as of `Finishing.finish`."""
+    return layout.finish(target) if isinstance(layout, Finishing) else True
 
 
 @dataclass(frozen=True)

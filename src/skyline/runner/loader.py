@@ -322,7 +322,9 @@ def _read_weights(
         return f"{cache.nbytes / 2**20:,.0f} MiB from the weight cache"
     read = checkpoint.load(model, store.write)
     source = f"{read.bytes / 2**20:,.0f} MiB"
-    if cache is not None and cache.write():
+    if (otherwise := store.finish()) and cache is not None:
+        _LOG.warning("%s cannot be compressed, so that the weights are not cached", ", ".join(otherwise))
+    elif cache is not None and cache.write():
         source += f", {cache.nbytes / 2**20:,.0f} MiB written to the weight cache"
     return source
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from skyline.checkpoint.errors import CheckpointError
 from skyline.graph import Program, WeightUse
+from skyline.kernels import finish_weight
 from skyline.layers import random_values
 from skyline.ops import Fp4Weight, QuantizedWeight
 from skyline.ops.fp8 import Fp8Rows
@@ -77,9 +78,19 @@ class WeightStore:
             except ValueError as error:
                 raise CheckpointError(f"{self._names[id(parameter)]}: {error}") from error
 
+    def finish(self) -> list[str]:
+        """Once everything is written. Returns which weights had to be kept in another layout than `tensors` knew of."""
+        return [
+            self._names[id(use.parameter)]
+            for targets in self._targets.values()
+            for use, memory in targets
+            if use.layout is not None and not finish_weight(use.layout, memory)
+        ]
+
     def randomize(self, model: nn.Module, seed: int) -> None:
         """As skyline.layers.randomize."""
         for parameter, fill in random_values(model, seed):
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
             fill(values)
             self.write(parameter, values)
+        self.finish()

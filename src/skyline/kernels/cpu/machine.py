@@ -22,7 +22,7 @@ from skyline.kernels.cpu import native
 from skyline.kernels.cpu.build import library_path
 from skyline.kernels.cpu.isa import cpu_model
 from skyline.kernels.cpu.packed import Format
-from skyline.kernels.registry import Request, choose
+from skyline.kernels.registry import Request, choose, finish_weight
 from skyline.ops import OPS
 
 _READ_BYTES = 512 << 20  # more than any cache
@@ -153,6 +153,7 @@ def _product_peak(name: str, isa: str) -> float:
             layout = layout((x, weight))
         packed = layout.allocate((columns, length), dtype)
         layout.write(packed, 0, weight)
+        finish_weight(layout, packed)
         into = kernel.into
         assert into is not None
         work = 2 * rows * columns * length

@@ -12,7 +12,7 @@ from skyline.kernels.cpu.native import library, only, provide, supports
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 from skyline.kernels.registry import Request
 
-_PLAIN = {Format.BFLOAT16, Format.BYTES, Format.SIX_BITS}  # that the op on plain weights takes
+_PLAIN = {Format.BFLOAT16, Format.COMPRESSED, Format.BYTES, Format.SIX_BITS}  # that the op on plain weights takes
 _Layouts = Mapping[int, Callable[[tuple[Any, ...]], PackedLayout]]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library
+from skyline.kernels.cpu.native import available, library
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.registry import CPU
@@ -40,6 +40,11 @@ class Format(IntEnum):
     FP8 = 6
     BYTES = 7
     SIX_BITS = 8
+    COMPRESSED = 9  # bfloat16, without loss
+
+
+_NAMES = {Format.COMPRESSED: "bfloat16 in 12 bits"}
+_LONGEST = 1 << 19  # rows, in which places of exceptions are counted
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +52,8 @@ class PackedWeight:
     """A weight [N, K], or [E, N, K], that the kernels of this provider read.
 
     data: uint8 [E * panels, bytes of a panel]. scales float32, one a packed row: int8 formats, fp4, and fp8 without
-    groups; sums int32: int8 formats only.
+    groups; sums int32: of int8 formats, one a packed row; compressed, the exceptions. While a compressed weight is
+    written, `found` has those of its parts, int64 as csrc/compressed.h lists them.
     """
 
     layout: PackedLayout
@@ -55,6 +61,7 @@ class PackedWeight:
     data: Tensor
     scales: Tensor | None
     sums: Tensor | None
+    found: list[Tensor] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +70,8 @@ class PackedWeight:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """PACKED_PARAMETERS of csrc/packed_arguments.h."""
+        if self.found:
+            raise RuntimeError("a compressed weight was used before it was finished")
         n, k = self.shape[-2:]
         layout = self.layout
         return self.data, self.scales, self.sums, int(layout.format), n, k, layout.gated, layout.group, layout.zeros
@@ -72,7 +81,7 @@ class PackedWeight:
         panels = self.layout.panels(self.shape[-2])
         rows = slice(index * panels * PANEL, (index + 1) * panels * PANEL)
         scales = None if self.scales is None else self.scales[rows]
-        sums = None if self.sums is None else self.sums[rows]
+        sums = self.sums if self.sums is None or self.layout.format is Format.COMPRESSED else self.sums[rows]
         data = self.data[index * panels : (index + 1) * panels]
         return PackedWeight(self.layout, self.shape[-2:], data, scales, sums)
 
@@ -96,7 +105,7 @@ class PackedLayout:
         self.gated = gated
         self.group = group
         self.zeros = zeros
-        self.name = format.name.lower() + (f" by {group}" if group else "")
+        self.name = _NAMES.get(format, format.name.lower()) + (f" by {group}" if group else "")
         self.name += ((" with offsets" if format is Format.BYTES else " with zero points") if zeros else "") + (
             ", gated" if gated else ""
         )
@@ -110,6 +119,8 @@ class PackedLayout:
                 return k * PANEL * 4
             case Format.BFLOAT16:
                 return -(-k // 32) * 32 * PANEL * 2
+            case Format.COMPRESSED:
+                return 64 + -(-k // 32) * 1536
             case Format.INT8_WEIGHT_ONLY:
                 return -(-k // 32) * 32 * PANEL
             case Format.INT8:
@@ -141,6 +152,8 @@ class PackedLayout:
             scales = torch.zeros(panels * PANEL, dtype=torch.float32)
         if self.format in (Format.INT8, Format.INT8_WEIGHT_ONLY):
             sums = torch.zeros(panels * PANEL, dtype=torch.int32)
+        if self.format is Format.COMPRESSED:
+            sums = reserve_weight((max(panels * -(-k // 32), 1),), torch.int32)
         return PackedWeight(self, tuple(shape), data, scales, sums)
 
     def write(self, target: PackedWeight, first_row: int, rows: _Rows) -> None:
@@ -163,9 +176,38 @@ class PackedLayout:
                 values, scales = rows.values.view(torch.uint8)[done:stop], rows.scales[done:stop].float()
                 if not library().pack_fp8(*place, values.contiguous(), scales.contiguous(), row):
                     raise ValueError("a weight holds NaN; quantize the checkpoint again")
+            elif self.format is Format.COMPRESSED:
+                plain = rows[done:stop].contiguous()
+                found = torch.empty(plain.numel() // 256, dtype=torch.int64)
+                while (exceptions := library().pack_compressed(*place, plain, row, found)) > len(found):
+                    found = torch.empty(exceptions, dtype=torch.int64)
+                target.found.append(found[:exceptions] + (expert * self.panels(n) << 32))
             elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
+
+    def finish(self, target: PackedWeight) -> bool:
+        """As skyline.kernels.registry.Finishing. Weights with too many exceptions become plain bfloat16."""
+        if not target.found:
+            return True
+        assert target.sums is not None
+        found = torch.cat(target.found).sort().values
+        target.found.clear()
+        counts = torch.bincount(found >> 32, minlength=len(target.data)).int()
+        heads = target.data.view(torch.int32)[:, PANEL // 4 : PANEL // 4 + 2]
+        heads[:, 0] = counts.cumsum(0) - counts
+        heads[:, 1] = counts
+        exceptions = (found & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        if len(exceptions) <= len(target.sums):
+            target.sums[: len(exceptions)] = exceptions
+            return True
+        target.sums = exceptions
+        plain = packed_layout(Format.BFLOAT16, self.gated)
+        other = plain.allocate(target.shape, torch.bfloat16)
+        for index in range(target.shape[0] if len(target.shape) == 3 else 1):
+            plain.write(other, index * target.shape[-2], target.expert(index).dense(torch.bfloat16))
+        target.layout, target.data, target.sums = plain, other.data, other.sums
+        return False
 
     def _ready(self, rows: _Rows) -> _Rows:
         """Rows in the numbers of this format, where those are not made while packing."""
@@ -195,6 +237,8 @@ def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLay
     match format:
         case Format.BFLOAT16 if decided is not None and decided.widened:
             return packed_layout(Format.SIX_BITS if decided.bits == 6 else Format.BYTES, gated, group, decided.zeros)
+        case Format.BFLOAT16 if available() == "avx512" and weight.shape[-1] <= _LONGEST:  # not measured with AMX
+            return packed_layout(Format.COMPRESSED, gated)
         case Format.FP8:
             return packed_layout(format, gated, group)
         case Format.FP4:
@@ -238,4 +282,5 @@ def pack(weight: Tensor | QuantizedWeight | ByteRows | Fp4Weight | Fp8Weight, la
         return target
     target = layout.allocate(tuple(weight.shape), weight.dtype)
     layout.write(target, 0, weight.reshape(-1, weight.shape[-1]))
+    layout.finish(target)
     return target

@@ -8,6 +8,7 @@ namespace skyline {
 namespace {
 
 constexpr int64_t kManyRows = 64;
+constexpr int64_t kPassingBlocks = 4;  // of rows: up to so many, making bfloat16 anew is faster than writing and reading it
 
 // What to ask for while rows of A, in so many blocks, go by the `bytes` at b, after which come those at `next`, if any.
 Ahead ahead_of(const uint8_t* b, int64_t bytes, const uint8_t* next, int64_t rows, int64_t blocks) {
@@ -190,8 +191,7 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
   if (rows <= kPassingRows) {
     const int64_t together = scales ? group : k;
     for (int64_t k0 = 0; k0 < k; k0 += together) {
-      auto columns = columns_at(k0);
-      multiply_in_passing(x + k0, stride, rows, columns, std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
+      multiply_in_passing(x + k0, stride, rows, columns_at(k0), std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
     }
     return;
   }
@@ -206,6 +206,40 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
       multiply_blocks<Bf16Step>(x + k0 + g, stride, rows, s.b + g * kPanel * 2, std::min(together, size - g), s.c, k0 + g > 0,
                                 false, ahead.part(i, parts), scales_at(k0 + g));
     }
+  }
+}
+
+// The same of a compressed panel. Without AMX, few blocks of rows are all multiplied in passing; of many the first is, and what it was
+// multiplied by is kept for the others.
+void accumulate_compressed(const PackedMatrix& m, const bf16* x, int64_t stride, int64_t rows, const uint8_t* panel,
+                           const uint8_t* next, int64_t piece, Scratch& s) {
+  const int64_t k = m.padded_k(), blocks = ceil_div(rows, kRowBlock);
+#if !defined(__AMX_TILE__)
+  if (blocks == 1)
+    return multiply_in_passing<CompressedColumns<true>, kRowBlock>(x, stride, rows, {m, panel, 0}, k / 32, s.c, false);
+#endif
+  for (int64_t k0 = 0; k0 < k; k0 += piece) {
+    const int64_t size = std::min(piece, k - k0), bytes = size / 32 * kCompressedStep;
+    const uint8_t* after = k0 + size < k ? panel + kCompressedHead + (k0 + size) / 32 * kCompressedStep : next;
+    const Ahead ahead{after, after ? after + bytes : nullptr};
+#if defined(__AMX_TILE__)
+    widen(CompressedColumns<true>(m, panel, k0), size / 32, s.b);
+    multiply_blocks<Bf16Step>(x + k0, stride, rows, s.b, size, s.c, k0 > 0, false, ahead);
+#else
+    const auto in_passing = [&]<bool keep>(int64_t i) {
+      const int64_t r = block_begin(i, blocks, rows), count = block_begin(i + 1, blocks, rows) - r;
+      multiply_in_passing<CompressedColumns<false>, kRowBlock, keep>(x + r * stride + k0, stride, count, {m, panel, k0}, size / 32,
+                                                                     s.c + r * kPanel, k0 > 0, nullptr, s.b, ahead.part(i, blocks));
+      return r + count;
+    };
+    if (blocks <= kPassingBlocks) {
+      for (int64_t i = 0; i < blocks; i++) in_passing.template operator()<false>(i);
+      continue;
+    }
+    const int64_t r = in_passing.template operator()<true>(0);
+    multiply_blocks<Bf16Step>(x + r * stride + k0, stride, rows - r, s.b, size, s.c + r * kPanel, k0 > 0, false,
+                              {ahead.part(1, blocks).next, ahead.end});
+#endif
   }
 }
 
@@ -234,6 +268,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
   if (m.format == Format::kInt8WeightOnly)
     return accumulate_widened(x, a.stride, rows, k, tactic, s, 8, panel, next,
                               [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
+  if (m.format == Format::kCompressed) return accumulate_compressed(m, x, a.stride, rows, panel, next, most, s);
   if (m.format == Format::kFp8) {
     const uint8_t* values = panel + m.fp8_scale_bytes();
     return accumulate_widened(

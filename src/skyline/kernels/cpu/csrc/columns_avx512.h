@@ -2,6 +2,7 @@
 #pragma once
 
 #include "byte_numbers.h"
+#include "compressed.h"
 #include "tiles.h"
 
 namespace skyline {
@@ -194,18 +195,25 @@ class ByteColumns {
   alignas(64) uint8_t bytes_[six ? 1024 : 1];
 };
 
-// Writes `blocks` blocks of 32 k in the bfloat16 layout.
+// Writes the block that `begin` was called for in the bfloat16 layout.
+template <class Columns>
+inline void widen_block(Columns& columns, uint8_t* to) {
+  repeat<4>(SKYLINE_EACH(q) {
+    __m512i pairs[2][4];  // all of them before any is stored: what two have in common is computed once
+    repeat<2>(SKYLINE_EACH(t) { repeat<4>(SKYLINE_EACH(n) { pairs[t][n] = columns.template pair<t, n>(q); }); });
+    repeat<2>(SKYLINE_EACH(t) {
+      repeat<4>(SKYLINE_EACH(n) { _mm512_storeu_si512(to + 1024 * t + 64 * (4 * q + n), pairs[t][n]); });
+    });
+  });
+  if constexpr (requires { columns.put_right(to); }) columns.put_right(to);
+}
+
+// The same of `blocks` blocks of 32 k.
 template <class Columns>
 inline void widen(Columns columns, int64_t blocks, uint8_t* to) {
   for (int64_t i = 0; i < blocks; i++, to += 2048) {
     columns.begin();
-    repeat<4>(SKYLINE_EACH(q) {
-      __m512i pairs[2][4];  // all of them before any is stored: what two have in common is computed once
-      repeat<2>(SKYLINE_EACH(t) { repeat<4>(SKYLINE_EACH(n) { pairs[t][n] = columns.template pair<t, n>(q); }); });
-      repeat<2>(SKYLINE_EACH(t) {
-        repeat<4>(SKYLINE_EACH(n) { _mm512_storeu_si512(to + 1024 * t + 64 * (4 * q + n), pairs[t][n]); });
-      });
-    });
+    widen_block(columns, to);
   }
 }
 
@@ -213,27 +221,61 @@ constexpr int64_t kPassingRows = 8;  // up to so many are multiplied by columns 
 
 #if !defined(__AMX_TILE__)
 
-// c [rows][32] = rows <= kPassingRows of A times `blocks` blocks, in the order of `multiply`; with scales of the columns, times
-// those, and added to c if `accumulate`.
-template <class Columns, int R = static_cast<int>(kPassingRows)>
-void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, Columns& columns, int64_t blocks, float* c, bool accumulate,
-                         const float* scales) {
+// c [rows][32] (+)= rows of A, at most R, times `blocks` blocks, in the order of `multiply`, and, if there are scales of the
+// columns, times those. keep: the blocks are also written to `lines` in the bfloat16 layout, for other rows. ahead: what is asked for
+// meanwhile, if the columns do not ask for anything themselves.
+template <class Columns, int R = static_cast<int>(kPassingRows), bool keep = false>
+void multiply_in_passing(const bf16* a, int64_t lda, int64_t rows, const Columns& given, int64_t blocks, float* c, bool accumulate,
+                         const float* scales = nullptr, uint8_t* lines = nullptr, Ahead ahead = {}) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_in_passing<Columns, R - 1>(a, lda, rows, columns, blocks, c, accumulate, scales);
+    if (rows < R) return multiply_in_passing<Columns, R - 1, keep>(a, lda, rows, given, blocks, c, accumulate, scales, lines, ahead);
   }
+  Columns columns = given;
   __m512 acc[R][2];
-  repeat<R>(SKYLINE_EACH(r) { acc[r][0] = acc[r][1] = _mm512_setzero_ps(); });
+  const bool go_on = accumulate && !scales;
+  repeat<R>(SKYLINE_EACH(r) {
+    repeat<2>(SKYLINE_EACH(t) { acc[r][t] = go_on ? _mm512_loadu_ps(c + r * kPanel + 16 * t) : _mm512_setzero_ps(); });
+  });
+  const auto add = [&](const bf16* x, __m512i left, __m512i right) __attribute__((always_inline)) {
+    repeat<R>(SKYLINE_EACH(r) {
+      const __m512i all = spread_four(x + r * lda);
+      acc[r][0] = Bf16Step::dot(acc[r][0], all, left);
+      acc[r][1] = Bf16Step::dot(acc[r][1], all, right);
+    });
+  };
   for (int64_t i = 0; i < blocks; i++) {
     columns.begin();
-    for (int q = 0; q < 4; q++, a += 8)
-      repeat<4>(SKYLINE_EACH(n) {
-        const __m512i left = columns.template pair<0, n>(q), right = columns.template pair<1, n>(q);
-        repeat<R>(SKYLINE_EACH(r) {
-          const __m512i x = spread_four(a + r * lda + 2 * n);
-          acc[r][0] = Bf16Step::dot(acc[r][0], x, left);
-          acc[r][1] = Bf16Step::dot(acc[r][1], x, right);
+    if constexpr (requires { columns.irregular(); }) {
+      if (columns.irregular()) [[unlikely]] {
+        alignas(64) uint8_t here[2048];
+        uint8_t* block = keep ? lines : here;
+        widen_block(columns, block);
+        for (int p = 0; p < 16; p++, a += 2) add(a, _mm512_loadu_si512(block + 64 * p), _mm512_loadu_si512(block + 1024 + 64 * p));
+        if (keep) lines += 2048;
+        continue;
+      }
+    }
+    for (int q = 0; q < 4; q++, a += 8) {
+      if constexpr (requires(__m512i v) { columns.template pairs<0, 0>(q, v, v); }) {
+        repeat<2>(SKYLINE_EACH(h) {
+          if constexpr (!Columns::kAsks) ahead.ask(), ahead.ask();
+          __m512i left[2], right[2];
+          columns.template pairs<0, h>(q, left[0], left[1]);
+          columns.template pairs<1, h>(q, right[0], right[1]);
+          repeat<2>(SKYLINE_EACH(n) {
+            if constexpr (keep) {
+              _mm512_storeu_si512(lines + 64 * (2 * h + n), left[n]);
+              _mm512_storeu_si512(lines + 64 * (2 * h + n) + 1024, right[n]);
+            }
+            add(a + 4 * h + 2 * n, left[n], right[n]);
+          });
         });
-      });
+      } else {
+        repeat<4>(SKYLINE_EACH(n) { add(a + 2 * n, columns.template pair<0, n>(q), columns.template pair<1, n>(q)); });
+      }
+      if (keep) lines += 256;
+    }
+    if (keep) lines += 1024;
   }
   if (scales) return add_scaled<R>(acc, scales, c, accumulate);
   repeat<R>(SKYLINE_EACH(r) { repeat<2>(SKYLINE_EACH(t) { _mm512_storeu_ps(c + r * kPanel + 16 * t, acc[r][t]); }); });

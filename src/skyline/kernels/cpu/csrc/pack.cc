@@ -2,6 +2,7 @@
 #include <cmath>
 #include <vector>
 
+#include "compressed.h"
 #include "packed.h"
 #include "packed_arguments.h"
 #include "stored_rows.h"
@@ -132,23 +133,13 @@ class Packer {
       }
       case Format::kBfloat16: {
         std::vector<const uint32_t*> rows;
-        for (int64_t r = 0; r < count; r++) {
-          uint16_t* to = bits.data() + r * padded;
-          if (is_bf16(src) && m.k == padded) {
-            rows.push_back(reinterpret_cast<const uint32_t*>(rows_of<bf16>(src)[first + r]));
-            continue;
-          }
-          if (is_bf16(src)) {
-            std::copy_n(rows_of<bf16>(src)[first + r], m.k, to);
-          } else {
-            widen(src, first + r, m.k, wide.data());
-            for (int64_t i = 0; i < m.k; i++) to[i] = to_bf16(wide[i]);
-          }
-          rows.push_back(reinterpret_cast<const uint32_t*>(to));
-        }
+        for (const bf16* row : narrow(src, first, count)) rows.push_back(reinterpret_cast<const uint32_t*>(row));
         writer.spread(rows, padded / 2, 16);
         break;
       }
+      case Format::kCompressed:
+        Compressor(m, exceptions).write(narrow(src, first, count).data(), count, place);
+        break;
       case Format::kInt8:
       case Format::kInt8WeightOnly: {
         std::vector<const uint32_t*> fours;
@@ -192,8 +183,28 @@ class Packer {
   }
 
   bool all_finite = true;
+  std::vector<int64_t> exceptions;  // compressed: as Compressor lists them
 
  private:
+  // Rows of src as bfloat16, with zeros up to `padded`.
+  std::vector<const bf16*> narrow(const TensorView& src, int64_t first, int64_t count) {
+    std::vector<const bf16*> rows;
+    for (int64_t r = 0; r < count; r++) {
+      bf16* to = bits.data() + r * padded;
+      if (is_bf16(src) && m.k == padded) {
+        rows.push_back(rows_of<bf16>(src)[first + r]);
+        continue;
+      }
+      if (is_bf16(src)) {
+        std::copy_n(rows_of<bf16>(src)[first + r], m.k, to);
+      } else {
+        widen(src, first + r, m.k, wide.data());
+        for (int64_t i = 0; i < m.k; i++) to[i] = to_bf16(wide[i]);
+      }
+      rows.push_back(to);
+    }
+    return rows;
+  }
   void load(const TensorView& src, int64_t row) {
     widen(src, row, m.k, wide.data());
     all_finite = all_finite && finite(wide.data(), m.k);
@@ -265,6 +276,7 @@ float element(const PackedMatrix& m, int64_t place, int64_t i) {
     }
     case Format::kBytes:
     case Format::kSixBits: return byte_element(m, panel, place, i);
+    case Format::kCompressed:  // is read by rows
     case Format::kInt4: break;
   }
   const uint8_t* group = panel + i / m.group * m.group_bytes();
@@ -294,22 +306,43 @@ void pack_all(Packer& packer, const PackedMatrix& m, const TensorView& src, int6
   }
 }
 
+void check_rows(const PackedMatrix& m, const TensorView& src, int64_t first_row) {
+  SKYLINE_CHECK(src.ndim() == 2 && src.shape()[1] == m.k && first_row >= 0 && first_row + src.shape()[0] <= m.n,
+                "rows of another shape than the weight's");
+  SKYLINE_CHECK(is_bf16(src) || is_float32(src) || (src.dtype().code == kDLFloat && src.dtype().bits == 16),
+                "takes float32, bfloat16 or float16");
+}
+
 }  // namespace
 
 // Writes src [rows, K], of float32, bfloat16 or float16, to the rows of the weight from first_row on. Returns whether all
 // values were finite (always true for formats that take any value). Any number of threads may write different rows.
 bool pack_rows(PACKED_PARAMETERS, TensorView src, int64_t first_row) {
   PackedMatrix m = PACKED_MATRIX;
-  SKYLINE_CHECK(src.ndim() == 2 && src.shape()[1] == k && first_row >= 0 && first_row + src.shape()[0] <= n,
-                "rows of another shape than the weight's");
-  SKYLINE_CHECK(!stored_only(m.format), "is not made of rows of floats");
-  SKYLINE_CHECK(is_bf16(src) || is_float32(src) || (src.dtype().code == kDLFloat && src.dtype().bits == 16),
-                "takes float32, bfloat16 or float16");
+  check_rows(m, src, first_row);
+  SKYLINE_CHECK(!stored_only(m.format) && m.format != Format::kCompressed, "is not made of rows of floats here");
   Packer packer(m);
   pack_all(packer, m, src, first_row);
   return packer.all_finite;
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_rows, pack_rows);
+
+// Writes src [rows, K], as `pack_rows` takes it, to a compressed weight. Returns how many exceptions there are; found int64 gets
+// them, as Compressor lists them, if it is long enough.
+int64_t pack_compressed(PACKED_PARAMETERS, TensorView src, int64_t first_row, TensorView found) {
+  PackedMatrix m = PACKED_MATRIX;
+  check_rows(m, src, first_row);
+#if !defined(__AVX512F__)
+  SKYLINE_CHECK(false, "compressed weights take AVX-512");
+#endif
+  SKYLINE_CHECK(m.format == Format::kCompressed && is_int64(found) && found.IsContiguous(), "takes a compressed weight");
+  Packer packer(m);
+  pack_all(packer, m, src, first_row);
+  const int64_t count = static_cast<int64_t>(packer.exceptions.size());
+  if (count <= found.numel()) std::copy(packer.exceptions.begin(), packer.exceptions.end(), data<int64_t>(found));
+  return count;
+}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_compressed, pack_compressed);
 
 // Writes rows that are quantized already to the weight from first_row on: values int8 [rows, K], scales and zeros as in
 // skyline.ops.QuantizedWeight. Any number of threads may write different rows.
@@ -319,7 +352,7 @@ void pack_levels(PACKED_PARAMETERS, TensorView values, TensorView value_scales, 
   SKYLINE_CHECK(is_int8(values) && values.ndim() == 2 && values.shape()[1] == k && first_row >= 0 &&
                     first_row + values.shape()[0] <= n,
                 "takes rows of int8 [N, K]");
-  SKYLINE_CHECK(!stored_only(m.format), "takes integers by rows, or int4 in groups");
+  SKYLINE_CHECK(!stored_only(m.format) && m.format != Format::kCompressed, "takes integers by rows, or int4 in groups");
   int64_t count = values.shape()[0] * (m.format == Format::kInt4 ? m.padded_k() / group : 1);
   SKYLINE_CHECK(value_scales.numel() == count && value_scales.IsContiguous() && zeros == value_zeros.has_value() &&
                     (!zeros || ((*value_zeros).numel() == count && (*value_zeros).IsContiguous())),
@@ -410,9 +443,15 @@ void packed_embedding(TensorView out, TensorView ids, PACKED_PARAMETERS) {
   dispatch_float(out, [&]<class T>(T*) {
     auto to = rows_of<T>(out);
     ThreadPool::get().run_ranges(count, 4, [&](int64_t begin, int64_t end) {
+      std::vector<bf16> bits(m.format == Format::kCompressed ? m.k : 0);
       for (int64_t t = begin; t < end; t++) {
         int64_t place = m.place(id(t));
-        for (int64_t i = 0; i < m.k; i++) to[t][i] = from_float<T>(element(m, place, i));
+        if (m.format == Format::kCompressed) {
+          read_compressed_row(m, place, bits.data());
+          for (int64_t i = 0; i < m.k; i++) to[t][i] = from_float<T>(to_float(bits[i]));
+        } else {
+          for (int64_t i = 0; i < m.k; i++) to[t][i] = from_float<T>(element(m, place, i));
+        }
       }
     });
   });

@@ -5,6 +5,7 @@
 //
 //   float32            [K][32]
 //   bfloat16           [K/32] x two tiles [16 pairs of k][16 rows][2]: the B operand of TDPBF16PS and of VDPBF16PS
+//   compressed         bfloat16 in 12 bits, without loss: compressed.h
 //   int8 weight-only   [K/32] x two tiles [16 pairs of k][16 rows][2], widened to bfloat16 before use
 //   int8               [K/64] x two tiles [16 fours of k][16 rows][4]: the B operand of TDPBSSD and of VPDPBUSD
 //   int4               for each group of k: 32 float16 scales, 32 float16 zero points less 8 (asymmetric only), then for each
@@ -31,7 +32,7 @@
 
 namespace skyline {
 
-enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4, kFp4, kFp8, kBytes, kSixBits };
+enum class Format : int64_t { kFloat32, kBfloat16, kInt8WeightOnly, kInt8, kInt4, kFp4, kFp8, kBytes, kSixBits, kCompressed };
 
 constexpr int64_t kPanel = 32, kTile = 16;
 constexpr int64_t kSuper = 256;  // of k, that share factors, in groups of 16 (GGML's K types)
@@ -45,6 +46,8 @@ constexpr int64_t head_bytes(int64_t group, bool offsets) {
 }
 constexpr int64_t step_bytes(bool six) { return six ? 768 : 1024; }
 
+constexpr int64_t kCompressedHead = 64, kCompressedStep = 1536;  // bytes: of a panel's head, and of 32 k
+
 struct PackedMatrix {
   Format format;
   int64_t n, k;
@@ -53,7 +56,7 @@ struct PackedMatrix {
   bool zeros;     // int4: zero points; bytes: offsets
   uint8_t* data;
   float* scales;  // int8 formats, fp4, and fp8 without groups: one a row, in panel order
-  int32_t* sums;  // int8: sum of each row's values, in panel order
+  int32_t* sums;  // int8: sum of each row's values, in panel order; compressed: the exceptions of all panels
 
   // K is padded with zeros to a multiple of this.
   int64_t k_step() const {
@@ -80,6 +83,7 @@ struct PackedMatrix {
     switch (format) {
       case Format::kFloat32: return k * kPanel * 4;
       case Format::kBfloat16: return padded_k() * kPanel * 2;
+      case Format::kCompressed: return kCompressedHead + padded_k() / 32 * kCompressedStep;
       case Format::kInt4: return padded_k() / group * group_bytes();
       case Format::kFp4: return fp4_scale_bytes() + padded_k() * kPanel / 2;
       case Format::kFp8: return fp8_scale_bytes() + padded_k() * kPanel;

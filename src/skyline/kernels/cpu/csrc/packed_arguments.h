@@ -24,7 +24,7 @@ inline PackedMatrix expert_matrix(const PackedMatrix& m, int64_t expert) {
   PackedMatrix one = m;
   one.data += expert * m.panels() * m.panel_bytes();
   if (m.scales) one.scales += expert * m.panels() * kPanel;
-  if (m.sums) one.sums += expert * m.panels() * kPanel;
+  if (m.sums && m.format != Format::kCompressed) one.sums += expert * m.panels() * kPanel;
   return one;
 }
 

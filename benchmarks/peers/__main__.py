@@ -92,7 +92,8 @@ def _measure(
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    return Plan(arguments.work, arguments.threads, arguments.rounds, arguments.prompt, arguments.new, arguments.prefill)
+    a = arguments
+    return Plan(a.work, a.threads, a.rounds, a.prompt, a.new, a.prefill, a.anew)
 
 
 def _write(arguments: argparse.Namespace, results: Results) -> tuple[Path, Path]:
@@ -116,6 +117,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=PEERS, default=list(PEERS), metavar="ENGINE")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--rounds", type=int, default=3, help="repetitions of each measurement, after a warm-up")
+    parser.add_argument(
+        "--anew",
+        action="store_true",
+        help="start contenders in each round even if all fit into memory, as how fast a process reads may depend on "
+        "which memory it was given",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt, but for prefill")
     parser.add_argument("--new", type=int, default=128, help="tokens generated for it")

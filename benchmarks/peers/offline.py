@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ class Plan:
     prompt: int  # tokens
     new: int
     prefill: int
+    anew: bool = False  # contenders are started in each round even if they all fit into memory
+
+    def together(self, needs: Iterable[float]) -> bool:
+        """Whether all contenders, which need so many MiB each, are to be loaded at once."""
+        return not self.anew and fits(needs)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Fresh ones every time, so that no cache helps anybody."""
@@ -98,7 +103,8 @@ def measure_batches(
         results.fail(model, kind, cell or "offline", name, str(error))
 
     token_bytes = settings["kv_token_bytes"]
-    together = fits(need_mib(plan.files(model, kind, name), settings["kv_tokens"] * token_bytes) for name in names)
+    room = settings["kv_tokens"] * token_bytes
+    together = plan.together(need_mib(plan.files(model, kind, name), room) for name in names)
     results.layout[f"{model} {kind} offline"] = "all loaded, taking turns" if together else "started anew in each round"
     Turns(start, take, finish, failed).run(names, cells, plan.rounds, together)
     for cell in cells:

@@ -26,7 +26,7 @@ from benchmarks.peers.engines import PEERS, ROOT
 from benchmarks.peers.offline import Plan
 from benchmarks.peers.processes import end, send
 from benchmarks.peers.results import Results
-from benchmarks.peers.turns import Turns, fits, need_mib
+from benchmarks.peers.turns import Turns, need_mib
 
 NO_SERVER = {
     "openvino": "no HTTP server in its Python packages (OpenVINO Model Server is a program of its own)",
@@ -161,7 +161,7 @@ def measure_online(
             results.fail(model, kind, "online", name, NO_SERVER[name])
     served = [name for name in names if name not in NO_SERVER]
     room = settings["kv_tokens"] * settings["kv_token_bytes"]
-    together = fits(need_mib(plan.files(model, kind, name), room) for name in served)
+    together = plan.together(need_mib(plan.files(model, kind, name), room) for name in served)
     results.layout[f"{model} {kind} online"] = "all loaded, taking turns" if together else "started anew in each round"
     Turns(start, take, lambda server, name: None, failed).run(served, concurrencies, plan.rounds, together)
     for concurrency in concurrencies:

@@ -1,6 +1,6 @@
 """Who runs when: all contenders are loaded at once and take turns, the others stopped, if they fit into memory.
 
-If they do not fit, each one is started anew in each round, and the rounds are what interleaves them.
+If they do not fit, or are not to be kept, each is started anew in each round, and the rounds are what interleaves them.
 """
 
 from __future__ import annotations

@@ -67,6 +67,13 @@ def test_every_candidate_is_accounted_for(tiny_checkpoint: Path, device: str, in
         assert op["reason"] and all(other["reason"] for other in op["rejected"])
 
 
+@pytest.mark.parametrize(("isa", "form"), [("avx512", "bfloat16 in 12 bits"), ("avx2", "bfloat16")])
+def test_what_weights_are_kept_as_is_told(tiny_checkpoint: Path, isa: str, form: str) -> None:
+    facts = explain(EngineConfig(model=str(tiny_checkpoint), dtype="bfloat16"), isa=isa)
+    assert by_op(facts)["linear"]["weights"] == [form, f"{form}, gated"]
+    assert by_op(facts)["rms_norm"]["weights"] == []
+
+
 def test_it_refuses_what_the_model_cannot_do(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="context of 256"):
         explain(EngineConfig(model=str(tiny_checkpoint)), context=257)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skyline.kernels import finish_weight
+from skyline.kernels import Request, choose, finish_weight
 from skyline.kernels.cpu import native
-from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout, weight_layout
+from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout
+from skyline.ops import OPS
 from tests.kernels.test_tuning import kernel_of
 
 pytestmark = pytest.mark.skipif(native.available() not in ("avx512", "amx"), reason="compressed weights take AVX-512")
@@ -157,14 +159,23 @@ def test_a_weight_that_was_not_finished_is_not_used() -> None:
         product(target, torch.ones(1, 64).bfloat16())
 
 
-@pytest.mark.skipif(native.available() != "avx512", reason="chosen with AVX-512 alone")
-def test_when_it_is_chosen() -> None:
-    weight = torch.empty(8, 64, dtype=torch.bfloat16)
-    assert weight_layout(Format.BFLOAT16, weight) is COMPRESSED
-    assert weight_layout(Format.BFLOAT16, weight, gated=True) is packed_layout(Format.COMPRESSED, gated=True)
-    longer = torch.empty((1, 2**19 + 1), dtype=torch.bfloat16, device="meta")
-    assert weight_layout(Format.BFLOAT16, longer) is PLAIN
-    with native.using("avx2"):
-        assert weight_layout(Format.BFLOAT16, weight) is PLAIN
-        with pytest.raises(ValueError, match="take AVX-512"):
-            pack(normal(8, 64), COMPRESSED)
+@pytest.mark.parametrize("op", ["linear", "moe_experts", "moe_experts_clamped"])
+def test_when_it_is_chosen(op: str) -> None:
+    def layout(isa: str, dtype: torch.dtype = torch.bfloat16, weight: Tensor | None = None) -> object:
+        weight = torch.empty(8, 64, dtype=dtype) if weight is None else weight
+        kernel = choose(Request(OPS[op], "cpu", dtype, isa=isa)).kernel
+        made: Any = kernel.layouts[1]
+        assert kernel.provider == native.PROVIDER
+        return made((None, weight))
+
+    gated = op != "linear"
+    assert layout("avx512") is packed_layout(Format.COMPRESSED, gated)
+    assert layout("avx2") is layout("amx") is packed_layout(Format.BFLOAT16, gated)
+    assert layout("avx512", torch.float32) is packed_layout(Format.FLOAT32, gated)
+    longer = torch.empty((2, 2**19 + 1), dtype=torch.bfloat16, device="meta")
+    assert layout("avx512", weight=longer) is packed_layout(Format.BFLOAT16, gated)
+
+
+def test_avx2_has_no_such_weights() -> None:
+    with native.using("avx2"), pytest.raises(ValueError, match="take AVX-512"):
+        pack(normal(8, 64), COMPRESSED)

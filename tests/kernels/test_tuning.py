@@ -40,9 +40,6 @@ FORMATS = {
 }
 
 
-_SAME = {Format.BFLOAT16, Format.COMPRESSED}  # of which one kernel takes either
-
-
 def weight_of(format: Format, group: int, weight: torch.Tensor, gated: bool = False) -> PackedWeight:
     """Packed; blocks of FP8, and bytes, are not made of rows."""
     layout = packed_layout(format, gated=gated, group=group)
@@ -71,8 +68,7 @@ def kernel_of(op: str, format: Format, group: int) -> Any:
     for kernel in candidates(op):
         if kernel.provider == native.PROVIDER:
             layout: Any = kernel.layouts[1]
-            wanted = layout((None, weight))
-            if wanted is packed_layout(format, group=group) or {wanted.format, format} == _SAME:
+            if layout((None, weight)) is packed_layout(format, group=group):
                 return kernel
     raise AssertionError(f"no kernel of {op} for {format!r}")
 

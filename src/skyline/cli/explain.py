@@ -180,7 +180,8 @@ def _show(facts: dict[str, Any]) -> None:
         ops.add_column(column, justify="right" if column == "calls" else "left")
     for op in facts["ops"]:
         others = [f"{other['provider']}: {other['reason']}" for other in op["rejected"]]
-        ops.add_row(op["op"], op["provider"], str(op["launches"]), "\n".join([op["reason"], *others]))
+        weights = [f"weights: {'; '.join(op['weights'])}"] if op["weights"] else []
+        ops.add_row(op["op"], op["provider"], str(op["launches"]), "\n".join([op["reason"], *weights, *others]))
     out.print(ops)
 
     decode, prefill = facts["steps"]["decode"], facts["steps"]["prefill"]

@@ -130,7 +130,7 @@ def choose(request: Request) -> Choice:
             reason = "first in order of preference that supports the case" if rejected else "preferred provider"
             return Choice(kernel, reason, tuple(rejected))
         rejected.append((kernel.provider, why_not))
-    tried = "; ".join(f"{provider}: {why}" for provider, why in rejected) or "none is registered"
+    tried = "; ".join(dict.fromkeys(f"{provider}: {why}" for provider, why in rejected)) or "none is registered"
     raise NoKernelError(f"no kernel for op {request.op.name} on {request.device} ({tried})")
 
 
@@ -138,6 +138,7 @@ def others(request: Request, choice: Choice) -> list[tuple[str, str]]:
     """Every candidate that was not chosen, and why: those that could not serve, then those that were not needed."""
     behind = []
     for kernel in candidates(request.op.name, request.prefer)[len(choice.rejected) + 1 :]:
-        why_not = kernel.supports(request)
-        behind.append((kernel.provider, why_not or f"supported, but {choice.kernel.provider} goes first"))
+        first = choice.kernel.provider
+        ahead = "another of its kernels" if kernel.provider == first else first
+        behind.append((kernel.provider, kernel.supports(request) or f"supported, but {ahead} goes first"))
     return [*choice.rejected, *behind]

@@ -147,6 +147,7 @@ def explain(
                 "op": name,
                 "provider": choice.kernel.provider,
                 "reason": choice.reason,
+                "weights": _weights(program, name),
                 "rejected": [{"provider": who, "reason": why} for who, why in others(request(name), choice)],
                 "launches": launches[name],
                 "launches_per_layer": _rounded(per_layer.get(name, 0.0)),
@@ -157,6 +158,14 @@ def explain(
             if launches[name]  # views are in no step's work
         ],
     }
+
+
+def _weights(program: Program, op: str) -> list[str]:
+    """The layouts that an op's kernel has its weights in, other than as they are stored."""
+    names = {use.slot: use.layout.name for use in program.weights if use.layout is not None}
+    return sorted(
+        {names[slot] for call in program.calls if call.op.name == op for slot in call.arguments if slot in names}
+    )
 
 
 def _open(folder: Path, config: ModelConfig) -> Checkpoint | None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skyline.kernels.cpu.native import available, library, only, provide
+from skyline.kernels.cpu.native import available, compresses, library, only, provide
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 
 
@@ -66,6 +66,13 @@ def _into(format: Format) -> Callable[..., None]:
     return linear
 
 
+provide(
+    "linear",
+    _into(Format.COMPRESSED),
+    compresses,
+    layouts={1: _layout(Format.COMPRESSED)},
+    tactics=_tactics(Format.COMPRESSED),
+)
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
 for _op, _format, _dtypes, _why in (
     ("linear", Format.BFLOAT16, _BFLOAT16, "multiplies in bfloat16"),

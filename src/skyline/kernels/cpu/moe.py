@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.kernels.cpu.native import library, only, provide, supports
+from skyline.kernels.cpu.native import compresses, library, only, provide, supports
 from skyline.kernels.cpu.packed import Format, PackedLayout, PackedWeight, pack, weight_layout
 from skyline.kernels.registry import Request
 
@@ -95,6 +95,7 @@ def _provide_clamped(op: str, format: Format, check: Callable[[Request], str | N
 
 
 _FLOAT32, _BFLOAT16 = (torch.float32,), (torch.bfloat16,)
+_provide("moe_experts", Format.COMPRESSED, compresses)
 _provide("moe_experts", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide("moe_experts_int8", Format.INT8, supports)
@@ -102,6 +103,7 @@ _provide("moe_experts_int8_weight_only", Format.INT8_WEIGHT_ONLY, only(_BFLOAT16
 _provide("moe_experts_int4", Format.INT4, supports)
 _provide("moe_experts_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide("moe_experts_fp8", Format.FP8, only(_BFLOAT16, "multiplies in bfloat16"))
+_provide_clamped("moe_experts_clamped", Format.COMPRESSED, compresses)
 _provide_clamped("moe_experts_clamped", Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16"))
 _provide_clamped("moe_experts_clamped", Format.FLOAT32, only(_FLOAT32, "multiplies in float32"))
 _provide_clamped("moe_experts_clamped_fp4", Format.FP4, only(_BFLOAT16, "multiplies in bfloat16"))
@@ -131,13 +133,14 @@ def _sorted_into(layouts: _Layouts, padded: bool) -> Callable[..., None]:
     return run
 
 
-for _dtypes, _format, _why in (
-    (_BFLOAT16, Format.BFLOAT16, "multiplies in bfloat16"),
-    (_FLOAT32, Format.FLOAT32, "multiplies in float32"),
+for _format, _check in (
+    (Format.COMPRESSED, compresses),
+    (Format.BFLOAT16, only(_BFLOAT16, "multiplies in bfloat16")),
+    (Format.FLOAT32, only(_FLOAT32, "multiplies in float32")),
 ):
     _wanted = {
         2: lambda arguments, f=_format: weight_layout(f, arguments[2], gated=True),
         3: lambda arguments, f=_format: weight_layout(f, arguments[3]),
     }
     for _op, _padded in (("moe_experts_ragged", False), ("moe_experts_padded", True)):
-        provide(_op, _sorted_into(_wanted, _padded), only(_dtypes, _why), layouts=_wanted)
+        provide(_op, _sorted_into(_wanted, _padded), _check, layouts=_wanted)

@@ -116,6 +116,15 @@ def only(dtypes: tuple[torch.dtype, ...], why: str) -> Callable[[Request], str |
     return check
 
 
+def compresses(request: Request) -> str | None:
+    """`supports`, and bfloat16 weights that are worth keeping in 12 bits: csrc/compressed.h."""
+    if (missing := supports(request)) is not None:
+        return missing
+    if request.dtype != torch.bfloat16:
+        return "keeps bfloat16 in 12 bits"
+    return None if request.isa == "avx512" else "keeps bfloat16 in 12 bits with AVX-512 alone"
+
+
 def provide(
     op: str, into: Callable[..., None], check: Callable[[Request], str | None] = supports, **options: Any
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skyline.kernels.cpu.native import available, library
+from skyline.kernels.cpu.native import library
 from skyline.kernels.fp4_layout import FP4
 from skyline.kernels.fp8_layout import FP8_BLOCKS, FP8_ROWS
 from skyline.kernels.registry import CPU
@@ -235,10 +235,10 @@ def weight_layout(format: Format, weight: Any, gated: bool = False) -> PackedLay
     decided = integers_of(weight)
     group = 0 if decided is None else decided.group or 0
     match format:
-        case Format.BFLOAT16 if decided is not None and decided.widened:
+        case Format.BFLOAT16 | Format.COMPRESSED if decided is not None and decided.widened:
             return packed_layout(Format.SIX_BITS if decided.bits == 6 else Format.BYTES, gated, group, decided.zeros)
-        case Format.BFLOAT16 if available() == "avx512" and weight.shape[-1] <= _LONGEST:  # not measured with AMX
-            return packed_layout(Format.COMPRESSED, gated)
+        case Format.COMPRESSED if weight.shape[-1] > _LONGEST:
+            return packed_layout(Format.BFLOAT16, gated)
         case Format.FP8:
             return packed_layout(format, gated, group)
         case Format.FP4:

@@ -167,14 +167,14 @@ class DotStreamAttention {
 
   // Asks for the p-th eighth of a unit, which is that only where a head's tokens lie together.
   void ask(const char* next, int p) const {
-    for (int64_t line = lines_ * p / 8; line < lines_ * (p + 1) / 8; line++) prefetch_l2(next + 64 * line);
+    for (int64_t line = lines_ * p / 8; line < lines_ * (p + 1) / 8; line++) prefetch_l1(next + 64 * line);
   }
 
   void ask_scales(int key, int head) const {
     if constexpr (sizeof(KV) == 1) {
       const int64_t at = std::max<int64_t>(slots_[key], 0) + head * view_.call.head_stride;
-      prefetch_l2(view_.call.k_scale + at);
-      prefetch_l2(view_.call.v_scale + at);
+      prefetch_l1(view_.call.k_scale + at);
+      prefetch_l1(view_.call.v_scale + at);
     }
   }
 

@@ -62,6 +62,7 @@ began = time.perf_counter()
 with Checkpoint(folder, model_config) as checkpoint:
     store = WeightStore(model, program, torch.device("cpu"))
     checkpoint.load(model, store.write)
+    store.finish()
 report(time.perf_counter() - began, before, store.nbytes)
 """
 _COMMON = """

@@ -95,7 +95,7 @@ def test_any_numbers_come_back(n: int, k: int, data: st.DataObject) -> None:
 def test_products_have_the_bits_of_the_plain_weight(name: str, gated: bool) -> None:
     weight = WEIGHTS[name]()
     packed = pack(weight, packed_layout(Format.COMPRESSED, gated))
-    assert exceptions(packed) > 0 or name == "rows of other sizes"
+    assert packed.layout.format is Format.COMPRESSED and (exceptions(packed) > 0 or name == "rows of other sizes")
     plain = pack(weight, packed_layout(Format.BFLOAT16, gated))
     x = (torch.randn((600, weight.shape[1]), generator=torch.Generator().manual_seed(1)) / 8).bfloat16()
     for rows in (1, 2, 5, 8, 9, 12, 13, 24, 25, 36, 48, 49, 70, 150, 600):  # through each way that rows are multiplied
@@ -150,6 +150,47 @@ def test_what_is_too_irregular_stays_plain(shape: tuple[int, ...], gated: bool) 
     assert target.layout is packed_layout(Format.BFLOAT16, gated)
     expected = pack(weight, packed_layout(Format.BFLOAT16, gated))
     assert torch.equal(target.data, expected.data)
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+@pytest.mark.parametrize("few", [2, 60])
+def test_parts_that_do_not_fit_are_kept_aside(experts: int | None, few: int) -> None:
+    """From some numbers on their exceptions are not even listed; the rest of the weight may be regular."""
+    weight = normal(300, 640)
+    weight[10:90] *= 2.0 ** torch.randint(-90, 90, (80, 640), generator=torch.Generator().manual_seed(4))
+    weight[200:210, ::few] = 1e-30
+    shape = (300, 640) if experts is None else (experts, 100, 640)
+    target = COMPRESSED.allocate(shape, torch.bfloat16)
+    parts = [(0, 17), (17, 60), (60, 130), (130, 199), (199, 205), (205, 300)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda part: COMPRESSED.write(target, part[0], weight[part[0] : part[1]]), reversed(parts)))
+    assert sum(len(part) for part in target.found) < 300 * 640 // 64 + 6 * 64
+    assert not finish_weight(COMPRESSED, target)
+    assert target.layout is PLAIN
+    for expert, expected in enumerate(weight.view(experts or 1, -1, 640)):
+        assert torch.equal(target.expert(expert).dense(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("plain", [(), ("down",), ("gate_up",)])
+def test_experts_have_the_bits_of_plain_ones(rows: int, plain: tuple[str, ...]) -> None:
+    """Each expert with exceptions of its own; one of the two weights may have had to stay plain."""
+    experts, hidden, inner = 4, 96, 64
+    gate_up = tiny_numbers_in_most_blocks(experts * 2 * inner, hidden).view(experts, 2 * inner, hidden)
+    down = tiny_numbers_in_most_blocks(experts * hidden, inner).view(experts, hidden, inner)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn((rows, hidden), generator=generator).bfloat16()
+    shares = torch.rand((rows, 2), generator=generator)
+    ids = torch.rand((rows, experts), generator=generator).argsort(dim=-1)[:, :2].contiguous()
+    ids[0] = torch.tensor([3, 2])
+    kernel = choose(Request(OPS["moe_experts"], "cpu", torch.bfloat16, isa=native.available())).kernel
+    results = []
+    for every in (("gate_up", "down"), plain):
+        formats = [Format.BFLOAT16 if name in every else Format.COMPRESSED for name in ("gate_up", "down")]
+        packed = [pack(gate_up, packed_layout(formats[0], gated=True)), pack(down, packed_layout(formats[1]))]
+        assert [weight.layout.format for weight in packed] == formats
+        results.append(kernel.run(x, *packed, shares, ids))
+    assert torch.equal(bits(results[0]), bits(results[1]))
 
 
 def test_a_weight_that_was_not_finished_is_not_used() -> None:

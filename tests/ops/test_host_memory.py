@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from skyline.ops import host_memory
-from skyline.ops.host_memory import HUGE_PAGE, reserve, reserve_weight, use_huge_pages
+from skyline.ops.host_memory import HUGE_PAGE, give_back, reserve, reserve_weight, use_huge_pages
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
@@ -77,6 +77,27 @@ def test_weights_move_to_huge_pages_as_they_are() -> None:
     assert moved in (0, (46 + 71) * HUGE_PAGE), "all, or none where the kernel cannot"
     assert all(torch.equal(weight, copy) for weight, copy in zip(weights, before, strict=True))
     assert use_huge_pages() == 0
+
+
+def test_what_is_given_back_is_zeros_and_its_neighbours_are_not() -> None:
+    first, middle, last = (reserve_weight((size,), torch.uint8) for size in (1000, 3 * mmap.PAGESIZE, 1000))
+    for part in (first, middle, last):
+        part.fill_(7)
+    give_back(middle)
+    assert first.min() == 7 and last.min() == 7
+    assert int((middle == 0).sum()) == 2 * mmap.PAGESIZE
+    give_back(first)  # less than a page
+    assert first.min() == 7
+
+
+def test_a_gap_does_not_keep_others_from_moving() -> None:
+    use_huge_pages()
+    written, hole, after = (reserve_weight((32 * HUGE_PAGE,), torch.uint8) for _ in range(3))
+    written.fill_(1)
+    after.fill_(2)
+    moved = use_huge_pages(share=1.0)
+    assert moved == 0 or moved >= 64 * HUGE_PAGE
+    assert written.min() == 1 and after.min() == 2 and not hole.any()
 
 
 def test_another_device_is_left_to_torch() -> None:

@@ -61,7 +61,10 @@ class Finishing(Layout, Protocol):
     """A layout that has something to do when all rows of a weight are there."""
 
     def finish(self, target: Any) -> bool:
-        """False if the weight turned out to fit another layout only, in which `target` then is."""
+        """False if the weight turned out to fit another layout only, in which `target` then is.
+
+        Rows are not written again after it.
+        """
         ...
 
 

@@ -88,18 +88,25 @@ def reserve_weight(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         return torch.zeros(tuple(shape), dtype=dtype)
-    if nbytes > _TOGETHER // 4:
-        memory = _map(-(-nbytes // HUGE_PAGE) * HUGE_PAGE)
-        mapping = _Mapping(memory)
-        _waiting.append(mapping)
-        return mapping.take(memory, shape, dtype)
     with _lock:
+        if nbytes > _TOGETHER // 4:
+            memory = _map(-(-nbytes // HUGE_PAGE) * HUGE_PAGE)
+            _waiting.append(_Mapping(memory))
+            return _waiting[-1].take(memory, shape, dtype)
         found = None if _open is None or _open.used + nbytes > _open.room else _open.memory
         if found is None or _open is None:
             found = _map(_TOGETHER)
             _open = _Mapping(found)
             _waiting.append(_open)
         return _open.take(found, shape, dtype)
+
+
+def give_back(weight: torch.Tensor) -> None:
+    """Free the memory of what `reserve_weight` returned, which is zeros then, but for pages that others lie on."""
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _LIBC is not None and length > 0:
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def use_huge_pages(share: float = 0.5) -> int:
@@ -116,10 +123,10 @@ def use_huge_pages(share: float = 0.5) -> int:
         length = -(-mapping.used // HUGE_PAGE) * HUGE_PAGE
         for start in range(0, length, _PIECE):
             began = time.perf_counter()
-            if not _collapse(mapping.first + start, min(_PIECE, length - start)):
+            if not _collapse(mapping.first + start, min(_PIECE, length - start)):  # or some of it was never written
                 with contextlib.suppress(OSError, AttributeError, ValueError):
-                    memory.madvise(mmap.MADV_HUGEPAGE, mapping.offset, length)
-                break
+                    memory.madvise(mmap.MADV_HUGEPAGE, mapping.offset + start, min(_PIECE, length - start))
+                continue
             moved += min(_PIECE, length - start)
             time.sleep((time.perf_counter() - began) * (1 - share) / share)
     return moved

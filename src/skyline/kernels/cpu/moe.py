@@ -39,7 +39,7 @@ def _compute(
     own = int(second.format), second.group, second.zeros
     if own != (int(first.format), first.group, first.zeros) and not {first.format, second.format} <= _PLAIN:
         raise ValueError(f"moe_experts: weights packed as {first.name} and {second.name} do not go together")
-    parts = down.data, down.scales, down.sums
+    parts = down.arguments[:3]
     library().moe_experts(out, x, weights, ids, *biases, *gating, *parts, *own, *gate_up.arguments)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import threading
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -19,7 +21,7 @@ from skyline.ops.formats import DEFAULT_GROUP, integers_of
 from skyline.ops.fp4 import MXFP4_GROUP
 from skyline.ops.fp8 import BLOCK as FP8_BLOCK
 from skyline.ops.fp8 import Fp8Rows
-from skyline.ops.host_memory import reserve_weight
+from skyline.ops.host_memory import give_back, reserve_weight
 from skyline.ops.quantized import ByteRows
 from skyline.ops.quantized_moe import expert_weight
 
@@ -44,7 +46,8 @@ class Format(IntEnum):
 
 
 _NAMES = {Format.COMPRESSED: "bfloat16 in 12 bits"}
-_LONGEST = 1 << 19  # rows, in which places of exceptions are counted
+_LONGEST = 1 << 19  # numbers in a row: an exception has 14 bits for its block of 32
+_lock = threading.Lock()
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +56,8 @@ class PackedWeight:
 
     data: uint8 [E * panels, bytes of a panel]. scales float32, one a packed row: int8 formats, fp4, and fp8 without
     groups; sums int32: of int8 formats, one a packed row; compressed, the exceptions. While a compressed weight is
-    written, `found` has those of its parts, int64 as csrc/compressed.h lists them.
+    written, `found` has those of its parts, int64 as csrc/compressed.h lists them; `rows_aside`, from and to, are in
+    `aside` instead, as plain bfloat16.
     """
 
     layout: PackedLayout
@@ -62,6 +66,12 @@ class PackedWeight:
     scales: Tensor | None
     sums: Tensor | None
     found: list[Tensor] = field(default_factory=list)
+    rows_aside: list[tuple[int, int]] = field(default_factory=list)
+    aside: PackedWeight | None = None
+
+    @property
+    def finished(self) -> bool:
+        return not self.found and not self.rows_aside
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +80,7 @@ class PackedWeight:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """PACKED_PARAMETERS of csrc/packed_arguments.h."""
-        if self.found:
+        if not self.finished:
             raise RuntimeError("a compressed weight was used before it was finished")
         n, k = self.shape[-2:]
         layout = self.layout
@@ -87,9 +97,12 @@ class PackedWeight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as the kernels use them, [N, K]."""
-        ids = torch.arange(self.shape[0])
-        out = torch.empty(self.shape, dtype=dtype)
-        library().packed_embedding(out, ids, *self.arguments)
+        return self.read(0, self.shape[0], dtype)
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows [first, last) of [N, K], as the kernels use them."""
+        out = torch.empty((last - first, self.shape[1]), dtype=dtype)
+        library().packed_embedding(out, torch.arange(first, last), *self.arguments)
         return out
 
 
@@ -177,36 +190,54 @@ class PackedLayout:
                 if not library().pack_fp8(*place, values.contiguous(), scales.contiguous(), row):
                     raise ValueError("a weight holds NaN; quantize the checkpoint again")
             elif self.format is Format.COMPRESSED:
-                plain = rows[done:stop].contiguous()
-                found = torch.empty(plain.numel() // 256, dtype=torch.int64)
-                while (exceptions := library().pack_compressed(*place, plain, row, found)) > len(found):
-                    found = torch.empty(exceptions, dtype=torch.int64)
-                target.found.append(found[:exceptions] + (expert * self.panels(n) << 32))
+                self._compress(target, expert, row, rows[done:stop].contiguous())
             elif not library().pack_rows(*place, rows[done:stop].contiguous(), row):
                 raise ValueError("a weight holds NaN or infinity, which cannot be quantized")
             done = stop
 
+    def _compress(self, target: PackedWeight, expert: int, row: int, rows: Tensor) -> None:
+        """Rows of one expert. With too many exceptions to list they are kept aside, as plain bfloat16."""
+        found = torch.empty(rows.numel() // 64 + 64, dtype=torch.int64)
+        exceptions = library().pack_compressed(*target.expert(expert).arguments, rows, row, found)
+        if exceptions <= len(found):
+            target.found.append(found[:exceptions] + (expert * self.panels(target.shape[-2]) << 32))
+            return
+        with _lock:
+            if target.aside is None:
+                target.aside = packed_layout(Format.BFLOAT16, self.gated).allocate(target.shape, torch.bfloat16)
+        first = expert * target.shape[-2] + row
+        target.aside.layout.write(target.aside, first, rows)
+        target.rows_aside.append((first, first + len(rows)))
+
     def finish(self, target: PackedWeight) -> bool:
         """As skyline.kernels.registry.Finishing. Weights with too many exceptions become plain bfloat16."""
-        if not target.found:
+        if target.finished:
             return True
         assert target.sums is not None
-        found = torch.cat(target.found).sort().values
-        target.found.clear()
+        found = torch.cat([torch.empty(0, dtype=torch.int64), *target.found]).sort().values
         counts = torch.bincount(found >> 32, minlength=len(target.data)).int()
         heads = target.data.view(torch.int32)[:, PANEL // 4 : PANEL // 4 + 2]
         heads[:, 0] = counts.cumsum(0) - counts
         heads[:, 1] = counts
         exceptions = (found & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
-        if len(exceptions) <= len(target.sums):
+        aside, ranges = target.aside, sorted(target.rows_aside)
+        target.found, target.rows_aside, target.aside = [], [], None
+        if aside is None and len(exceptions) <= len(target.sums):
             target.sums[: len(exceptions)] = exceptions
             return True
-        target.sums = exceptions
-        plain = packed_layout(Format.BFLOAT16, self.gated)
-        other = plain.allocate(target.shape, torch.bfloat16)
-        for index in range(target.shape[0] if len(target.shape) == 3 else 1):
-            plain.write(other, index * target.shape[-2], target.expert(index).dense(torch.bfloat16))
-        target.layout, target.data, target.sums = plain, other.data, other.sums
+        compressed = PackedWeight(self, target.shape, target.data, None, exceptions)
+        aside = aside or packed_layout(Format.BFLOAT16, self.gated).allocate(target.shape, torch.bfloat16)
+        n, rows, done = target.shape[-2], math.prod(target.shape[:-1]), 0
+        for first, last in [*ranges, (rows, rows)]:
+            while done < first:  # what was compressed
+                expert, row = divmod(done, n)
+                part = compressed.expert(expert).read(row, min(n, row + first - done), torch.bfloat16)
+                aside.layout.write(aside, done, part)
+                done += len(part)
+            done = last
+        for part in (target.data, target.sums):
+            give_back(part)
+        target.layout, target.data, target.sums = aside.layout, aside.data, aside.sums
         return False
 
     def _ready(self, rows: _Rows) -> _Rows:

@@ -332,9 +332,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_rows, pack_rows);
 int64_t pack_compressed(PACKED_PARAMETERS, TensorView src, int64_t first_row, TensorView found) {
   PackedMatrix m = PACKED_MATRIX;
   check_rows(m, src, first_row);
-#if !defined(__AVX512F__)
-  SKYLINE_CHECK(false, "compressed weights take AVX-512");
-#endif
   SKYLINE_CHECK(m.format == Format::kCompressed && is_int64(found) && found.IsContiguous(), "takes a compressed weight");
   Packer packer(m);
   pack_all(packer, m, src, first_row);

@@ -15,6 +15,9 @@ namespace skyline {
 inline PackedMatrix packed_matrix(const TensorView& weight, const ffi::Optional<TensorView>& scales,
                                   const ffi::Optional<TensorView>& sums, int64_t format, int64_t n, int64_t k, bool gated,
                                   int64_t group, bool zeros) {
+#if !defined(__AVX512F__)
+  SKYLINE_CHECK(static_cast<Format>(format) != Format::kCompressed, "compressed weights take AVX-512");
+#endif
   return {static_cast<Format>(format), n, k, gated, group, zeros, data<uint8_t>(weight),
           scales.has_value() ? data<float>(scales.value()) : nullptr, sums.has_value() ? data<int32_t>(sums.value()) : nullptr};
 }

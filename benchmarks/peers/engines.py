@@ -75,7 +75,7 @@ class Peer:
 _GGUF_FILES = {"gguf-q4_k_m": "q4_k_m.gguf", "gguf-q8_0": "q8_0.gguf"}  # the same file for all who read GGUF
 _OUR_FILES = {"bf16": "hf", "int8": "hf", "int4": "hf", **_GGUF_FILES}
 _OUR_FORMATS = {
-    "bf16": "bfloat16",
+    "bf16": "bfloat16 (kept in 12 bits with AVX-512, without loss)",
     "int8": "quantization='int8': int8 weights, activations quantized to int8 while running",
     "int4": "quantization='int4', its default group (64); activations quantized to int8 in the same groups",
     "gguf-q4_k_m": "Q4_K as int4 with zero points, activations quantized to int8 in its groups; Q6_K, and Q4_K fused "

@@ -200,7 +200,13 @@ template <class Columns>
 inline void widen_block(Columns& columns, uint8_t* to) {
   repeat<4>(SKYLINE_EACH(q) {
     __m512i pairs[2][4];  // all of them before any is stored: what two have in common is computed once
-    repeat<2>(SKYLINE_EACH(t) { repeat<4>(SKYLINE_EACH(n) { pairs[t][n] = columns.template pair<t, n>(q); }); });
+    repeat<2>(SKYLINE_EACH(t) {
+      if constexpr (requires { columns.template pairs<t, 0>(q, pairs[t][0], pairs[t][1]); }) {
+        repeat<2>(SKYLINE_EACH(h) { columns.template pairs<t, h>(q, pairs[t][2 * h], pairs[t][2 * h + 1]); });
+      } else {
+        repeat<4>(SKYLINE_EACH(n) { pairs[t][n] = columns.template pair<t, n>(q); });
+      }
+    });
     repeat<2>(SKYLINE_EACH(t) {
       repeat<4>(SKYLINE_EACH(n) { _mm512_storeu_si512(to + 1024 * t + 64 * (4 * q + n), pairs[t][n]); });
     });

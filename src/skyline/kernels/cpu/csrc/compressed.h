@@ -180,7 +180,8 @@ class Compressor {
 
 #if defined(__AVX512F__)
 
-// What a compressed panel is as bfloat16, from k0 on: as Int8Columns. asks: for its own memory, before it is needed.
+// What a compressed panel is as bfloat16, from k0 on: as Int8Columns, but two pairs at a time, which have most in common. asks: for
+// its own memory, before it is needed.
 template <bool asks>
 class CompressedColumns {
  public:
@@ -198,13 +199,7 @@ class CompressedColumns {
     from_ += kCompressedStep;
     block_++;
   }
-  template <int t, int n>
-  __m512i pair(int64_t q) const {
-    __m512i both[2];
-    pairs<t, n / 2>(q, both[0], both[1]);
-    return both[n % 2];
-  }
-  // Pairs 2 h and 2 h + 1 of q.
+  // Pairs 2 h and 2 h + 1 of q, of tile t.
   template <int t, int h>
   __attribute__((always_inline)) void pairs(int64_t q, __m512i& first, __m512i& second) const {
     const uint8_t* four = from_ + q * kCompressedFour;

@@ -20,7 +20,8 @@ namespace skyline {
 constexpr int64_t kAhead = 8192;
 
 // Asks for a line of weights. Into the first-level cache: memory is then read up to a quarter faster than by way of the second
-// (Zen 5; with AVX2 it is all the same there). With AMX, for which this has not been measured, into the second, as tiles take much of the first.
+// (Zen 5; with AVX2 it is all the same there). With AMX, for which this has not been measured, into the second, as tiles take
+// much of the first.
 inline void ask_for(const uint8_t* line) {
 #if defined(__AMX_TILE__)
   prefetch_l2(line);

@@ -296,3 +296,26 @@ def test_a_cache_lies_in_one_order(instruction_set: str) -> None:
             kernel("paged_attention")(q, cache, batch, 1.0)
         with pytest.raises(ValueError, match=r"contiguous blocks|scales do not match"):
             kernel("kv_write")(fresh, fresh, cache, batch)
+
+
+def test_more_tasks_than_a_job_of_the_pool_can_number() -> None:
+    """2^20 less one of them fit into a job: a request here is a task."""
+    count = (1 << 20) + 5
+    shape = Shape(1, 1, 8, 16, torch.bfloat16)
+    requests = Requests(shape, [3])
+    q = torch.randn(count, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    batch = AttentionBatch.build(requests.tables, [2], [1], shape.block_size, CPU)
+    (tables,) = batch.tables
+    many = replace(
+        batch,
+        query_starts=torch.arange(count + 1, dtype=torch.int32),
+        context_lens=batch.context_lens.expand(count).contiguous(),
+        tables=(replace(tables, block_tables=tables.block_tables.expand(count, -1).contiguous()),),
+    )
+    native.library().pool_start(torch.full((2,), -1, dtype=torch.int32).numpy())
+    try:
+        out = kernel("paged_attention")(q, requests.cache, many, 0.4)
+    finally:
+        native.stop_threads()
+    for row in (0, 1, count - 6, count - 1):
+        assert torch.equal(out[row : row + 1], kernel("paged_attention")(q[row : row + 1], requests.cache, batch, 0.4))

@@ -25,6 +25,35 @@ struct alignas(64) Scratch {
 #endif
 };
 
+// What is done with rows [r, r + count) of c as soon as they are complete, while they are in the nearest cache. It is called once for
+// each row.
+class Finish {
+ public:
+  // out: where row 0 will be written, and what lies between rows, in bytes.
+  template <class Rows>
+  Finish(const Rows& rows, const void* out, int64_t stride)
+      : call_([](const void* rows, int64_t r, int64_t count) { (*static_cast<const Rows*>(rows))(r, count); }), rows_(&rows),
+        out_(static_cast<const char*>(out)), stride_(stride) {}
+  void operator()(int64_t r, int64_t count) const { call_(rows_, first_ + r, count); }
+  // Asks for the lines that rows will be written to: stores go one after the other, so each would be waited for. Worth it before
+  // a block of rows is multiplied.
+  void ask(int64_t r, int64_t count) const {
+    for (int64_t i = r; i < r + count; i++) prefetch_to_write(out_ + (first_ + i) * stride_);
+  }
+  // The same with rows counted from r on.
+  Finish from(int64_t r) const {
+    Finish rest = *this;
+    rest.first_ += r;
+    return rest;
+  }
+
+ private:
+  void (*call_)(const void*, int64_t, int64_t);
+  const void* rows_;
+  const char* out_;
+  int64_t stride_, first_ = 0;
+};
+
 // What there is of bytes and six bits as types, so that its properties are constants to the compiler.
 template <int64_t group, bool offsets, bool six>
 struct Bytes {};

@@ -76,7 +76,7 @@ void add_groups(const PackedMatrix& m, const Activations& a, int64_t row, const 
 #endif
 
 void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                     const uint8_t* next, const Tactic& tactic, Scratch& s) {
+                     const uint8_t* next, const Tactic& tactic, Scratch& s, const Finish& finish) {
   std::memset(s.c, 0, rows * kPanel * sizeof(float));
   const int8_t* x = static_cast<const int8_t*>(a.data) + begin * a.stride;
 #if defined(__AMX_TILE__)
@@ -91,6 +91,7 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
     for (int64_t i = 0; i < blocks; i++) {
       const int64_t r = rows * i / blocks, count = rows * (i + 1) / blocks - r;
       multiply_rows(m, a, x + r * a.stride, begin + r, count, panel, s.c + r * kPanel, blocks > 1 ? ahead.part(i, blocks) : ahead);
+      finish(r, count);
     }
     return;
   }
@@ -125,6 +126,7 @@ void accumulate_int4(const PackedMatrix& m, const Activations& a, int64_t begin,
       }
     }
   }
+  finish(0, rows);
 #endif
 }
 
@@ -153,10 +155,10 @@ int64_t block_begin(int64_t i, int64_t blocks, int64_t rows) {
 #endif
 
 // c [rows][32] (+)= rows of A, at x, times `size` of K at b, and, if there are, times the scales of the columns. streamed: b comes
-// from memory itself, which AMX then asks for; ahead: what the others ask for.
+// from memory itself, which AMX then asks for; ahead: what the others ask for. finish: if c is complete with that.
 template <class Step>
 void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, const uint8_t* b, int64_t size, typename Step::C* c,
-                     bool accumulate, bool streamed, Ahead ahead, const float* scales = nullptr) {
+                     bool accumulate, bool streamed, Ahead ahead, const Finish* finish, const float* scales = nullptr) {
   const int64_t blocks = ceil_div(rows, kRowBlock);
 #if defined(__AMX_TILE__)
   TileShape shape;
@@ -170,11 +172,15 @@ void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, co
       if (scales) add_scaled(sums, count, scales, c + r * kPanel, accumulate);
     }
   }
+  tile_fence();
+  if (finish) (*finish)(0, rows);
 #else
   for (int64_t i = 0; i < blocks; i++) {
     const int64_t r = block_begin(i, blocks, rows), count = block_begin(i + 1, blocks, rows) - r;
+    if (finish) finish->ask(r, count);
     multiply<Step>(x + r * stride, stride, count, b, size / Step::k, c + r * kPanel, accumulate,
                    blocks > 1 ? ahead.part(i, blocks) : ahead, scales);
+    if (finish) (*finish)(r, count);
   }
 #endif
 }
@@ -183,9 +189,9 @@ void multiply_blocks(const typename Step::A* x, int64_t stride, int64_t rows, co
 // each, are columns_at(k). The next piece is asked for meanwhile (not on AMX). scales, if there are, are those of columns for each
 // `group` of k.
 template <class ColumnsAt>
-void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s, int64_t bits,
-                        const uint8_t* values, const uint8_t* next, const ColumnsAt& columns_at, const float* scales = nullptr,
-                        int64_t group = 0) {
+void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, const Tactic& tactic, Scratch& s, const Finish& finish,
+                        int64_t bits, const uint8_t* values, const uint8_t* next, const ColumnsAt& columns_at,
+                        const float* scales = nullptr, int64_t group = 0) {
   const auto scales_at = [&](int64_t k0) { return scales ? scales + k0 / group * kPanel : nullptr; };
 #if !defined(__AMX_TILE__)
   if (rows <= kPassingRows) {
@@ -193,7 +199,7 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
     for (int64_t k0 = 0; k0 < k; k0 += together) {
       multiply_in_passing(x + k0, stride, rows, columns_at(k0), std::min(together, k - k0) / 32, s.c, k0 > 0, scales_at(k0));
     }
-    return;
+    return finish(0, rows);
   }
 #endif
   for (int64_t k0 = 0; k0 < k; k0 += tactic.piece) {
@@ -203,8 +209,9 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
     widen(columns_at(k0), size / 32, s.b);
     for (int64_t i = 0; i < parts; i++) {
       const int64_t g = i * together;
+      const bool last = k0 + size == k && i == parts - 1;
       multiply_blocks<Bf16Step>(x + k0 + g, stride, rows, s.b + g * kPanel * 2, std::min(together, size - g), s.c, k0 + g > 0,
-                                false, ahead.part(i, parts), scales_at(k0 + g));
+                                false, ahead.part(i, parts), last ? &finish : nullptr, scales_at(k0 + g));
     }
   }
 }
@@ -212,24 +219,28 @@ void accumulate_widened(const bf16* x, int64_t stride, int64_t rows, int64_t k, 
 // The same of a compressed panel. Without AMX, few blocks of rows are all multiplied in passing; of many the first is, and what it was
 // multiplied by is kept for the others.
 void accumulate_compressed(const PackedMatrix& m, const bf16* x, int64_t stride, int64_t rows, const uint8_t* panel,
-                           const uint8_t* next, int64_t piece, Scratch& s) {
+                           const uint8_t* next, int64_t piece, Scratch& s, const Finish& finish) {
   const int64_t k = m.padded_k(), blocks = ceil_div(rows, kRowBlock);
 #if !defined(__AMX_TILE__)
-  if (blocks == 1)
-    return multiply_in_passing<CompressedColumns<true>, kRowBlock>(x, stride, rows, {m, panel, 0}, k / 32, s.c, false);
+  if (blocks == 1) {
+    multiply_in_passing<CompressedColumns<true>, kRowBlock>(x, stride, rows, {m, panel, 0}, k / 32, s.c, false);
+    return finish(0, rows);
+  }
 #endif
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t size = std::min(piece, k - k0), bytes = size / 32 * kCompressedStep;
     const uint8_t* after = k0 + size < k ? panel + kCompressedHead + (k0 + size) / 32 * kCompressedStep : next;
     const Ahead ahead{after, after ? after + bytes : nullptr};
+    const bool last = k0 + size == k;
 #if defined(__AMX_TILE__)
     widen(CompressedColumns<true>(m, panel, k0), size / 32, s.b);
-    multiply_blocks<Bf16Step>(x + k0, stride, rows, s.b, size, s.c, k0 > 0, false, ahead);
+    multiply_blocks<Bf16Step>(x + k0, stride, rows, s.b, size, s.c, k0 > 0, false, ahead, last ? &finish : nullptr);
 #else
     const auto in_passing = [&]<bool keep>(int64_t i) {
       const int64_t r = block_begin(i, blocks, rows), count = block_begin(i + 1, blocks, rows) - r;
       multiply_in_passing<CompressedColumns<false>, kRowBlock, keep>(x + r * stride + k0, stride, count, {m, panel, k0}, size / 32,
                                                                      s.c + r * kPanel, k0 > 0, nullptr, s.b, ahead.part(i, blocks));
+      if (last) finish(r, count);
       return r + count;
     };
     if (blocks <= kPassingBlocks) {
@@ -237,15 +248,16 @@ void accumulate_compressed(const PackedMatrix& m, const bf16* x, int64_t stride,
       continue;
     }
     const int64_t r = in_passing.template operator()<true>(0);
+    const Finish others = finish.from(r);
     multiply_blocks<Bf16Step>(x + r * stride + k0, stride, rows - r, s.b, size, s.c + r * kPanel, k0 > 0, false,
-                              {ahead.part(1, blocks).next, ahead.end});
+                              {ahead.part(1, blocks).next, ahead.end}, last ? &others : nullptr);
 #endif
   }
 }
 
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                       const uint8_t* next, const Tactic& tactic, Scratch& s) {
-  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s);
+                       const uint8_t* next, const Tactic& tactic, Scratch& s, const Finish& finish) {
+  if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s, finish);
   const int64_t k = m.padded_k();
 #if defined(__AMX_TILE__)
   const int64_t most = tactic.piece;
@@ -260,31 +272,32 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
       const int64_t size = std::min(piece, k - k0);
       const uint8_t* b = panel + k0 * kPanel;
       const Ahead ahead = ahead_of(b, size * kPanel, k0 + size < k ? b + size * kPanel : next, rows, ceil_div(rows, kRowBlock));
-      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size, reinterpret_cast<int32_t*>(s.c), k0 > 0, true, ahead);
+      multiply_blocks<Int8Step>(x + k0, a.stride, rows, b, size, reinterpret_cast<int32_t*>(s.c), k0 > 0, true, ahead,
+                                k0 + size < k ? nullptr : &finish);
     }
     return;
   }
   const bf16* x = static_cast<const bf16*>(a.data) + begin * a.stride;
   if (m.format == Format::kInt8WeightOnly)
-    return accumulate_widened(x, a.stride, rows, k, tactic, s, 8, panel, next,
+    return accumulate_widened(x, a.stride, rows, k, tactic, s, finish, 8, panel, next,
                               [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
-  if (m.format == Format::kCompressed) return accumulate_compressed(m, x, a.stride, rows, panel, next, most, s);
+  if (m.format == Format::kCompressed) return accumulate_compressed(m, x, a.stride, rows, panel, next, most, s, finish);
   if (m.format == Format::kFp8) {
     const uint8_t* values = panel + m.fp8_scale_bytes();
     return accumulate_widened(
-        x, a.stride, rows, k, tactic, s, 8, values, next, [&](int64_t k0) { return Fp8Columns(values + k0 * kPanel); },
+        x, a.stride, rows, k, tactic, s, finish, 8, values, next, [&](int64_t k0) { return Fp8Columns(values + k0 * kPanel); },
         m.group ? reinterpret_cast<const float*>(panel) : nullptr, m.group);
   }
   if (m.format == Format::kBytes || m.format == Format::kSixBits) {
     return dispatch_bytes(m, [&]<int64_t group, bool offsets, bool six>(Bytes<group, offsets, six>) {
-      accumulate_widened(x, a.stride, rows, k, tactic, s, six ? 6 : 8, panel + m.heads_bytes(), next,
+      accumulate_widened(x, a.stride, rows, k, tactic, s, finish, six ? 6 : 8, panel + m.heads_bytes(), next,
                          [&](int64_t k0) { return ByteColumns<group, offsets, six>(m, panel, k0); });
     });
   }
   if (m.format == Format::kFp4) {
     const uint8_t* values = panel + m.fp4_scale_bytes();
     auto of_group = [&]<int64_t group>(std::integral_constant<int64_t, group>) {
-      accumulate_widened(x, a.stride, rows, k, tactic, s, 4, values, next, [&](int64_t k0) {
+      accumulate_widened(x, a.stride, rows, k, tactic, s, finish, 4, values, next, [&](int64_t k0) {
         return Fp4Columns<group>(panel + k0 / group * kPanel, values + k0 * kPanel / 2);
       });
     };
@@ -296,7 +309,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     const uint8_t* b = panel + k0 * kPanel * 2;
     const uint8_t* after = k0 + size < k ? b + size * kPanel * 2 : next;
     const Ahead ahead = ahead_of(b, size * kPanel * 2, after, rows, ceil_div(rows, kRowBlock));
-    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size, s.c, k0 > 0, true, ahead);
+    multiply_blocks<Bf16Step>(x + k0, a.stride, rows, b, size, s.c, k0 > 0, true, ahead, k0 + size < k ? nullptr : &finish);
   }
 }
 

@@ -17,7 +17,6 @@ namespace skyline {
 namespace attention {
 namespace {
 
-constexpr int64_t kMaxTasks = 1 << 19;
 constexpr int64_t kManyRows = 64;  // with more of them, an item is a matter of arithmetic, not of reading the cache
 
 struct Plan {
@@ -36,11 +35,8 @@ class Run {
     static thread_local Plan plan;
     make(plan);
     partial_ = static_cast<float*>(plan.partial.ensure(partial_rows_ * row_size() * sizeof(float)));
-    const int64_t count = plan.items.size();
-    for (int64_t begin = 0; begin < count; begin += kMaxTasks) {
-      const Item* items = plan.items.data() + begin;
-      ThreadPool::get().run(std::min(kMaxTasks, count - begin), [&](int64_t i) { compute(items[i]); });
-    }
+    const Item* items = plan.items.data();  // the name `plan` means another one in each thread
+    ThreadPool::get().run(plan.items.size(), [&](int64_t i) { compute(items[i]); });
     const Item* shared = plan.shared.data();
     ThreadPool::get().run(plan.shared.size(), [&](int64_t i) { combine(shared[i]); });
   }

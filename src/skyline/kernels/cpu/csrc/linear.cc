@@ -29,17 +29,15 @@ void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_
     const int64_t panels = m.panels(), at_once = max_rows(m, tactic);
     // Enough tasks that a thread which is held up costs little, few enough that each streams through much memory.
     const int64_t threads = ThreadPool::get().size(), tasks = std::min<int64_t>(panels, ThreadPool::kTasks * threads);
-    const int64_t turns = ceil_div(from.rows, at_once);
-    for (int64_t turn = 0; turn < turns; turn++) {
+    const int64_t turns = ceil_div(from.rows, at_once), all = turns * tasks;
+    ThreadPool::get().run(all, [&](int64_t i) {
+      const int64_t turn = i / tasks, task = i % tasks, last = panels * (task + 1) / tasks - 1;
       const int64_t begin = from.rows * turn / turns, end = from.rows * (turn + 1) / turns;
-      ThreadPool::get().run(tasks, [&](int64_t task) {
-        const int64_t last = panels * (task + 1) / tasks - 1;
-        // Tasks go to threads in turn.
-        const int64_t after = task + threads < tasks ? panels * (task + threads) / tasks : -1;
-        for (int64_t panel = panels * task / tasks; panel <= last; panel++)
-          compute_panel(product, begin, end, panel, panel < last ? panel + 1 : after);
-      });
-    }
+      // Tasks go to threads in turn.
+      const int64_t after = i + threads < all ? panels * ((i + threads) % tasks) / tasks : -1;
+      for (int64_t panel = panels * task / tasks; panel <= last; panel++)
+        compute_panel(product, begin, end, panel, panel < last ? panel + 1 : after);
+    });
   });
 }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, linear);

@@ -51,35 +51,62 @@ void accumulate_float(const float* x, int64_t stride, int64_t rows, const float*
                      std::min(piece, k - k0), c + r * kPanel, k0 > 0);
 }
 
-// c [rows][32] for rows of A along the whole of K.
+// c [rows][32] for rows of A along the whole of K, and what is done with it.
 void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                const uint8_t* next, const Tactic& tactic, Scratch& s) {
-  if (m.format != Format::kFloat32) return accumulate_packed(m, a, begin, rows, panel, next, tactic, s);
-  const float* x = static_cast<const float*>(a.data) + begin * a.stride;
-  accumulate_float(x, a.stride, rows, reinterpret_cast<const float*>(panel), m.k, tactic.piece, s.c);
+                const uint8_t* next, const Tactic& tactic, Scratch& s, const Finish& finish) {
+  if (m.format == Format::kFloat32) {
+    const float* x = static_cast<const float*>(a.data) + begin * a.stride;
+    accumulate_float(x, a.stride, rows, reinterpret_cast<const float*>(panel), m.k, tactic.piece, s.c);
+  } else {
+#if defined(__AVX512F__)
+    return accumulate_packed(m, a, begin, rows, panel, next, tactic, s, finish);
+#else
+    accumulate_packed(m, a, begin, rows, panel, next, tactic, s);
+#endif
+  }
+  finish(0, rows);
 }
 
-// One vector of finished columns of a row: scaled, with bias, still in float32.
-template <class T>
-Vec finished(const Product<T>& p, const Scratch& s, int64_t row, int64_t r, int64_t column, int64_t place, int64_t feature,
-             int count) {
-  const PackedMatrix& m = p.weight;
-  Vec value;
-  if (m.format == Format::kInt8) {
-    const int32_t* sums = reinterpret_cast<const int32_t*>(s.c) + r * kPanel + column;
+enum class Sums { kFinal, kScaled, kIntegers };  // what c holds
+
+// What sums of a vector of columns are multiplied by and added to, whatever the row. The n columns begin at `place` in panels and are
+// features from `feature` on.
+template <class T, Sums sums, bool biased>
+class Outcome {
+ public:
+  template <class Count>
+  Outcome(const Product<T>& p, int64_t place, int64_t feature, Count n) {
+    if constexpr (sums != Sums::kFinal) scale_ = Vec::load(p.weight.scales + place);
 #if defined(__AVX512F__) && !defined(__AMX_TILE__)
-    const __m512i shift = _mm512_slli_epi32(_mm512_loadu_si512(m.sums + place), 7);  // Int8Step says why
-    value = {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums), shift))};
-#else
-    value = Vec::load(sums);
+    if constexpr (sums == Sums::kIntegers) shift_ = _mm512_slli_epi32(_mm512_loadu_si512(p.weight.sums + place), 7);  // Int8Step says why
 #endif
-    value = value * (Vec::all(p.a.scales[row]) * Vec::load(m.scales + place));
-  } else {
-    value = Vec::load(s.c + r * kPanel + column);
-    if (m.scales) value = value * Vec::load(m.scales + place);
+    if constexpr (biased) bias_ = Vec::load(p.bias + feature, n);
   }
-  return p.bias ? value + Vec::load(p.bias + feature, count) : value;
-}
+  // For the sums at c, of a row with this scale.
+  Vec operator()(const float* c, float scale) const {
+    Vec value;
+    if constexpr (sums == Sums::kIntegers) {
+      const int32_t* whole = reinterpret_cast<const int32_t*>(c);
+#if defined(__AVX512F__) && !defined(__AMX_TILE__)
+      value = {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(whole), shift_))};
+#else
+      value = Vec::load(whole);
+#endif
+      value = value * (Vec::all(scale) * scale_);
+    } else {
+      value = Vec::load(c);
+      if constexpr (sums == Sums::kScaled) value = value * scale_;
+    }
+    if constexpr (biased) value = value + bias_;
+    return value;
+  }
+
+ private:
+  Vec scale_, bias_;
+#if defined(__AVX512F__) && !defined(__AMX_TILE__)
+  __m512i shift_;
+#endif
+};
 
 Vec gated(const Gating& gating, Vec gate, Vec up) {
   if (gating.alpha == 0) return silu(gate) * up;
@@ -89,27 +116,39 @@ Vec gated(const Gating& gating, Vec gate, Vec up) {
   return silu(gate * Vec::all(gating.alpha)) * Vec::all(1 / gating.alpha) * (up + one);
 }
 
-template <class T>
-void finish(const Product<T>& p, int64_t begin, int64_t rows, int64_t panel, const Scratch& s) {
+// Rows [from, to) of c; row 0 of it is row `begin` of the product. Columns go by first: what is the same for all rows is read once.
+template <class T, Sums sums, bool biased>
+void finish_as(const Product<T>& p, int64_t begin, int64_t from, int64_t to, int64_t panel, const float* c) {
+  using Of = Outcome<T, sums, biased>;
   const PackedMatrix& m = p.weight;
-  const int64_t first = panel * kPanel;
+  const Gating gating = p.gating;
+  const int64_t first = panel * kPanel, stride = p.out_stride, half = m.n / 2, feature = m.gated ? panel * kTile : first;
+  T* out = p.out + begin * stride + feature;
+  const float* scales = sums == Sums::kIntegers ? p.a.scales + begin : nullptr;
+  const auto scale = [&](int64_t r) { return sums == Sums::kIntegers ? scales[r] : 0.0f; };
   if (m.gated) {
-    const int64_t half = m.n / 2, feature = panel * kTile, columns = std::min(kTile, half - feature);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = 0; i < columns; i += Vec::width) {
-        const int count = static_cast<int>(std::min<int64_t>(Vec::width, columns - i));
-        Vec gate = finished(p, s, begin + r, r, i, first + i, feature + i, count);
-        Vec up = finished(p, s, begin + r, r, kTile + i, first + kTile + i, half + feature + i, count);
-        gated(p.gating, gate, up).store(p.out + (begin + r) * p.out_stride + feature + i, count);
+    sweep(std::min(kTile, half - feature), [&](int64_t i, auto n) {
+      const Of gate(p, first + i, feature + i, n), up(p, first + kTile + i, half + feature + i, n);
+      for (int64_t r = from; r < to; r++) {
+        const float* at = c + r * kPanel + i;
+        gated(gating, gate(at, scale(r)), up(at + kTile, scale(r))).store(out + r * stride + i, n);
       }
-    return;
+    });
+  } else {
+    sweep(std::min(kPanel, m.n - first), [&](int64_t i, auto n) {
+      const Of value(p, first + i, first + i, n);
+      for (int64_t r = from; r < to; r++) value(c + r * kPanel + i, scale(r)).store(out + r * stride + i, n);
+    });
   }
-  const int64_t columns = std::min(kPanel, m.n - first);
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < columns; i += Vec::width) {
-      const int count = static_cast<int>(std::min<int64_t>(Vec::width, columns - i));
-      finished(p, s, begin + r, r, i, first + i, first + i, count).store(p.out + (begin + r) * p.out_stride + first + i, count);
-    }
+}
+
+template <class T>
+void finish(const Product<T>& p, int64_t begin, int64_t from, int64_t to, int64_t panel, const float* c) {
+  const auto as = [&]<Sums sums>(std::integral_constant<Sums, sums>) {
+    p.bias ? finish_as<T, sums, true>(p, begin, from, to, panel, c) : finish_as<T, sums, false>(p, begin, from, to, panel, c);
+  };
+  if (p.weight.format == Format::kInt8) return as(std::integral_constant<Sums, Sums::kIntegers>());
+  p.weight.scales ? as(std::integral_constant<Sums, Sums::kScaled>()) : as(std::integral_constant<Sums, Sums::kFinal>());
 }
 
 }  // namespace
@@ -123,8 +162,10 @@ template <class T>
 void compute_panel(const Product<T>& product, int64_t begin, int64_t end, int64_t panel, int64_t next) {
   Scratch& s = scratch();
   const PackedMatrix& m = product.weight;
-  accumulate(m, product.a, begin, end - begin, m.panel(panel), next < 0 ? nullptr : m.panel(next), product.tactic, s);
-  finish(product, begin, end - begin, panel, s);
+  const auto rows = [&](int64_t r, int64_t count) { finish(product, begin, r, r + count, panel, s.c); };
+  const T* out = product.out + begin * product.out_stride + panel * (m.gated ? kTile : kPanel);
+  const Finish complete(rows, out, product.out_stride * static_cast<int64_t>(sizeof(T)));
+  accumulate(m, product.a, begin, end - begin, m.panel(panel), next < 0 ? nullptr : m.panel(next), product.tactic, s, complete);
 }
 
 template void compute_panel<float>(const Product<float>&, int64_t, int64_t, int64_t, int64_t);

@@ -45,6 +45,9 @@ inline bf16 from_float<bf16>(float value) {
 inline void prefetch_l1(const void* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
 inline void prefetch_l2(const void* p) { __asm__ volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p))); }
 
+// The same, and so that it can be written at once.
+inline void prefetch_to_write(const void* p) { __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p))); }
+
 // Four bytes in all places of a vector: one instruction, which only loads.
 #if defined(__AVX512F__)
 inline __m512i spread_four(const void* p) {

@@ -75,6 +75,7 @@ struct ThreadPool::State {
   std::atomic<int64_t> ahead_bytes{0};
   Erased call = nullptr;
   const void* context = nullptr;
+  int64_t first = 0;  // what the job's task 0 is to `call`
   uint64_t epoch = 0;
   bool in_step = false;
   Fetcher caller{0, 1};
@@ -87,7 +88,7 @@ struct ThreadPool::State {
   void work_on(uint64_t current) {
     while (open(current)) {
       if (job.compare_exchange_weak(current, current + 1, std::memory_order_acq_rel)) {
-        call(context, static_cast<int64_t>(next_of(current)));
+        call(context, first + static_cast<int64_t>(next_of(current)));
         done.fetch_add(1, std::memory_order_release);
         current = job.load(std::memory_order_acquire);
       }
@@ -98,6 +99,24 @@ struct ThreadPool::State {
   void wait(Fetcher& fetcher) {
     const uint8_t* memory = ahead.load(std::memory_order_acquire);
     if (!fetcher.fetch(memory, ahead_bytes.load(std::memory_order_relaxed))) _mm_pause();
+  }
+
+  // Does so many tasks together with the workers.
+  void share_out(int64_t count) {
+    done.store(0, std::memory_order_relaxed);
+    epoch = (epoch + 1) & 0xFFFFFF;
+    const uint64_t mine = epoch << (2 * kBits) | static_cast<uint64_t>(count) << kBits;
+    job.store(mine, std::memory_order_release);
+    if (!in_step) {  // even + 2: a sleeper wakes, looks for work, and sleeps again
+      awake.fetch_add(2, std::memory_order_release);
+      syscall(SYS_futex, &awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    }
+    work_on(mine);
+    // The last tasks are in other hands; where cores are scarce, those may need this one.
+    for (int spins = 1; done.load(std::memory_order_acquire) != static_cast<uint64_t>(count); spins++) {
+      wait(caller);
+      if (spins % 16384 == 0) sched_yield();
+    }
   }
 
   void worker(int cpu, int index, int threads) {
@@ -187,20 +206,7 @@ void ThreadPool::run_erased(int64_t count, Erased call, const void* context) {
   }
   state.call = call;
   state.context = context;
-  state.done.store(0, std::memory_order_relaxed);
-  state.epoch = (state.epoch + 1) & 0xFFFFFF;
-  uint64_t job = state.epoch << (2 * kBits) | static_cast<uint64_t>(count) << kBits;
-  state.job.store(job, std::memory_order_release);
-  if (!state.in_step) {  // even + 2: a sleeper wakes, looks for work, and sleeps again
-    state.awake.fetch_add(2, std::memory_order_release);
-    syscall(SYS_futex, &state.awake, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-  }
-  state.work_on(job);
-  // The last tasks are in other hands; where cores are scarce, those may need this one.
-  for (int spins = 1; state.done.load(std::memory_order_acquire) != static_cast<uint64_t>(count); spins++) {
-    state.wait(state.caller);
-    if (spins % 16384 == 0) sched_yield();
-  }
+  for (state.first = 0; state.first < count; state.first += kMask) state.share_out(std::min<int64_t>(count - state.first, kMask));
 }
 
 }  // namespace skyline

@@ -162,12 +162,11 @@ struct View {
   int64_t query_head(int head, int row) const { return (item.head + head) * call.group + row % call.group; }
   int64_t column(int head, int row) const { return query_head(head, row) * call.head_dim; }
   // Of the split's keys, those that any of the rows [first, last] sees.
-  Span visible(int split, int first, int last) const {
-    int64_t begin = static_cast<int64_t>(split) * kSplit;
-    int64_t from = first_position + first / call.group - call.window + 1;
-    int64_t to = first_position + last / call.group + 1;
-    return {static_cast<int>(std::clamp<int64_t>(from - begin, 0, kSplit)),
-            static_cast<int>(std::clamp<int64_t>(to - begin, 0, kSplit))};
+  Span visible(int split, int first, int last) const { return seen(split, first / call.group, last / call.group); }
+  // Those that each row sees, without dividing.
+  void visible(int split, Span* rows_spans) const {
+    for (int query = 0; query < item.queries; query++, rows_spans += call.group)
+      std::fill_n(rows_spans, call.group, seen(split, query, query));
   }
   // Where the key at this position lies, as below; -1 beyond the context.
   int64_t slot(int64_t position) const {
@@ -200,6 +199,14 @@ struct View {
         }
       }
     }
+  }
+
+ private:
+  // Of the split's keys, those that any of the item's queries [first, last] sees.
+  Span seen(int split, int64_t first, int64_t last) const {
+    const int64_t begin = static_cast<int64_t>(split) * kSplit, from = first_position + first - call.window + 1;
+    return {static_cast<int>(std::clamp<int64_t>(from - begin, 0, kSplit)),
+            static_cast<int>(std::clamp<int64_t>(first_position + last + 1 - begin, 0, kSplit))};
   }
 };
 

@@ -75,7 +75,7 @@ class LaneAttention {
     if (all.empty()) return;
     view_.slots(index, all, slots_);
     view_.scales(slots_, all, k_scale_, v_scale_);
-    for (int row = 0; row < view_.rows; row++) spans_[row] = view_.visible(index, row, row);
+    view_.visible(index, spans_);
     for (int chunk = all.first_chunk(); chunk < all.last_chunk(); chunk++) {
       const bool last = chunk + 1 == all.last_chunk();
       Ahead next = last ? Ahead(*this, view_.call.v, all.first_chunk()) : Ahead(*this, view_.call.k, chunk + 1);

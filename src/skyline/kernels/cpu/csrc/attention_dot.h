@@ -39,6 +39,7 @@ class DotAttention {
   void split(int index, const Done& done) {
     const Span all = view_.visible(index, 0, view_.rows - 1);
     if (all.empty()) return;
+    view_.visible(index, spans_);
     view_.slots(index, all, slots_);
     view_.scales(slots_, all, k_scale_, v_scale_);
     const int first = all.first_chunk(), last = all.last_chunk();
@@ -46,24 +47,24 @@ class DotAttention {
       for (int head = 0; head < heads_; head++) {
         chunk + 1 < last ? ask(view_.call.k, chunk + 1, head) : ask(view_.call.v, first, head);
         pack_keys(head, chunk);
-        each_block<kKeyBlock>(index, chunk, [&]<int R>(int row) { products<R>(head, row, chunk); });
+        each_block<kKeyBlock>(chunk, [&]<int R>(int row) { products<R>(head, row, chunk); });
       }
-    for (int at = 0; at < heads_ * view_.rows; at++) {
-      const int scale = at / view_.rows * kSplit, row = at % view_.rows;
-      const Span mine = view_.visible(index, row, row);
-      sums_[at] = weigh_row<sizeof(KV) == 1>(scores_ + at * kStride, mine, all, scoring_, k_scale_ + scale, v_scale_ + scale);
+    for (int head = 0, at = 0; head < heads_; head++) {
+      const float *k_scale = k_scale_ + head * kSplit, *v_scale = v_scale_ + head * kSplit;
+      for (int row = 0; row < view_.rows; row++, at++)
+        sums_[at] = weigh_row<sizeof(KV) == 1>(scores_ + at * kStride, spans_[row], all, scoring_, k_scale, v_scale);
     }
     std::memset(mixed_, 0, heads_ * view_.rows * width_ * sizeof(float));
     for (int chunk = first; chunk < last; chunk++)
       for (int head = 0; head < heads_; head++) {
         if (chunk + 1 < last) ask(view_.call.v, chunk + 1, head);
         pack_values(head, chunk);
-        each_block<kBlock>(index, chunk, [&]<int R>(int row) { mix<R>(head, row, chunk); });
+        each_block<kBlock>(chunk, [&]<int R>(int row) { mix<R>(head, row, chunk); });
       }
     for (int head = 0; head < heads_; head++) {
       for (int row = 0; row < view_.rows; row++) {
         const int64_t at = head * view_.rows + row;
-        if (!view_.visible(index, row, row).empty()) done(head, row, sums_[at], mixed_ + at * width_);
+        if (!spans_[row].empty()) done(head, row, sums_[at], mixed_ + at * width_);
       }
     }
   }
@@ -84,6 +85,7 @@ class DotAttention {
     slots_ = carver.take<int64_t>(kSplit);
     k_scale_ = carver.take<float>(heads_ * kSplit);
     v_scale_ = carver.take<float>(heads_ * kSplit);
+    spans_ = carver.take<Span>(view_.rows);
     sums_ = carver.take<RowSum>(rows);
     nothing_ = carver.take<KV>(width_);
     return carver.used();
@@ -103,15 +105,15 @@ class DotAttention {
 
   // body<R>(row) for blocks of rows [row, row + R) of which some see something of the chunk.
   template <int most, class Body>
-  void each_block(int index, int chunk, const Body& body) const {
-    for (int row = 0; row < view_.rows; row += most) block<most>(index, chunk, row, std::min(most, view_.rows - row), body);
+  void each_block(int chunk, const Body& body) const {
+    for (int row = 0; row < view_.rows; row += most) block<most>(chunk, row, std::min(most, view_.rows - row), body);
   }
   template <int R, class Body>
-  void block(int index, int chunk, int row, int rows, const Body& body) const {
+  void block(int chunk, int row, int rows, const Body& body) const {
     if constexpr (R > 1) {
-      if (rows < R) return block<R - 1>(index, chunk, row, rows, body);
+      if (rows < R) return block<R - 1>(chunk, row, rows, body);
     }
-    const Span span = view_.visible(index, row, row + R - 1);
+    const Span span{spans_[row].lo, spans_[row + R - 1].hi};
     if (!span.empty() && span.first_chunk() <= chunk && chunk < span.last_chunk()) body.template operator()<R>(row);
   }
 
@@ -201,6 +203,7 @@ class DotAttention {
   bf16 *q_, *packed_;
   float *scores_, *mixed_, *k_scale_, *v_scale_;
   int64_t* slots_;
+  Span* spans_;  // what each row of a head sees of the split
   RowSum* sums_;
   KV* nothing_;
 };

@@ -154,9 +154,13 @@ inline void store_unpacked(bf16* to, const float* values, float factor, int64_t 
     // Adding zero makes negative zeros positive, whose sign would depend on what was skipped.
     Vec first{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, low, b), by, _mm512_setzero_ps())};
     Vec second{_mm512_fmadd_ps(_mm512_permutex2var_ps(a, high, b), by, _mm512_setzero_ps())};
-    int left = static_cast<int>(dim - i);
-    first.store(to + i, left);
-    if (left > 16) second.store(to + i + 16, left - 16);
+    if (int left = static_cast<int>(dim - i); left >= 32) {
+      first.store(to + i);
+      second.store(to + i + 16);
+    } else {
+      first.store(to + i, left);
+      if (left > 16) second.store(to + i + 16, left - 16);
+    }
   }
 }
 

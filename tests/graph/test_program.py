@@ -103,8 +103,8 @@ def test_launches_and_capture_holds_only_ops(folder: Path) -> None:
     layers = len(kv_caches(model))
     launches = program.launches()
     assert launches["paged_attention"] == launches["rope_kv_write"] == layers
-    assert launches["add_rms_norm"] == 2 * layers - 1
-    assert launches["embedding"] == launches["select_rows"] == 1
+    assert launches["add_rms_norm"] == 2 * layers
+    assert (launches["embedding"], launches["select_rows"]) == (1, 2)
 
 
 def test_activations_are_freed_after_their_last_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_planned_results_share_few_buffers(folder: Path) -> None:
     expected, actual = torch.cat(_run(model)), torch.cat(_run(_Holder(model, program)))
     assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
     assert len(program.plan.places) > 10
-    assert len(program.plan.buffers) <= 8
+    assert len(program.plan.buffers) <= 10, "of rows of tokens and of logits"
     small = program.plan.capacity
     program.reserve(3 * small[0], 3 * small[1])
     assert torch.equal(torch.cat(_run(_Holder(model, program))), actual)

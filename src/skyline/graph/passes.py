@@ -21,6 +21,27 @@ from skyline.ops import KVCache, Op
 
 Pass = Callable[[fx.Graph], int]
 
+# Ops that give each row of their result from the same row of these arguments, whatever other rows there are.
+EACH_ROW: dict[str, tuple[str, ...]] = {
+    "add": ("x", "y"),
+    "add_rms_norm": ("x", "residual"),
+    "gated_rms_norm": ("x", "gate"),
+    "gelu_mul": ("gate_up",),
+    "router": ("x",),
+    "scale": ("x",),
+    "sigmoid_mul": ("x", "gate"),
+    "silu_mul": ("gate_up",),
+    "split": ("x",),
+    "topk_router": ("logits",),
+}
+for _op in ops.OPS.values():
+    if "nvfp4" in _op.name:
+        continue  # quantize rows where there are many
+    if _op.name.startswith("linear") or _op.name.endswith(("rms_norm", "layer_norm")):
+        EACH_ROW.setdefault(_op.name, ("x",))
+    elif _op.name.startswith("moe_experts") and "x" in _op.signature.parameters:
+        EACH_ROW[_op.name] = ("x", "weights", "ids")
+
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
 GATED_LINEARS = frozenset(
     {
@@ -34,6 +55,45 @@ GATED_LINEARS = frozenset(
         "linear_nvfp4",
     }
 )
+
+
+def select_rows_early(graph: fx.Graph) -> int:
+    """select_rows(f(x)) -> f(select_rows(x)), as far up as nobody reads the other rows.
+
+    So behind the last layer's attention only the last token of a prompt is computed. Counts the calls with fewer rows.
+    """
+    moved = 0
+    for selection in graph.find_nodes(op="call_function", target=ops.select_rows):
+        last, rows = arguments_of(selection)
+        few: set[fx.Node] = {selection}  # whose readers want these rows only
+        for node in reversed(graph.nodes):
+            if _rows_read(node) and node.users and few.issuperset(node.users):
+                few.add(node)
+        few -= {node for node in few if node.target is operator.getitem and node.args[0] not in few}
+        if len(few) == 1:
+            continue
+        moved += sum(isinstance(node.target, Op) for node in few) - 1
+        selected: dict[fx.Node, fx.Node] = {}
+        for node in [node for node in graph.nodes if node in few and node is not selection]:
+            for read in _rows_read(node) or ():
+                if read not in few and read not in selected:
+                    with graph.inserting_before(node):
+                        selected[read] = graph.call_function(ops.select_rows, (read, rows))
+                node.replace_input_with(read, selected.get(read, read))
+        selection.replace_all_uses_with(last)
+        graph.erase_node(selection)
+    return moved
+
+
+def _rows_read(node: fx.Node) -> list[fx.Node] | None:
+    """The activations whose rows a call takes one by one; None of anything else."""
+    if node.target is operator.getitem:
+        return list(node.all_input_nodes)
+    if not isinstance(node.target, Op) or node.target.name not in EACH_ROW:
+        return None
+    named = dict(zip(node.target.signature.parameters, node.args, strict=False))
+    taken = [named[name] for name in EACH_ROW[node.target.name]]
+    return [value for value in taken if isinstance(value, fx.Node) and value.op != "get_attr"]
 
 
 def fuse_add_rms_norm(graph: fx.Graph) -> int:
@@ -139,6 +199,7 @@ def fuse_linear_silu_mul(graph: fx.Graph) -> int:
 
 PASSES: dict[str, Pass] = {
     "weight_only_fp4": gpu_passes.weight_only_fp4,
+    "select_rows_early": select_rows_early,
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,
     "linear_silu_mul": fuse_linear_silu_mul,

@@ -67,6 +67,12 @@ void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int6
   finish(0, rows);
 }
 
+// use(make(0), ..., make(n - 1)).
+template <int n, class Make, class Use>
+inline __attribute__((always_inline)) void each_constant(const Make& make, const Use& use) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { use(make(i)...); }(std::make_integer_sequence<int, n>());
+}
+
 enum class Sums { kFinal, kScaled, kIntegers };  // what c holds
 
 // What sums of a vector of columns are multiplied by and added to, whatever the row. The n columns begin at `place` in panels and are
@@ -134,8 +140,18 @@ void finish_as(const Product<T>& p, int64_t begin, int64_t from, int64_t to, int
         gated(gating, gate(at, scale(r)), up(at + kTile, scale(r))).store(out + r * stride + i, n);
       }
     });
+  } else if (m.n - first >= kPanel) {  // a row's line is written at once
+    constexpr int vectors = kPanel / Vec::width;
+    const auto of = [&](int v) { return Of(p, first + v * Vec::width, first + v * Vec::width, std::integral_constant<int, Vec::width>()); };
+    each_constant<vectors>(of, [&](const auto&... value) {
+      for (int64_t r = from; r < to; r++) {
+        const float* at = c + r * kPanel;
+        T* row = out + r * stride;
+        ((value(at, scale(r)).store(row), at += Vec::width, row += Vec::width), ...);
+      }
+    });
   } else {
-    sweep(std::min(kPanel, m.n - first), [&](int64_t i, auto n) {
+    sweep(m.n - first, [&](int64_t i, auto n) {
       const Of value(p, first + i, first + i, n);
       for (int64_t r = from; r < to; r++) value(c + r * kPanel + i, scale(r)).store(out + r * stride + i, n);
     });

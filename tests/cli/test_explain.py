@@ -38,8 +38,9 @@ def test_sizes_and_linear_flops(tiny_checkpoint: Path) -> None:
 
     linear = by_op(facts)["linear"]
     assert linear["decode"]["flops"] == 2 * 3 * (weights + VOCAB * HIDDEN)
-    # Only the last token of a prompt needs logits.
-    assert linear["prefill"]["flops"] == 2 * (50 * weights + VOCAB * HIDDEN)
+    # Only the last token of a prompt needs logits, and what is behind the last attention.
+    behind = HIDDEN * HEADS * HEAD_DIM + 3 * HIDDEN * INTERMEDIATE
+    assert linear["prefill"]["flops"] == 2 * (50 * (weights - behind) + behind + VOCAB * HIDDEN)
     attended = by_op(facts)["paged_attention"]
     assert attended["decode"]["flops"] == LAYERS * 4 * 3 * 100 * HEADS * HEAD_DIM
     assert attended["prefill"]["flops"] == LAYERS * 4 * (50 * 51 // 2) * HEADS * HEAD_DIM
@@ -84,10 +85,10 @@ def test_it_refuses_what_the_model_cannot_do(tiny_checkpoint: Path) -> None:
 
 
 def test_fusions_and_launches(tiny_checkpoint: Path) -> None:
-    """Qwen3 of two layers: 14 launches a layer become 8; around them 4, and then 5, for the first norm is its own."""
+    """Qwen3 of two layers: 14 launches a layer become 8; around them 4, and then 5, cutting rows in two places."""
     facts = explain(EngineConfig(model=str(tiny_checkpoint)))
-    fused = {"add_rms_norm": 2 * LAYERS - 1, "rope_kv_write": LAYERS, "linear_silu_mul": LAYERS}
-    assert facts["fusions"] == {"weight_only_fp4": 0, **fused}
+    fused = {"add_rms_norm": 2 * LAYERS, "rope_kv_write": LAYERS, "linear_silu_mul": LAYERS}
+    assert facts["fusions"] == {"weight_only_fp4": 0, "select_rows_early": 1, **fused}
     assert facts["launches"] == {
         "step": 8 * LAYERS + 5,
         "layer": 8,

@@ -111,13 +111,14 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         """Updates of all choices as they come. Raises RequestFailedError; cancels the request if not exhausted."""
+        async for update in self._updates(whole=False):
+            yield update
+
+    async def _updates(self, whole: bool) -> AsyncIterator[Update]:
+        choices = [self._choice(index, stream, whole) for index, stream in enumerate(self._streams)]
         try:
-            if len(self._streams) == 1:
-                async for update in self._choice(0, self._streams[0]):
-                    yield update
-            else:
-                async for update in merge([self._choice(*choice) for choice in enumerate(self._streams)]):
-                    yield update
+            async for update in choices[0] if len(choices) == 1 else merge(choices):
+                yield update
         finally:
             self.cancel()
 
@@ -125,7 +126,9 @@ class Generation:
         """Wait for all choices. Raises RequestFailedError."""
         completions = [Completion(index) for index in range(len(self._streams))]
         result = RequestOutput(self.request_id, self.prompt_token_ids, completions)
-        async for update in self:
+        # A stop string has to be looked for in each token; else one update a choice is enough, and the cores that the
+        # engine computes on are left alone meanwhile.
+        async for update in self._updates(whole=not self._params.stop):
             completion = completions[update.index]
             completion.text += update.text
             completion.token_ids += update.token_ids
@@ -136,7 +139,7 @@ class Generation:
             result.prompt_logprobs = result.prompt_logprobs or update.prompt_logprobs
         return result
 
-    async def _choice(self, index: int, stream: RequestStream) -> AsyncIterator[Update]:
+    async def _choice(self, index: int, stream: RequestStream, whole: bool) -> AsyncIterator[Update]:
         params = self._params
         text = IncrementalDetokenizer(
             self._llm.tokenizer,
@@ -148,7 +151,7 @@ class Generation:
         )
         first = True
         while True:
-            output = await stream.next()
+            output = await (stream.rest() if whole else stream.next())
             if output.finish_reason == "error":
                 raise RequestFailedError(output.error or "the request failed")
             update = Update(index, finish_reason=output.finish_reason, stop_reason=output.stop_token)
@@ -159,7 +162,9 @@ class Generation:
             # The token that ended the sequence is no part of the text, even where special tokens are shown.
             hidden = output.stop_token is not None and not params.include_stop_str_in_output
             visible = len(output.token_ids) - hidden
-            for count, token in enumerate(output.token_ids[:visible], start=1):
+            if not params.stop:
+                update.text = text.push(output.token_ids[:visible])
+            for count, token in enumerate(output.token_ids[:visible] if params.stop else (), start=1):
                 update.text += text.push([token])
                 if text.stop_reason is not None:
                     del output.token_ids[count:]  # sampled before we saw the stop string: no part of the answer

@@ -24,7 +24,6 @@ Pass = Callable[[fx.Graph], int]
 # Ops that give each row of their result from the same row of these arguments, whatever other rows there are.
 EACH_ROW: dict[str, tuple[str, ...]] = {
     "add": ("x", "y"),
-    "add_rms_norm": ("x", "residual"),
     "gated_rms_norm": ("x", "gate"),
     "gelu_mul": ("gate_up",),
     "router": ("x",),
@@ -33,14 +32,16 @@ EACH_ROW: dict[str, tuple[str, ...]] = {
     "silu_mul": ("gate_up",),
     "split": ("x",),
     "topk_router": ("logits",),
+    **{
+        name: ("x", "weights", "ids") if name.startswith("moe_experts") else ("x",)
+        for name, op in ops.OPS.items()
+        if (name.startswith(("linear", "moe_experts")) or name.endswith(("head_rms_norm", "offset_rms_norm")))
+        and "x" in op.signature.parameters
+        and "nvfp4" not in name  # these quantize rows where there are many
+    },
+    "layer_norm": ("x",),
+    "rms_norm": ("x",),
 }
-for _op in ops.OPS.values():
-    if "nvfp4" in _op.name:
-        continue  # quantize rows where there are many
-    if _op.name.startswith("linear") or _op.name.endswith(("rms_norm", "layer_norm")):
-        EACH_ROW.setdefault(_op.name, ("x",))
-    elif _op.name.startswith("moe_experts") and "x" in _op.signature.parameters:
-        EACH_ROW[_op.name] = ("x", "weights", "ids")
 
 # Ops that multiply by a merged gate and up weight and can apply `silu_mul` to the product, an argument of that name.
 GATED_LINEARS = frozenset(
@@ -60,40 +61,40 @@ GATED_LINEARS = frozenset(
 def select_rows_early(graph: fx.Graph) -> int:
     """select_rows(f(x)) -> f(select_rows(x)), as far up as nobody reads the other rows.
 
-    So behind the last layer's attention only the last token of a prompt is computed. Counts the calls with fewer rows.
+    So behind the last layer's attention only the last token of a prompt is computed.
     """
-    moved = 0
+    matches = 0
     for selection in graph.find_nodes(op="call_function", target=ops.select_rows):
         last, rows = arguments_of(selection)
         few: set[fx.Node] = {selection}  # whose readers want these rows only
         for node in reversed(graph.nodes):
-            if _rows_read(node) and node.users and few.issuperset(node.users):
+            if rows < node and _rows_read(node) and node.users and few.issuperset(node.users):
                 few.add(node)
         few -= {node for node in few if node.target is operator.getitem and node.args[0] not in few}
         if len(few) == 1:
             continue
-        moved += sum(isinstance(node.target, Op) for node in few) - 1
         selected: dict[fx.Node, fx.Node] = {}
         for node in [node for node in graph.nodes if node in few and node is not selection]:
-            for read in _rows_read(node) or ():
+            for read in _rows_read(node):
                 if read not in few and read not in selected:
                     with graph.inserting_before(node):
                         selected[read] = graph.call_function(ops.select_rows, (read, rows))
                 node.replace_input_with(read, selected.get(read, read))
         selection.replace_all_uses_with(last)
         graph.erase_node(selection)
-    return moved
+        matches += 1
+    return matches
 
 
-def _rows_read(node: fx.Node) -> list[fx.Node] | None:
-    """The activations whose rows a call takes one by one; None of anything else."""
+def _rows_read(node: fx.Node) -> list[fx.Node]:
+    """The activations whose rows a call takes one by one, if it takes no others; else none."""
     if node.target is operator.getitem:
-        return list(node.all_input_nodes)
+        return node.all_input_nodes
     if not isinstance(node.target, Op) or node.target.name not in EACH_ROW:
-        return None
+        return []
     named = dict(zip(node.target.signature.parameters, node.args, strict=False))
-    taken = [named[name] for name in EACH_ROW[node.target.name]]
-    return [value for value in taken if isinstance(value, fx.Node) and value.op != "get_attr"]
+    taken = {name: value for name, value in named.items() if isinstance(value, fx.Node) and value.op != "get_attr"}
+    return list(taken.values()) if taken.keys() <= set(EACH_ROW[node.target.name]) else []
 
 
 def fuse_add_rms_norm(graph: fx.Graph) -> int:
@@ -198,7 +199,7 @@ def fuse_linear_silu_mul(graph: fx.Graph) -> int:
 
 
 PASSES: dict[str, Pass] = {
-    "weight_only_fp4": gpu_passes.weight_only_fp4,
+    "weight_only_fp4": gpu_passes.weight_only_fp4,  # first: what it leaves, it makes independent of the number of rows
     "select_rows_early": select_rows_early,
     "add_rms_norm": fuse_add_rms_norm,
     "rope_kv_write": fuse_rope_kv_write,

@@ -52,6 +52,7 @@ class RequestStream:
         self.finished = False
         self._pending: EngineOutput | None = None
         self._arrived = asyncio.Event()
+        self._ended = asyncio.Event()
 
     def push(self, output: EngineOutput) -> None:
         pending = self._pending
@@ -65,6 +66,8 @@ class RequestStream:
             pending.error = output.error
         self.finished = output.finish_reason is not None
         self._arrived.set()
+        if self.finished:
+            self._ended.set()
 
     async def next(self) -> EngineOutput:
         """The next output; the one with a finish_reason is the last."""
@@ -73,6 +76,11 @@ class RequestStream:
         output, self._pending = self._pending, None
         assert output is not None
         return output
+
+    async def rest(self) -> EngineOutput:
+        """All that is still to come as one output, for a reader who has no use for parts: it is woken once."""
+        await self._ended.wait()
+        return await self.next()
 
 
 class EngineClient:

@@ -64,7 +64,7 @@ rms_norm = register(
 
 def _head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, heads * D], weight [D] -> rms_norm of each head by itself, [T, heads * D]: the norm of queries and keys."""
-    return _rms_norm(x.reshape(*x.shape[:-1], -1, weight.shape[0]), weight, eps).flatten(-2)
+    return _rms_norm(x.reshape(*x.shape[:-1], x.shape[-1] // weight.shape[0], weight.shape[0]), weight, eps).flatten(-2)
 
 
 def _head_rms_norm_cases(dtype: torch.dtype, generator: torch.Generator) -> Iterator[Case]:

@@ -25,7 +25,9 @@ def _offset_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _offset_head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, heads * D], weight [D] -> offset_rms_norm of each head by itself, [T, heads * D]."""
-    return _offset_rms_norm(x.reshape(*x.shape[:-1], -1, weight.shape[0]), weight, eps).flatten(-2)
+    return _offset_rms_norm(
+        x.reshape(*x.shape[:-1], x.shape[-1] // weight.shape[0], weight.shape[0]), weight, eps
+    ).flatten(-2)
 
 
 def _norm_cost(x: Tensor, weight: Tensor, eps: float) -> Cost:
@@ -92,7 +94,7 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tens
 
     The norm is rounded to x's dtype before it meets the gate, which is activated in float32.
     """
-    heads = (*x.shape[:-1], -1, weight.shape[0])
+    heads = (*x.shape[:-1], x.shape[-1] // weight.shape[0], weight.shape[0])
     wide = x.reshape(heads).float()
     normed = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     return (normed.float() * F.silu(gate.reshape(heads).float())).to(x.dtype).flatten(-2)

@@ -40,7 +40,7 @@ def _router(
     scores = logits.softmax(-1) if scoring == "softmax" else scores
     ranked = scores if correction is None else scores + correction.float()
     if groups > 1:
-        runs = ranked.view(len(ranked), groups, -1)
+        runs = ranked.view(len(ranked), groups, ranked.shape[1] // groups)
         best = runs.topk(min(2, runs.shape[-1]), dim=-1).values.sum(-1)
         kept = _best(best, top_groups)
         allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, kept, True)

@@ -25,8 +25,8 @@ struct alignas(64) Scratch {
 #endif
 };
 
-// What is done with rows [r, r + count) of c as soon as they are complete, while they are in the nearest cache. It is called once for
-// each row.
+// What is done with rows [r, r + count) of c when they are complete: with AVX-512 at once, while they are in the nearest cache. Called
+// once for each row.
 class Finish {
  public:
   // out: where row 0 will be written, and what lies between rows, in bytes.
@@ -35,8 +35,8 @@ class Finish {
       : call_([](const void* rows, int64_t r, int64_t count) { (*static_cast<const Rows*>(rows))(r, count); }), rows_(&rows),
         out_(static_cast<const char*>(out)), stride_(stride) {}
   void operator()(int64_t r, int64_t count) const { call_(rows_, first_ + r, count); }
-  // Asks for the lines that rows will be written to: stores go one after the other, so each would be waited for. Worth it before
-  // a block of rows is multiplied.
+  // Asks for the first line that each row will be written to, before a block of rows is multiplied: stores are made in order, so each
+  // would wait for its own. (A line is a row of 32 bfloat16.)
   void ask(int64_t r, int64_t count) const {
     for (int64_t i = r; i < r + count; i++) prefetch_to_write(out_ + (first_ + i) * stride_);
   }

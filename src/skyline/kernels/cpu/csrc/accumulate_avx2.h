@@ -168,7 +168,7 @@ void add_widened_groups(const PackedMatrix& m, const Activations& a, const int8_
 
 // What comes after the panel is taken to follow it in memory.
 void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begin, int64_t rows, const uint8_t* panel,
-                       const uint8_t* /*next*/, const Tactic& tactic, Scratch& s) {
+                       const uint8_t* /*next*/, const Tactic& tactic, Scratch& s, const Finish& finish) {
   const int64_t k = m.padded_k();
   if (m.format == Format::kInt4) {
     std::memset(s.c, 0, rows * kPanel * sizeof(float));
@@ -184,7 +184,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
           add_widened_groups<false>(m, a, x, begin, rows, panel, g, end, s);
         }
       }
-      return;
+      return finish(0, rows);
     }
     const int64_t at_once = 2 * tactic.piece / m.group, blocks = ceil_div(rows, kRowBlock);
     for (int64_t g = 0; g < groups; g += at_once)
@@ -214,6 +214,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
       accumulate_columns<Int8Pairs>(x, a.stride, rows, panel, k, tactic.piece / 4, s, s.c);
     }
   }
+  finish(0, rows);
 }
 
 }  // namespace

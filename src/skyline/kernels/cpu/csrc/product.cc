@@ -57,14 +57,10 @@ void accumulate(const PackedMatrix& m, const Activations& a, int64_t begin, int6
   if (m.format == Format::kFloat32) {
     const float* x = static_cast<const float*>(a.data) + begin * a.stride;
     accumulate_float(x, a.stride, rows, reinterpret_cast<const float*>(panel), m.k, tactic.piece, s.c);
+    finish(0, rows);
   } else {
-#if defined(__AVX512F__)
-    return accumulate_packed(m, a, begin, rows, panel, next, tactic, s, finish);
-#else
-    accumulate_packed(m, a, begin, rows, panel, next, tactic, s);
-#endif
+    accumulate_packed(m, a, begin, rows, panel, next, tactic, s, finish);
   }
-  finish(0, rows);
 }
 
 // use(make(0), ..., make(n - 1)).

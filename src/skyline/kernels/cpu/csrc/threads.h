@@ -29,8 +29,8 @@ class ThreadPool {
   void fetch_ahead(const uint8_t* memory, int64_t bytes);
   static constexpr int64_t kTasks = 16;
 
-  // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. A task
-  // may not throw, nor call `run`. If another thread is using the pool, this one computes alone.
+  // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. A task may not throw,
+  // nor call `run`. If another thread is using the pool, this one computes alone.
   template <class Task>
   void run(int64_t count, const Task& task) {
     if (count <= 0) return;

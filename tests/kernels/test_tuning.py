@@ -133,7 +133,7 @@ def test_measure_keep_and_use(tiny_checkpoint: Path, folder: Path) -> None:
         assert "measured by `skyline tune`" in loaded.report["tuning"]
         steps = loaded.program._bind(100, 1).steps
         chosen = [step.run.keywords["tactic"] for step in steps if isinstance(step.run, functools.partial)]
-        # Four products of the first layer and one of the second: what is behind its attention, and the head, see one row.
+        # Four products of the first layer and one of the second: behind its attention there is one row.
         assert chosen == [Tactic(rows=128)] * 5
         loaded.program.tune(Tunings(""))
         assert not any(isinstance(step.run, functools.partial) for step in loaded.program._bind(100, 1).steps)

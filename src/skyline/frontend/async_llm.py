@@ -162,13 +162,10 @@ class Generation:
             # The token that ended the sequence is no part of the text, even where special tokens are shown.
             hidden = output.stop_token is not None and not params.include_stop_str_in_output
             visible = len(output.token_ids) - hidden
-            if not params.stop:
-                update.text = text.push(output.token_ids[:visible])
-            for count, token in enumerate(output.token_ids[:visible] if params.stop else (), start=1):
-                update.text += text.push([token])
-                if text.stop_reason is not None:
-                    del output.token_ids[count:]  # sampled before we saw the stop string: no part of the answer
-                    break
+            before = text.num_tokens
+            update.text = text.push(output.token_ids[:visible])
+            if text.stop_reason is not None:
+                del output.token_ids[text.num_tokens - before :]  # sampled before we saw it: no part of the answer
             update.token_ids = output.token_ids
             if output.logprobs is not None:
                 update.logprobs = output.logprobs[: len(output.token_ids)]

@@ -17,7 +17,6 @@ from benchmarks.peers.results import Results
 from benchmarks.peers.turns import Turns, fits, need_mib
 
 VOCABULARY = 2000  # ids that every tokenizer here has
-WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,11 @@ def measure_batches(
             value = plan.prefill / seconds
         else:
             batch = batch_of(cell)
-            new = plan.new if number else min(plan.new, WARM_UP_TOKENS)
             first = worker.generate(plan.prompts(batch, plan.prompt), 1)
-            whole = worker.generate(plan.prompts(batch, plan.prompt), new)
+            whole = worker.generate(plan.prompts(batch, plan.prompt), plan.new)
             if number and whole <= first:
-                raise WorkerError(f"{new} tokens took {whole:.3f} s and one took {first:.3f} s: no rate")
-            value = batch * (new - 1) / max(whole - first, 1e-9)
+                raise WorkerError(f"{plan.new} tokens took {whole:.3f} s and one took {first:.3f} s: no rate")
+            value = batch * (plan.new - 1) / max(whole - first, 1e-9)
         if number:
             values.setdefault((cell, name), []).append(value)
 

@@ -91,11 +91,9 @@ def _exit_with_parent() -> None:
 
 
 def _use_huge_pages() -> None:
-    """Once the first request has had its chance, and in time that no step needs."""
+    """Once the first request has had its chance. A busy engine leaves no idle time for it, and would wait for minutes."""
     from skyline.ops.host_memory import use_huge_pages
 
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # Linux: of this thread alone
     time.sleep(2.0)
     use_huge_pages()
 

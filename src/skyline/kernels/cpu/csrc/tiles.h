@@ -36,10 +36,11 @@ constexpr uint16_t kE2m1Bits[16] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x40
 
 constexpr int kFloatRows = Vec::width == 16 ? 12 : 6;  // of A at once, by two vectors of columns
 
-// Memory that is asked for while something else is being computed, a line with each few instructions: first [next, end), then
-// [then, last).
+// Memory that is asked for while something else is being computed, a line or two with each few instructions: first [next, end),
+// then [then, last).
 struct Ahead {
   const uint8_t *next = nullptr, *end = nullptr, *then = nullptr, *last = nullptr;
+  bool shared = false;  // several blocks of rows go by meanwhile, each of which asks for its part
   void ask() {
     if (next >= end) {
       if (then >= last) return;
@@ -50,9 +51,15 @@ struct Ahead {
     ask_for(next);
     next += 64;
   }
+  // With what multiplies two lines. Blocks that share the asking have time for one each: two would be a burst, and then a pause, and
+  // memory gives a quarter less.
+  void ask_for_two() {
+    ask();
+    if (!shared) ask();
+  }
   Ahead part(int64_t i, int64_t parts) const {
     const int64_t size = end - next;
-    return {next + size * i / parts, next + size * (i + 1) / parts};
+    return {next + size * i / parts, next + size * (i + 1) / parts, nullptr, nullptr, true};
   }
 };
 

@@ -177,7 +177,7 @@ void multiply(const typename Step::A* a, int64_t lda, int64_t rows, const uint8_
   constexpr int64_t a_part = Step::k / 16;
   for (int64_t s = 0; s < steps; s++, a += Step::k, b += 2048)
     for (int p = 0; p < 16; p++) {
-      if constexpr (R >= kAskingRows) ahead.ask(), ahead.ask();
+      if constexpr (R >= kAskingRows) ahead.ask_for_two();
       const __m512i left = _mm512_loadu_si512(b + 64 * p), right = _mm512_loadu_si512(b + 1024 + 64 * p);
       repeat<R>(SKYLINE_EACH(r) {
         const __m512i x = Step::spread(a + r * lda + p * a_part);
@@ -209,7 +209,7 @@ inline __attribute__((always_inline)) void multiply_levels(const int8_t* a, int6
   });
   for (int64_t block = 0; block < blocks; block++, a += 16, b += 256)
     for (int part = 0; part < 4; part++, a += 4, b += 64) {  // not unrolled: addresses would take more registers than there are
-      if constexpr (R >= kAskingRows) ahead.ask(), ahead.ask();
+      if constexpr (R >= kAskingRows) ahead.ask_for_two();
       const __m512i left = _mm512_loadu_si512(b), right = _mm512_loadu_si512(b + 256);
       const __m512i low[2] = {_mm512_and_si512(left, nibble), _mm512_and_si512(right, nibble)};
       const __m512i high[2] = {_mm512_and_si512(_mm512_srli_epi16(left, 4), nibble),

@@ -60,6 +60,25 @@ def test_equals_the_product_of_its_values(name: str, rows: int, instruction_set:
     assert error < ERRORS.get(name, 1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_share_out_all_panels(threads: int, instruction_set: str) -> None:
+    """Fewer panels than threads, one more than a multiple, more than tasks; and several turns of rows."""
+    generator = torch.Generator().manual_seed(threads)
+    kernel = kernel_of("linear", Format.BFLOAT16, 0)
+    native.library().pool_start(torch.full((threads,), -1, dtype=torch.int32).numpy())
+    try:
+        for panels in (1, 2, 3, 5, 7, 16, 17, 33, 83):
+            for rows in (1, 600) if panels < 10 else (1,):
+                weight = weight_of(Format.BFLOAT16, 0, torch.randn((32 * panels, 32), generator=generator).bfloat16())
+                x = torch.randn((rows, 32), generator=generator).bfloat16()
+                out = torch.full((rows, 32 * panels), torch.nan, dtype=torch.bfloat16)
+                kernel.into(out, x, weight, None, False)
+                expected = x.float() @ weight.dense().float().T
+                assert (out.float() - expected).abs().max() < 2e-2 * expected.abs().max(), (panels, rows)
+    finally:
+        native.stop_threads()
+
+
 @pytest.mark.parametrize("group", [16, 32])
 def test_fp4_is_kept_as_it_is(group: int, instruction_set: str) -> None:
     """All codes and scales of either kind, a K that ends within a group, and groups whose scale is next to nothing."""

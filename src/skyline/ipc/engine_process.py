@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
@@ -91,7 +90,7 @@ def _exit_with_parent() -> None:
 
 
 def _use_huge_pages() -> None:
-    """Once the first request has had its chance. A busy engine leaves no idle time for it, and would wait for minutes."""
+    """Once the first request has had its chance, and not only in time that steps leave: a busy engine leaves none."""
     from skyline.ops.host_memory import use_huge_pages
 
     time.sleep(2.0)

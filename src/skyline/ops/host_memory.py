@@ -111,8 +111,8 @@ def give_back(weight: torch.Tensor) -> None:
 def use_huge_pages(share: float = 0.1) -> int:
     """Move all weights to huge pages, one by one, for that share of the time; returns how many bytes were moved.
 
-    A fifth of a second a gigabyte of work, and ten times that where a hypervisor has to find the memory; anyone may read
-    the weights meanwhile. Kernels older than Linux 6.1 are asked to do it when they see fit.
+    A fifth of a second a gigabyte of work, and ten times that where a hypervisor has to find the memory; anyone may
+    read the weights meanwhile. Kernels older than Linux 6.1 are asked to do it when they see fit.
     """
     moved = 0
     while mapping := _next_waiting():

@@ -7,7 +7,6 @@
 namespace skyline {
 namespace {
 
-constexpr int64_t kManyRows = 64;
 constexpr int64_t kPassingBlocks = 4;  // of rows: up to so many, making bfloat16 anew is faster than writing and reading it
 
 // What to ask for while rows of A, in so many blocks, go by the `bytes` at b, after which come those at `next`, if any.
@@ -259,15 +258,9 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
                        const uint8_t* next, const Tactic& tactic, Scratch& s, const Finish& finish) {
   if (m.format == Format::kInt4) return accumulate_int4(m, a, begin, rows, panel, next, tactic, s, finish);
   const int64_t k = m.padded_k();
-#if defined(__AMX_TILE__)
-  const int64_t most = tactic.piece;
-#else
-  // The fewer rows go by, the sooner the next piece is needed, and the more of the time is spent waiting for the first.
-  const int64_t most = rows > kManyRows ? tactic.piece : std::min<int64_t>(tactic.piece, 256);
-#endif
   if (m.format == Format::kInt8) {
     const Quantized* x = static_cast<const Quantized*>(a.data) + begin * a.stride;
-    const int64_t piece = rows <= kRowBlock ? k : 2 * most;
+    const int64_t piece = rows <= kRowBlock ? k : 2 * tactic.piece;
     for (int64_t k0 = 0; k0 < k; k0 += piece) {
       const int64_t size = std::min(piece, k - k0);
       const uint8_t* b = panel + k0 * kPanel;
@@ -281,7 +274,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
   if (m.format == Format::kInt8WeightOnly)
     return accumulate_widened(x, a.stride, rows, k, tactic, s, finish, 8, panel, next,
                               [&](int64_t k0) { return Int8Columns(panel + k0 * kPanel); });
-  if (m.format == Format::kCompressed) return accumulate_compressed(m, x, a.stride, rows, panel, next, most, s, finish);
+  if (m.format == Format::kCompressed) return accumulate_compressed(m, x, a.stride, rows, panel, next, tactic.piece, s, finish);
   if (m.format == Format::kFp8) {
     const uint8_t* values = panel + m.fp8_scale_bytes();
     return accumulate_widened(
@@ -303,7 +296,7 @@ void accumulate_packed(const PackedMatrix& m, const Activations& a, int64_t begi
     };
     return m.group == 32 ? of_group(std::integral_constant<int64_t, 32>()) : of_group(std::integral_constant<int64_t, 16>());
   }
-  const int64_t piece = rows <= kRowBlock ? k : most;
+  const int64_t piece = rows <= kRowBlock ? k : tactic.piece;
   for (int64_t k0 = 0; k0 < k; k0 += piece) {
     const int64_t size = std::min(piece, k - k0);
     const uint8_t* b = panel + k0 * kPanel * 2;

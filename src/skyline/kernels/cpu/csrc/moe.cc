@@ -65,7 +65,7 @@ void multiply_experts(const PackedMatrix& m, const Activations& a, const std::ve
     const int64_t rows = starts[e + 1] - starts[e];
     total += rows + kReadRows * ceil_div(rows, at_once);
   }
-  const int64_t wanted = 16 * ThreadPool::get().size();
+  const int64_t wanted = ThreadPool::kTasks * ThreadPool::get().size();
   for (int64_t e = 0; e < experts; e++) {
     const int64_t rows = starts[e + 1] - starts[e], turns = ceil_div(rows, at_once);
     for (int64_t turn = 0; turn < turns; turn++) {
@@ -76,8 +76,10 @@ void multiply_experts(const PackedMatrix& m, const Activations& a, const std::ve
     }
   }
   const Task* list = tasks.data();  // the name `tasks` means another vector in each thread
-  ThreadPool::get().run(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    const Task& task = list[i];
+  ThreadPool& pool = ThreadPool::get();
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  pool.run(count, [&](int64_t i) {
+    const Task& task = list[pool.in_runs(i, count)];
     const T* bias = biases ? biases + task.expert * m.n : nullptr;
     const Product<T> product{expert_matrix(m, task.expert), a, bias, out, out_stride, {}, gating};
     for (int64_t panel = task.first_panel; panel < task.last_panel; panel++)

@@ -39,7 +39,7 @@ void pin(int cpu) {
 
 }  // namespace
 
-// A thread's way through the memory that is fetched ahead: tasks go to threads in turn, so from one of its tasks to the next.
+// A thread's way through the memory that is fetched ahead.
 class Fetcher {
  public:
   Fetcher(int thread, int threads) : thread_(thread), threads_(threads) {}
@@ -49,12 +49,11 @@ class Fetcher {
     if (memory != memory_) {
       memory_ = memory;
       done_ = 0;
-      task_bytes_ = std::max<int64_t>(bytes / (ThreadPool::kTasks * threads_), 64);
+      begin_ = memory + bytes / threads_ * thread_;
       most_ = memory ? std::min(kAheadBytes, bytes / threads_) : 0;
     }
     if (done_ >= most_) return false;
-    const uint8_t* at = memory_ + (done_ / task_bytes_ * threads_ + thread_) * task_bytes_ + done_ % task_bytes_;
-    for (int i = 0; i < kLines; i++) prefetch_l2(at + 64 * i);
+    for (int i = 0; i < kLines; i++) prefetch_l2(begin_ + done_ + 64 * i);
     done_ += 64 * kLines;
     return true;
   }
@@ -62,8 +61,8 @@ class Fetcher {
  private:
   static constexpr int kLines = 4;
   int thread_, threads_;
-  const uint8_t* memory_ = nullptr;
-  int64_t done_ = 0, task_bytes_ = 64, most_ = 0;
+  const uint8_t *memory_ = nullptr, *begin_ = nullptr;
+  int64_t done_ = 0, most_ = 0;
 };
 
 struct ThreadPool::State {

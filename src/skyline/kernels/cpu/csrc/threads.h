@@ -4,6 +4,7 @@
 // step the workers spin, because a futex costs more than a small kernel; outside of steps they sleep.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -25,9 +26,16 @@ class ThreadPool {
   void end_step();
 
   // While threads wait for each other or for the next job of a step, they fetch the beginning of `memory` into their caches,
-  // supposing that kTasks tasks a thread share it out; nullptr: nothing. The memory is not read: it may be gone by then.
+  // supposing that each goes through one run of it; nullptr: nothing. The memory is not read: it may be gone by then.
   void fetch_ahead(const uint8_t* memory, int64_t bytes);
-  static constexpr int64_t kTasks = 16;
+  static constexpr int64_t kTasks = 8;  // a thread: with more of them, one that is held up costs less
+
+  // Which of `count` tasks, that lie side by side in memory, is to be the i-th: threads take tasks in turn, and so each goes through
+  // one run of them. Memory is read faster in order.
+  int64_t in_runs(int64_t i, int64_t count) const {
+    const int64_t run = i % size_;
+    return run * (count / size_) + std::min(run, count % size_) + i / size_;
+  }
 
   // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. A task may not throw,
   // nor call `run`. If another thread is using the pool, this one computes alone.

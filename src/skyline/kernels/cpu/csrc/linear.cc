@@ -28,13 +28,10 @@ void linear(TensorView out, TensorView x, ffi::Optional<TensorView> bias, int64_
     const Product<T> product{m, a, bias.has_value() ? data<const T>(bias.value()) : nullptr, to.data, to.stride, tactic};
     const int64_t panels = m.panels(), at_once = max_rows(m, tactic);
     ThreadPool& pool = ThreadPool::get();
-    const int64_t threads = pool.size(), tasks = std::min<int64_t>(panels, ThreadPool::kTasks * threads);
-    const int64_t turns = ceil_div(from.rows, at_once), all = turns * tasks;
-    pool.run(all, [&](int64_t i) {
-      const int64_t turn = i / tasks, task = pool.in_runs(i % tasks, tasks), last = panels * (task + 1) / tasks - 1;
+    const int64_t tasks = std::min<int64_t>(panels, ThreadPool::kTasks * pool.size()), turns = ceil_div(from.rows, at_once);
+    pool.run_in_order(turns, tasks, [&](int64_t turn, int64_t task, int64_t next) {
       const int64_t begin = from.rows * turn / turns, end = from.rows * (turn + 1) / turns;
-      // Tasks go to threads in turn.
-      const int64_t after = i + threads < all ? panels * pool.in_runs((i + threads) % tasks, tasks) / tasks : -1;
+      const int64_t last = panels * (task + 1) / tasks - 1, after = next < 0 ? -1 : panels * next / tasks;
       for (int64_t panel = panels * task / tasks; panel <= last; panel++)
         compute_panel(product, begin, end, panel, panel < last ? panel + 1 : after);
     });

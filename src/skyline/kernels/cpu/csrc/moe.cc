@@ -76,10 +76,8 @@ void multiply_experts(const PackedMatrix& m, const Activations& a, const std::ve
     }
   }
   const Task* list = tasks.data();  // the name `tasks` means another vector in each thread
-  ThreadPool& pool = ThreadPool::get();
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  pool.run(count, [&](int64_t i) {
-    const Task& task = list[pool.in_runs(i, count)];
+  ThreadPool::get().run_in_order(1, static_cast<int64_t>(tasks.size()), [&](int64_t, int64_t i, int64_t) {
+    const Task& task = list[i];
     const T* bias = biases ? biases + task.expert * m.n : nullptr;
     const Product<T> product{expert_matrix(m, task.expert), a, bias, out, out_stride, {}, gating};
     for (int64_t panel = task.first_panel; panel < task.last_panel; panel++)

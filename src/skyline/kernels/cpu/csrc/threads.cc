@@ -191,6 +191,13 @@ void ThreadPool::end_step() {
   state_->awake.fetch_add(1, std::memory_order_release);
 }
 
+ThreadPool::Taken* ThreadPool::none_taken(int64_t runs) {
+  static thread_local std::vector<Taken> taken;
+  if (taken.size() < static_cast<size_t>(runs)) taken = std::vector<Taken>(runs);
+  for (int64_t i = 0; i < runs; i++) taken[i].tasks.store(0, std::memory_order_relaxed);
+  return taken.data();
+}
+
 void ThreadPool::fetch_ahead(const uint8_t* memory, int64_t bytes) {
   state_->ahead_bytes.store(bytes, std::memory_order_relaxed);
   state_->ahead.store(memory, std::memory_order_release);

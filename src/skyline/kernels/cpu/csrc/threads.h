@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -28,14 +29,8 @@ class ThreadPool {
   // While threads wait for each other or for the next job of a step, they fetch the beginning of `memory` into their caches,
   // supposing that each goes through one run of it; nullptr: nothing. The memory is not read: it may be gone by then.
   void fetch_ahead(const uint8_t* memory, int64_t bytes);
-  static constexpr int64_t kTasks = 8;  // a thread: with more of them, one that is held up costs less
 
-  // Which of `count` tasks, that lie side by side in memory, is to be the i-th: threads take tasks in turn, and so each goes through
-  // one run of them. Memory is read faster in order.
-  int64_t in_runs(int64_t i, int64_t count) const {
-    const int64_t run = i % size_;
-    return run * (count / size_) + std::min(run, count % size_) + i / size_;
-  }
+  static constexpr int64_t kTasks = 16;  // a thread: with more of them, one that is held up costs less
 
   // Calls task(i) for each i in [0, count), on all threads, in no order; returns when all are done. A task may not throw,
   // nor call `run`. If another thread is using the pool, this one computes alone.
@@ -47,6 +42,21 @@ class ThreadPool {
       return;
     }
     run_erased(count, [](const void* context, int64_t i) { (*static_cast<const Task*>(context))(i); }, &task);
+  }
+
+  // As `run`, of tasks [0, count) that lie side by side in memory, which is read faster in order: each thread goes through one run of
+  // them, then helps the others. Several times over, run by run: task(time, i, next), where next is the task that comes after, or -1.
+  template <class Task>
+  void run_in_order(int64_t times, int64_t count, const Task& task) {
+    const int64_t runs = std::min<int64_t>(size_, count);
+    Taken* taken = none_taken(runs);
+    run(runs, [=, &task](int64_t mine) {
+      for (int64_t k = 0; k < runs; k++) {
+        const int64_t r = (mine + k) % runs, begin = count * r / runs, length = count * (r + 1) / runs - begin, all = times * length;
+        for (int64_t i; (i = taken[r].tasks.fetch_add(1, std::memory_order_relaxed)) < all;)
+          task(i / length, begin + i % length, i + 1 < all ? begin + (i + 1) % length : -1);
+      }
+    });
   }
 
   // As `run`, with [0, length) cut into ranges of at least `grain`: task(begin, end). The cut depends on `length` and the
@@ -63,6 +73,10 @@ class ThreadPool {
  private:
   using Erased = void (*)(const void*, int64_t);
   struct State;
+  struct alignas(64) Taken {
+    std::atomic<int64_t> tasks;
+  };
+  static Taken* none_taken(int64_t runs);  // the calling thread's, zeros
   ThreadPool();
   ~ThreadPool();
   void run_erased(int64_t count, Erased call, const void* context);

@@ -1,6 +1,7 @@
 """Products with packed weights on the CPU: time, bytes and floating point operations a second, formats taking turns.
 
     python benchmarks/products.py [--formats bfloat16 compressed] [--rows 1 8 32] [--json rows.json]
+    python benchmarks/products.py --against ../another-checkout     its kernels take turns with these, in one process
 
 The weights are the linear layers of Qwen3-0.6B, random numbers of the size that training begins with, gone through in
 the order of the model: 0.9 GB in bfloat16, which no cache holds. Times are of all layers, medians.
@@ -10,11 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import tvm_ffi
 
 from skyline.kernels.cpu import native
 from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout
@@ -41,14 +48,30 @@ def weights_of(name: str, layers: int) -> list[PackedWeight]:
     return found
 
 
+def library_of(checkout: Path) -> Any:
+    """The kernels of another checkout, built if need be. Its `linear` must take what that of this one takes."""
+    build = f"from skyline.kernels.cpu.build import build; print(build({native.available()!r})[0])"
+    environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
+    found = subprocess.run([sys.executable, "-c", build], env=environment, check=True, capture_output=True, text=True)
+    return tvm_ffi.load_module(found.stdout.strip())
+
+
+def values(rows: int, columns: int) -> torch.Tensor:
+    """Rows that are no power of two apart, as a Program's buffers are."""
+    return torch.randn(rows, columns + 32).bfloat16()[:, :columns]
+
+
 def pass_through(
-    weights: list[PackedWeight], inputs: dict[int, torch.Tensor], outputs: dict[int, torch.Tensor]
+    library: Any, weights: list[PackedWeight], inputs: dict[int, torch.Tensor], outputs: dict[int, torch.Tensor]
 ) -> float:
-    library, began = native.library(), time.perf_counter()
+    library.begin_step()  # only of the one at work: the threads of others would spin
+    began = time.perf_counter()
     for weight in weights:
         n, k = weight.shape
         library.linear(outputs[n // 2 if weight.layout.gated else n], inputs[k], None, 0, 512, 4, *weight.arguments)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    library.end_step()
+    return seconds
 
 
 def main() -> None:
@@ -58,36 +81,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--json", type=Path, help="write the rows there, too")
     arguments = parser.parse_args()
     some = [name for name in FORMATS if name != "compressed" or native.available() != "avx2"]
     torch.manual_seed(0)
     every = {name: weights_of(name, arguments.layers) for name in arguments.formats or some}
     use_huge_pages(share=1.0)
-    native.start_threads(arguments.threads)
+    libraries = {"here": native.library()}
+    if arguments.against:
+        libraries["there"] = library_of(arguments.against)
+    for library in libraries.values():
+        library.pool_start(np.arange(arguments.threads, dtype=np.int32))
     found = []
-    with native.step():
-        for rows in arguments.rows:
-            inputs = {k: torch.randn(rows, k).bfloat16() for _, k, _ in SHAPES}
-            outputs = {
-                (n // 2 if gated else n): torch.empty(rows, n // 2 if gated else n).bfloat16() for n, _, gated in SHAPES
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in every}
-            for _ in range(arguments.rounds):
-                for name, weights in every.items():
-                    seconds[name].append(pass_through(weights, inputs, outputs))
+    for rows in arguments.rows:
+        inputs = {k: values(rows, k) for _, k, _ in SHAPES}
+        outputs = {width: values(rows, width) for width in {n // 2 if gated else n for n, _, gated in SHAPES}}
+        seconds: dict[tuple[str, str], list[float]] = {(name, where): [] for name in every for where in libraries}
+        for number in range(arguments.rounds):
             for name, weights in every.items():
-                median = statistics.median(seconds[name])
-                size = sum(weight.nbytes for weight in weights)
-                flops = 2 * rows * sum(n * k for n, k in (weight.shape for weight in weights))
-                row = {"rows": rows, "format": name, "ms": median * 1e3, "gb_per_s": size / median / 1e9}
-                found.append({**row, "gflop_per_s": flops / median / 1e9})
-                print(
-                    f"{rows:5} rows  {name:<17}{median * 1e3:9.2f} ms {size / median / 1e9:7.1f} GB/s "
-                    f"{flops / median / 1e9:7.0f} GFLOP/s",
-                    flush=True,
-                )
-    native.stop_threads()
+                for where in sorted(libraries, reverse=number % 2 == 1):
+                    seconds[name, where].append(pass_through(libraries[where], weights, inputs, outputs))
+        for name, weights in every.items():
+            median = statistics.median(seconds[name, "here"])
+            size = sum(weight.nbytes for weight in weights)
+            flops = 2 * rows * sum(n * k for n, k in (weight.shape for weight in weights))
+            row = {"rows": rows, "format": name, "ms": median * 1e3, "gb_per_s": size / median / 1e9}
+            row["gflop_per_s"] = flops / median / 1e9
+            if arguments.against:
+                row["there_ms"] = statistics.median(seconds[name, "there"]) * 1e3
+                row["faster"] = row["there_ms"] / row["ms"]
+            found.append(row)
+            line = f"{rows:5} rows  {name:<17}{row['ms']:9.2f} ms {row['gb_per_s']:7.1f} GB/s"
+            line += f" {row['gflop_per_s']:7.0f} GFLOP/s"
+            if arguments.against:
+                line += f"  there {row['there_ms']:9.2f} ms, here {row['faster']:.3f} times as fast"
+            print(line, flush=True)
+    for library in libraries.values():
+        library.pool_stop()
     if arguments.json:
         arguments.json.write_text(json.dumps({"isa": native.available(), "rows": found}, indent=1) + "\n")
 

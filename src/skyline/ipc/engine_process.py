@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -90,9 +91,11 @@ def _exit_with_parent() -> None:
 
 
 def _use_huge_pages() -> None:
-    """Once the first request has had its chance, and not only in time that steps leave: a busy engine leaves none."""
+    """Once the first request has had its chance, and in time that no step needs."""
     from skyline.ops.host_memory import use_huge_pages
 
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # Linux: of this thread alone
     time.sleep(2.0)
     use_huge_pages()
 

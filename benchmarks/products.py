@@ -24,6 +24,7 @@ import torch
 import tvm_ffi
 
 from skyline.kernels.cpu import native
+from skyline.kernels.cpu.isa import cpu_model
 from skyline.kernels.cpu.packed import Format, PackedWeight, pack, packed_layout
 from skyline.ops.host_memory import use_huge_pages
 
@@ -54,6 +55,12 @@ def library_of(checkout: Path) -> Any:
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src")}
     found = subprocess.run([sys.executable, "-c", build], env=environment, check=True, capture_output=True, text=True)
     return tvm_ffi.load_module(found.stdout.strip())
+
+
+def revision(checkout: Path) -> str:
+    return subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def values(rows: int, columns: int) -> torch.Tensor:
@@ -120,7 +127,16 @@ def main() -> None:
     for library in libraries.values():
         library.pool_stop()
     if arguments.json:
-        arguments.json.write_text(json.dumps({"isa": native.available(), "rows": found}, indent=1) + "\n")
+        record: dict[str, Any] = {
+            "command": " ".join(["python", "benchmarks/products.py", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"),
+            "cpu": cpu_model(),
+            "isa": native.available(),
+            "revision": revision(Path(__file__).parent),
+        }
+        if arguments.against:
+            record["against"] = revision(arguments.against)
+        arguments.json.write_text(json.dumps({**record, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
